@@ -1,0 +1,49 @@
+# make env     the virtual environment .venv: pinned versions, the extension built
+# make demo    train the tiny tokenizer on real photographs; results in demo_output/
+# make test    lint, types, tests
+# make bench   time the ops against their references
+# make clean   remove what was built (.venv stays)
+#
+# PYTHON=python3.12 chooses the interpreter of a new .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.semhitok
+# What an installation depends on. Python files are used in place.
+INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: env demo test bench clean
+
+env: $(STAMP)
+
+$(STAMP): $(INPUTS)
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "make: no $(PYTHON) found; name a Python >= 3.10: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+		"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		{ echo "make: no C++ compiler found; install g++ or clang++, or set CXX" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "make: $(PYTHON) -m venv failed (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@# torch goes first: the build of the extension looks for it in .venv.
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: env
+	$(BIN)/semhitok demo
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+bench: env
+	$(BIN)/python benchmarks/quantize_bench.py
+
+clean:
+	rm -rf build demo_output semhitok.egg-info semhitok/_C*.so $(STAMP)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find semhitok tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

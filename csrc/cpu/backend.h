@@ -1,0 +1,97 @@
+// The CPU backend: its ops, which instruction set they use, and what the drivers (nearest_code.cpp,
+// nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: searches by blocks of tokens,
+// scratch, threads.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "../problem.h"
+#include "kernels.h"
+
+namespace semhitok::cpu {
+
+// What this build holds, what this machine could run of it, and what is used (SEMHITOK_CPU_CAPABILITY may lower it).
+struct Capability {
+  const char* name;
+  bool supported;
+  const Kernels* kernels;
+};
+constexpr int kMaxCapabilities = 3;
+int capabilities(Capability out[kMaxCapabilities]);  // best first; returns how many
+const Kernels& kernels();                            // throws std::runtime_error on a bad SEMHITOK_CPU_CAPABILITY
+
+struct FreeAligned {
+  void operator()(void* p) const;
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeAligned>;
+void* allocate_aligned(int64_t bytes);  // 64-byte aligned; throws std::bad_alloc
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(allocate_aligned(count * static_cast<int64_t>(sizeof(T)))));
+}
+
+// Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
+class CodeSearch {
+ public:
+  explicit CodeSearch(const NearestCode& problem);
+  int64_t block() const { return block_; }    // tokens a call of run takes at most
+  int64_t blocks() const;                     // blocks of the whole problem
+  int64_t grain() const;                      // blocks worth a thread of their own
+  int64_t scratch() const;                    // bytes of 64-byte aligned scratch a call of run needs
+  // scores (float, or double when wide) and ids point at the block's first token.
+  void run(int64_t first, int64_t count, void* scratch, void* scores, int64_t* ids) const;
+
+ private:
+  NearestCode problem_;
+  const Kernels* kernels_;
+  int64_t block_;
+  PackedCodebook packed_{};
+  Buffer<float> codes_, bias_;
+  Buffer<double> wide_codes_, wide_bias_;
+};
+
+int64_t subcode_scratch(const NearestSubcode& problem);  // bytes
+void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
+                 void* scores, int64_t* ids);
+
+void lookup_rows(const HierLookup& problem, int64_t first, int64_t count);
+
+// The ops.
+void nearest_code(const NearestCode& problem);
+void nearest_subcode(const NearestSubcode& problem);
+void hier_quantize(const HierQuantize& problem);
+void hier_lookup(const HierLookup& problem);
+void segment_sum(const SegmentSum& problem);
+
+// PyTorch's own thread pool; implemented in ops.cpp so that kernels stay free of its headers.
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
+int64_t thread_count();
+
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  parallel_range(
+      begin, end, grain, [](int64_t b, int64_t e, void* context) { (*static_cast<const F*>(context))(b, e); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Blocks 0 .. blocks, each taken by whichever thread is free: a core that other work holds up delays one block, not its
+// share of all. worker(next) runs once a thread; next() gives the next block, or -1 after the last.
+template <typename F>
+void parallel_blocks(int64_t blocks, int64_t grain, const F& worker) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&]() -> int64_t {
+    const int64_t block = taken.fetch_add(1, std::memory_order_relaxed);
+    return block < blocks ? block : -1;
+  };
+  const int64_t shares = (blocks + grain - 1) / grain, threads = thread_count();
+  parallel_for(0, shares < threads ? shares : threads, 1, [&](int64_t, int64_t) { worker(next); });
+}
+
+// A parallel region costs about ten microseconds: less work than this many multiply-adds runs inline.
+constexpr int64_t kInlineWork = 1 << 20;
+
+}  // namespace semhitok::cpu

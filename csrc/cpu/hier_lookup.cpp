@@ -1,0 +1,56 @@
+// Code rows by flat id on the CPU: copies of bytes, whatever the dtype, tokens in parallel.
+// An id outside [0, groups * subcodes) gives rows of NaN in the codebook's dtype.
+#include <cstring>
+#include <limits>
+
+#include "backend.h"
+
+namespace semhitok::cpu {
+namespace {
+
+constexpr int64_t kInlineBytes = 1 << 16;
+constexpr uint16_t kFloat16NaN = 0x7E00, kBFloat16NaN = 0x7FC0;
+
+template <typename T>
+void fill(void* row, int64_t depth, T value) {
+  for (int64_t d = 0; d < depth; ++d) static_cast<T*>(row)[d] = value;
+}
+
+void fill_nan(void* row, int64_t depth, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32: return fill(row, depth, std::numeric_limits<float>::quiet_NaN());
+    case Dtype::kFloat64: return fill(row, depth, std::numeric_limits<double>::quiet_NaN());
+    case Dtype::kFloat16: return fill(row, depth, kFloat16NaN);
+    case Dtype::kBFloat16: return fill(row, depth, kBFloat16NaN);
+  }
+}
+
+}  // namespace
+
+void lookup_rows(const HierLookup& p, int64_t first, int64_t count) {
+  const int64_t sem_bytes = p.sem_depth * element_size(p.sem_dtype);
+  const int64_t pix_bytes = p.pix_depth * element_size(p.pix_dtype);
+  const char* sem = static_cast<const char*>(p.sem_codebook);
+  const char* pix = static_cast<const char*>(p.pix_codebook);
+  for (int64_t t = first; t < first + count; ++t) {
+    char* q_sem = static_cast<char*>(p.q_sem) + t * sem_bytes;
+    char* q_pix = static_cast<char*>(p.q_pix) + t * pix_bytes;
+    const int64_t code = p.codes[t];
+    if (code >= 0 && code < p.groups * p.subcodes) {
+      std::memcpy(q_sem, sem + code / p.subcodes * sem_bytes, sem_bytes);
+      std::memcpy(q_pix, pix + code * pix_bytes, pix_bytes);
+    } else {
+      fill_nan(q_sem, p.sem_depth, p.sem_dtype);
+      fill_nan(q_pix, p.pix_depth, p.pix_dtype);
+    }
+  }
+}
+
+void hier_lookup(const HierLookup& problem) {
+  const int64_t bytes =
+      problem.sem_depth * element_size(problem.sem_dtype) + problem.pix_depth * element_size(problem.pix_dtype);
+  parallel_for(0, problem.tokens, ceil_div(kInlineBytes, bytes),
+               [&](int64_t begin, int64_t end) { lookup_rows(problem, begin, end - begin); });
+}
+
+}  // namespace semhitok::cpu

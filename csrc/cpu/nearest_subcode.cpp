@@ -1,0 +1,62 @@
+// Nearest sub-code on the CPU: tokens in parallel, fp32 through the instruction set's kernel
+// (nearest_subcode_simd.cpp), fp64 by a plain loop with the same contract. Tokens are independent: no result depends on
+// the number of threads.
+#include <algorithm>
+#include <limits>
+
+#include "backend.h"
+#include "convert.h"
+
+namespace semhitok::cpu {
+namespace {
+
+constexpr int64_t kRowPadding = 16;
+
+void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, double* x,
+                  double* scores, int64_t* ids) {
+  double* code = x + p.depth;
+  for (int64_t t = 0; t < count; ++t) {
+    read(p.z, (first + t) * p.depth, p.depth, x);
+    double poison = 0.0;
+    for (int64_t d = 0; d < p.depth; ++d) poison += x[d] * 0.0;
+    double best = -std::numeric_limits<double>::infinity();
+    int64_t id = 0;
+    const bool valid = poison == 0.0 && group[t] >= 0 && group[t] < p.groups;
+    for (int64_t j = 0; valid && j < p.subcodes; ++j) {
+      read(p.sub_codebooks, (group[t] * p.subcodes + j) * p.depth, p.depth, code);
+      double dot = 0.0, norm = 0.0, bad = 0.0;
+      for (int64_t d = 0; d < p.depth; ++d) dot += x[d] * code[d], norm += code[d] * code[d], bad += code[d] * 0.0;
+      const double score = dot + (p.metric == Metric::kL2 ? -0.5 * norm : 0.0) + bad;
+      if (score > best) best = score, id = j;
+    }
+    const bool found = best > -std::numeric_limits<double>::infinity();
+    scores[t] = found ? best : std::numeric_limits<double>::quiet_NaN();
+    ids[t] = id;
+  }
+}
+
+}  // namespace
+
+int64_t subcode_scratch(const NearestSubcode& problem) {
+  return 2 * ceil_div(problem.depth, kRowPadding) * kRowPadding * (problem.wide ? 8 : 4);
+}
+
+void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
+                 void* scores, int64_t* ids) {
+  if (problem.wide) {
+    subcode_wide(problem, first, count, group, static_cast<double*>(scratch), static_cast<double*>(scores), ids);
+  } else {
+    kernels().subcode(problem, first, count, group, static_cast<float*>(scratch), static_cast<float*>(scores), ids);
+  }
+}
+
+void nearest_subcode(const NearestSubcode& problem) {
+  const int64_t work = std::max<int64_t>(problem.subcodes * problem.depth, 1);
+  parallel_for(0, problem.tokens, ceil_div(kInlineWork, work), [&](int64_t begin, int64_t end) {
+    const auto scratch = allocate<char>(subcode_scratch(problem));
+    subcode_run(problem, begin, end - begin, problem.group + begin, scratch.get(),
+                static_cast<char*>(problem.scores) + begin * (problem.wide ? 8 : 4), problem.ids + begin);
+  });
+}
+
+}  // namespace semhitok::cpu

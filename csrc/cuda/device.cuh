@@ -1,0 +1,61 @@
+// What the kernels share: reading any of the four dtypes, warp reductions, and scratch cut into aligned pieces.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace semhitok::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpsPerBlock = 8;
+constexpr int64_t kScratchAlignment = 256;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+__device__ __forceinline__ T read(const Rows& rows, int64_t i) {
+  switch (rows.dtype) {  // the same for every thread of a launch
+    case Dtype::kFloat32: return static_cast<T>(static_cast<const float*>(rows.data)[i]);
+    case Dtype::kFloat16: return static_cast<T>(__half2float(static_cast<const __half*>(rows.data)[i]));
+    case Dtype::kBFloat16: return static_cast<T>(__bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[i]));
+    default: return static_cast<T>(static_cast<const double*>(rows.data)[i]);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ float infinity(float) { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ double infinity(double) { return __longlong_as_double(0x7ff0000000000000ll); }
+__device__ __forceinline__ float nan_of(float) { return __int_as_float(0x7fc00000); }
+__device__ __forceinline__ double nan_of(double) { return __longlong_as_double(0x7ff8000000000000ll); }
+
+// Hands out pieces of one scratch allocation; run over a null base it measures.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kScratchAlignment) * kScratchAlignment;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Blocks for a kernel that gives a warp to each of count items.
+inline unsigned warp_blocks(int64_t count) { return static_cast<unsigned>(ceil_div(count, kWarpsPerBlock)); }
+
+}  // namespace semhitok::cuda

@@ -1,0 +1,404 @@
+// The ops: schemas, argument checks, and the contract, the same on every backend.
+//
+// nearest_code(z[..., D], codebook[K, D], metric) -> (scores[...], ids[...] in [0, K))
+// nearest_subcode(z[..., D], sub_codebooks[K, m, D], group[...], metric) -> (scores[...], ids[...] in [0, m))
+// hier_quantize(z_sem[..., Ds], z_pix[..., Dp], sem_codebook[K, Ds], pix_codebook[K, m, Dp], metrics)
+//     -> (q_sem[..., Ds], q_pix[..., Dp], codes[...]): i = nearest_code(z_sem), j = nearest_subcode(z_pix, group = i),
+//     codes = i * m + j, q_sem = sem_codebook[i], q_pix = pix_codebook[i, j]
+// hier_lookup(codes[...], sem_codebook[K, Ds], pix_codebook[K, m, Dp]) -> (q_sem[..., Ds], q_pix[..., Dp])
+// segment_sum(values[N, D], ids[N], S) -> (sums[S, D], counts[S])
+//
+// - Score: z.c ("ip") or z.c - |c|^2/2 ("l2": the same winner as the least distance). The lowest index wins among equal
+//   scores. A NaN score never wins; a code with NaN or Inf never wins.
+// - A token with NaN or Inf, or without any score above -inf: id 0 and score NaN. Ids are always in range.
+// - dtypes: float32, float16, bfloat16, float64, each tensor its own. Scores and search in fp32, or in fp64 as soon as
+//   one floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of its rows.
+//   sums are float32 (float64 for float64 values), summed in fp64 in row order and rounded once. Ids, groups, codes and
+//   counts are int64.
+// - Shapes: any leading dimensions, none included; N = 0 gives empty outputs; K, m, D >= 1. Any strides. One device.
+// - Ids out of range cannot raise without a device synchronisation, so they have an outcome: nearest_subcode: id 0,
+//   score NaN; hier_lookup: rows of NaN; segment_sum: the row is left out.
+// - Everything else that is wrong raises std::runtime_error (RuntimeError in Python), naming the argument, what was
+//   expected and what came.
+// - Same input, same bits: on every run, with any number of threads.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "build_config.h"
+#include "cpu/backend.h"
+#include "problem.h"
+
+#if SEMHITOK_WITH_CUDA
+#include <cuda_runtime_api.h>
+
+#include "cuda/kernels.h"
+// Lives in the CUDA half of PyTorch: weak, so that this module also loads beside a CPU-only one.
+#pragma weak aoti_torch_get_current_cuda_stream
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace semhitok {
+
+namespace cpu {
+
+void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+}  // namespace cpu
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+Dtype float_dtype(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Double: return Dtype::kFloat64;
+    default:
+      check(false, name, ": expected float32, float16, bfloat16 or float64, got ", name_of(t.scalar_type()));
+      return Dtype::kFloat32;
+  }
+}
+
+Metric parse_metric(const char* name, const std::string& metric) {
+  check(metric == "ip" || metric == "l2", name, ": expected \"ip\" or \"l2\", got \"", metric, "\"");
+  return metric == "ip" ? Metric::kInnerProduct : Metric::kL2;
+}
+
+std::string shape_of(const Sizes& sizes) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t d = 0; d < sizes.size(); ++d) out << (d ? ", " : "") << sizes[d];
+  out << "]";
+  return out.str();
+}
+
+Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+void check_dims(const char* name, const Tensor& t, int64_t dims, const char* layout) {
+  check(t.dim() == dims, name, ": expected ", dims, " dimensions ", layout, ", got ", t.dim());
+  for (int64_t d = 0; d < dims; ++d) {
+    check(t.size(d) >= 1, name, ": expected every dimension of ", layout, " to be at least 1, got ",
+          shape_of(sizes_of(t)));
+  }
+}
+
+// The kernels count codes, rows and segments in 32 bits.
+void check_count(const char* name, const char* what, int64_t count) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1;
+  check(count <= kMost, name, ": expected at most ", kMost, " ", what, ", got ", count);
+}
+
+// z[..., depth]: returns its leading sizes.
+Sizes check_tokens(const char* name, const Tensor& z, const char* codebook_name, const Tensor& codebook) {
+  const int64_t depth = codebook.size(codebook.dim() - 1);
+  check(z.dim() >= 1, name, ": expected at least 1 dimension [..., D], got a scalar");
+  check(z.size(z.dim() - 1) == depth, name, ": expected last dimension ", depth, " (", codebook_name,
+        ".shape[-1]), got ", z.size(z.dim() - 1));
+  Sizes leading = sizes_of(z);
+  leading.pop_back();
+  return leading;
+}
+
+void check_leading(const char* name, const Sizes& got, const char* other, const Sizes& expected) {
+  check(got == expected, name, ": expected leading dimensions ", shape_of(expected), " (those of ", other, "), got ",
+        shape_of(got));
+}
+
+void check_ids(const char* name, const Tensor& ids) {
+  check(ids.scalar_type() == ScalarType::Long, name, ": expected int64, got ", name_of(ids.scalar_type()));
+}
+
+void check_device(const char* name, const Tensor& t, const char* other, const Tensor& first) {
+  check(device_of(t) == device_of(first), name, ": expected device ", device_of(first), " (that of ", other, "), got ",
+        device_of(t));
+}
+
+int64_t count_of(const Sizes& leading) {
+  int64_t count = 1;
+  for (const int64_t size : leading) count *= size;
+  return count;
+}
+
+Sizes with_last(Sizes leading, int64_t last) {
+  leading.push_back(last);
+  return leading;
+}
+
+Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+const int64_t* ids_of(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
+int64_t* ids_out(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
+
+// Runs a problem on the backend of `like`: directly on the CPU; on CUDA with scratch from PyTorch's allocator, on
+// its current stream and device.
+#if SEMHITOK_WITH_CUDA
+class CudaDevice {
+ public:
+  explicit CudaDevice(int index) : guard_(index) {
+    // The CUDA runtime linked here keeps its own current device: PyTorch's guard alone does not set it.
+    throw_on(cudaGetDevice(&previous_));
+    throw_on(cudaSetDevice(index));
+  }
+  ~CudaDevice() { (void)cudaSetDevice(previous_); }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+
+  static void throw_on(cudaError_t error) {
+    check(error == cudaSuccess, "CUDA: ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int previous_ = 0;
+};
+
+template <typename Problem>
+void run_cuda(const Problem& problem, const Tensor& like, int64_t (*scratch_bytes)(const Problem&),
+              cudaError_t (*op)(const Problem&, void*, cudaStream_t)) {
+  const int index = like.get_device_index();
+  const CudaDevice device(index);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  const Tensor scratch = new_tensor(like, {scratch_bytes(problem)}, ScalarType::Byte);
+  CudaDevice::throw_on(op(problem, scratch.data_ptr(), static_cast<cudaStream_t>(stream)));
+}
+
+#define SEMHITOK_RUN(op, problem, like)                              \
+  do {                                                               \
+    if ((like).is_cpu()) {                                           \
+      cpu::op(problem);                                              \
+    } else {                                                         \
+      run_cuda(problem, like, &cuda::op##_scratch, &cuda::op);       \
+    }                                                                \
+  } while (0)
+#else
+#define SEMHITOK_RUN(op, problem, like)                                                                           \
+  do {                                                                                                            \
+    check((like).is_cpu(), #op ": expected tensors on cpu, got ", device_of(like),                                \
+          ": this build of semhitok has no CUDA kernels; install the CUDA toolkit (nvcc on PATH) and rebuild with " \
+          "SEMHITOK_CUDA=1 pip install -e .");                                                                    \
+    cpu::op(problem);                                                                                             \
+  } while (0)
+#endif
+
+std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook, const std::string& metric) {
+  NearestCode p{};
+  p.metric = parse_metric("metric", metric);
+  p.z.dtype = float_dtype("z", z);
+  p.codebook.dtype = float_dtype("codebook", codebook);
+  check_dims("codebook", codebook, 2, "[K, D]");
+  check_count("codebook", "codes", codebook.size(0));
+  const Sizes leading = check_tokens("z", z, "codebook", codebook);
+  check_device("codebook", codebook, "z", z);
+
+  p.wide = p.z.dtype == Dtype::kFloat64 || p.codebook.dtype == Dtype::kFloat64;
+  p.tokens = count_of(leading), p.codes = codebook.size(0), p.depth = codebook.size(1);
+  const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
+  Tensor scores = new_tensor(z, leading, p.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor ids = new_tensor(z, leading, ScalarType::Long);
+  p.z.data = z_rows.data_ptr(), p.codebook.data = codes.data_ptr();
+  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  SEMHITOK_RUN(nearest_code, p, z);
+  return {scores, ids};
+}
+
+std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_codebooks, const Tensor& group,
+                                           const std::string& metric) {
+  NearestSubcode p{};
+  p.metric = parse_metric("metric", metric);
+  p.z.dtype = float_dtype("z", z);
+  p.sub_codebooks.dtype = float_dtype("sub_codebooks", sub_codebooks);
+  check_ids("group", group);
+  check_dims("sub_codebooks", sub_codebooks, 3, "[K, m, D]");
+  check_count("sub_codebooks", "codes", sub_codebooks.size(0));
+  const Sizes leading = check_tokens("z", z, "sub_codebooks", sub_codebooks);
+  check_leading("group", sizes_of(group), "z", leading);
+  check_device("sub_codebooks", sub_codebooks, "z", z);
+  check_device("group", group, "z", z);
+
+  p.wide = p.z.dtype == Dtype::kFloat64 || p.sub_codebooks.dtype == Dtype::kFloat64;
+  p.tokens = count_of(leading);
+  p.groups = sub_codebooks.size(0), p.subcodes = sub_codebooks.size(1), p.depth = sub_codebooks.size(2);
+  const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(sub_codebooks);
+  const Tensor group_rows = torch::stable::contiguous(group);
+  Tensor scores = new_tensor(z, leading, p.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor ids = new_tensor(z, leading, ScalarType::Long);
+  p.z.data = z_rows.data_ptr(), p.sub_codebooks.data = codes.data_ptr(), p.group = ids_of(group_rows);
+  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  SEMHITOK_RUN(nearest_subcode, p, z);
+  return {scores, ids};
+}
+
+// The checks and sizes hier_quantize and hier_lookup share.
+HierLookup lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook) {
+  HierLookup p{};
+  p.sem_dtype = float_dtype("sem_codebook", sem_codebook);
+  p.pix_dtype = float_dtype("pix_codebook", pix_codebook);
+  check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]");
+  check_count("sem_codebook", "codes", sem_codebook.size(0));
+  check_dims("pix_codebook", pix_codebook, 3, "[K, m, Dp]");
+  check(pix_codebook.size(0) == sem_codebook.size(0), "pix_codebook: expected first dimension ", sem_codebook.size(0),
+        " (sem_codebook.shape[0]), got ", pix_codebook.size(0));
+  p.groups = pix_codebook.size(0), p.subcodes = pix_codebook.size(1);
+  p.sem_depth = sem_codebook.size(1), p.pix_depth = pix_codebook.size(2);
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tensor& z_pix, const Tensor& sem_codebook,
+                                                 const Tensor& pix_codebook, const std::string& sem_metric,
+                                                 const std::string& pix_metric) {
+  HierQuantize p{};
+  p.sem.metric = parse_metric("sem_metric", sem_metric);
+  p.pix.metric = parse_metric("pix_metric", pix_metric);
+  p.sem.z.dtype = float_dtype("z_sem", z_sem);
+  p.pix.z.dtype = float_dtype("z_pix", z_pix);
+  p.lookup = lookup_problem(sem_codebook, pix_codebook);
+  const Sizes leading = check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook);
+  check_leading("z_pix", check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook), "z_sem", leading);
+  check_device("z_pix", z_pix, "z_sem", z_sem);
+  check_device("sem_codebook", sem_codebook, "z_sem", z_sem);
+  check_device("pix_codebook", pix_codebook, "z_sem", z_sem);
+
+  const int64_t tokens = count_of(leading);
+  p.sem.codebook.dtype = p.lookup.sem_dtype, p.pix.sub_codebooks.dtype = p.lookup.pix_dtype;
+  p.sem.wide = p.sem.z.dtype == Dtype::kFloat64 || p.pix.z.dtype == Dtype::kFloat64 ||
+               p.lookup.sem_dtype == Dtype::kFloat64 || p.lookup.pix_dtype == Dtype::kFloat64;
+  p.pix.wide = p.sem.wide;
+  p.sem.tokens = p.pix.tokens = p.lookup.tokens = tokens;
+  p.sem.codes = p.pix.groups = p.lookup.groups;
+  p.sem.depth = p.lookup.sem_depth, p.pix.depth = p.lookup.pix_depth, p.pix.subcodes = p.lookup.subcodes;
+
+  const Tensor sem_rows = torch::stable::contiguous(z_sem), pix_rows = torch::stable::contiguous(z_pix);
+  const Tensor sem_codes = torch::stable::contiguous(sem_codebook), pix_codes = torch::stable::contiguous(pix_codebook);
+  Tensor q_sem = new_tensor(z_sem, with_last(leading, p.lookup.sem_depth), sem_codebook.scalar_type());
+  Tensor q_pix = new_tensor(z_sem, with_last(leading, p.lookup.pix_depth), pix_codebook.scalar_type());
+  Tensor codes = new_tensor(z_sem, leading, ScalarType::Long);
+  p.sem.z.data = sem_rows.data_ptr(), p.pix.z.data = pix_rows.data_ptr();
+  p.sem.codebook.data = p.lookup.sem_codebook = sem_codes.data_ptr();
+  p.pix.sub_codebooks.data = p.lookup.pix_codebook = pix_codes.data_ptr();
+  p.lookup.q_sem = q_sem.data_ptr(), p.lookup.q_pix = q_pix.data_ptr();
+  p.codes = ids_out(codes), p.lookup.codes = p.codes;
+  SEMHITOK_RUN(hier_quantize, p, z_sem);
+  return {q_sem, q_pix, codes};
+}
+
+std::tuple<Tensor, Tensor> hier_lookup(const Tensor& codes, const Tensor& sem_codebook, const Tensor& pix_codebook) {
+  check_ids("codes", codes);
+  HierLookup p = lookup_problem(sem_codebook, pix_codebook);
+  check_device("sem_codebook", sem_codebook, "codes", codes);
+  check_device("pix_codebook", pix_codebook, "codes", codes);
+
+  const Sizes leading = sizes_of(codes);
+  p.tokens = count_of(leading);
+  const Tensor ids = torch::stable::contiguous(codes);
+  const Tensor sem_codes = torch::stable::contiguous(sem_codebook), pix_codes = torch::stable::contiguous(pix_codebook);
+  Tensor q_sem = new_tensor(sem_codebook, with_last(leading, p.sem_depth), sem_codebook.scalar_type());
+  Tensor q_pix = new_tensor(pix_codebook, with_last(leading, p.pix_depth), pix_codebook.scalar_type());
+  p.codes = ids_of(ids), p.sem_codebook = sem_codes.data_ptr(), p.pix_codebook = pix_codes.data_ptr();
+  p.q_sem = q_sem.data_ptr(), p.q_pix = q_pix.data_ptr();
+  SEMHITOK_RUN(hier_lookup, p, codes);
+  return {q_sem, q_pix};
+}
+
+std::tuple<Tensor, Tensor> segment_sum(const Tensor& values, const Tensor& ids, int64_t num_segments) {
+  SegmentSum p{};
+  p.values.dtype = float_dtype("values", values);
+  check_ids("ids", ids);
+  check(values.dim() == 2, "values: expected 2 dimensions [N, D], got ", values.dim());
+  check(values.size(1) >= 1, "values: expected last dimension of at least 1, got 0");
+  check(ids.dim() == 1 && ids.size(0) == values.size(0), "ids: expected shape [", values.size(0),
+        "] (values.shape[0]), got ", shape_of(sizes_of(ids)));
+  check(num_segments >= 0, "num_segments: expected at least 0, got ", num_segments);
+  check_count("values", "rows", values.size(0));
+  check_count("num_segments", "segments", num_segments);
+  check_device("ids", ids, "values", values);
+
+  p.rows = values.size(0), p.depth = values.size(1), p.segments = num_segments;
+  const Tensor rows = torch::stable::contiguous(values), row_ids = torch::stable::contiguous(ids);
+  const bool wide = p.values.dtype == Dtype::kFloat64;
+  Tensor sums = new_tensor(values, {num_segments, p.depth}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor counts = new_tensor(values, {num_segments}, ScalarType::Long);
+  p.values.data = rows.data_ptr(), p.ids = ids_of(row_ids), p.sums = sums.data_ptr(), p.counts = ids_out(counts);
+  SEMHITOK_RUN(segment_sum, p, values);
+  return {sums, counts};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(semhitok, m) {
+  m.def("nearest_code(Tensor z, Tensor codebook, str metric=\"ip\") -> (Tensor scores, Tensor ids)");
+  m.def(
+      "nearest_subcode(Tensor z, Tensor sub_codebooks, Tensor group, str metric=\"l2\") -> "
+      "(Tensor scores, Tensor ids)");
+  m.def(
+      "hier_quantize(Tensor z_sem, Tensor z_pix, Tensor sem_codebook, Tensor pix_codebook, str sem_metric=\"ip\", "
+      "str pix_metric=\"l2\") -> (Tensor q_sem, Tensor q_pix, Tensor codes)");
+  m.def("hier_lookup(Tensor codes, Tensor sem_codebook, Tensor pix_codebook) -> (Tensor q_sem, Tensor q_pix)");
+  m.def("segment_sum(Tensor values, Tensor ids, int num_segments) -> (Tensor sums, Tensor counts)");
+}
+
+// One implementation a op: it picks the backend by where its tensors are.
+#define SEMHITOK_IMPLEMENT(m)                             \
+  m.impl("nearest_code", TORCH_BOX(&nearest_code));       \
+  m.impl("nearest_subcode", TORCH_BOX(&nearest_subcode)); \
+  m.impl("hier_quantize", TORCH_BOX(&hier_quantize));     \
+  m.impl("hier_lookup", TORCH_BOX(&hier_lookup));         \
+  m.impl("segment_sum", TORCH_BOX(&segment_sum))
+
+STABLE_TORCH_LIBRARY_IMPL(semhitok, CPU, m) { SEMHITOK_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(semhitok, CUDA, m) { SEMHITOK_IMPLEMENT(m); }
+
+}  // namespace semhitok

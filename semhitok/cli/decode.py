@@ -1,0 +1,57 @@
+"""Decode an ids file to images, a PNG each, named after the image the ids came from.
+
+Refuses ids of other codebooks, which would decode to noise. With --semantic-only the sub-codes are
+left out: what is seen is what the semantic codes alone know.
+
+example:
+  semhitok decode demo_output/checkpoint ids.safetensors --out decoded
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from semhitok.cli import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    parser.add_argument("ids", metavar="IDS", help="ids file written by semhitok encode")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
+    parser.add_argument("--semantic-only", action="store_true", help="decode the semantic codes without sub-codes")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from semhitok.data.codes import load_codes
+    from semhitok.data.images import save_png
+
+    file = load_codes(args.ids)
+    tokenizer = common.load_tokenizer(args.checkpoint, args.device, teacher=False)
+    device = next(tokenizer.parameters()).device
+    try:
+        tokenizer.vocabulary.check_hash(file.codebook_hash)
+        _check_grid(file, tokenizer.config)
+    except ValueError as error:
+        raise ValueError(f"{args.ids}: {error}") from None
+    out = common.make_output_folder(args.out)
+    names = common.png_names(file.names)
+    with torch.inference_mode(), common.progress(None, "decode", len(names)) as bar:
+        for start in range(0, len(names), args.batch_size):
+            codes = file.codes[start : start + args.batch_size].to(device)
+            images = tokenizer.decode(codes, semantic_only=args.semantic_only)
+            for image, name in zip(images, names[start : start + args.batch_size], strict=True):
+                save_png(image, out / name)
+                bar.update()
+    print(common.printable(f"{out}: {common.count(len(names), 'image')}"))
+    return common.DONE
+
+
+def _check_grid(file, config) -> None:
+    expected = (config.num_codes, config.num_sub_codes)
+    if (file.num_codes, file.num_sub_codes) != expected:
+        raise ValueError(f"num_codes, num_sub_codes: expected {expected}, got {(file.num_codes, file.num_sub_codes)}")
+    grid = [config.grid_size] * 2
+    if list(file.codes.shape[1:]) != grid:
+        raise ValueError(f"codes: expected [N, h, w] of h, w {grid}, got {list(file.codes.shape)}")

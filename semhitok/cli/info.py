@@ -1,0 +1,103 @@
+"""Tell what is in a checkpoint or an ids file; without either, what is installed and how built.
+
+examples:
+  semhitok info
+  semhitok info demo_output/checkpoint
+  semhitok info ids.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from semhitok.cli import common
+
+_PACKAGES = ("semhitok", "torch", "timm", "safetensors", "huggingface_hub", "pillow", "numpy")
+_MAX_COUNTERS = 2**27  # 1 GiB of them: an ids file may claim any K and m
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "subject",
+        metavar="CHECKPOINT|IDS",
+        nargs="?",
+        help="checkpoint folder, name on a hub, or ids file",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.subject is None:
+        rows = _installation()
+    elif Path(args.subject).is_file():
+        rows = _ids(args.subject)
+    else:
+        rows = _checkpoint(args.subject)
+    print(common.table(rows))
+    return common.DONE
+
+
+def _installation() -> Iterable[tuple[str, Any]]:
+    from semhitok import _C
+
+    yield "python", platform.python_version()
+    for package in _PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield from _build("build", _C.build_info())
+
+
+def _build(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """Rows of what the extension tells of its build: dicts inside dicts, lists, plain values."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _build(f"{name} {key}", inner)
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _checkpoint(name: str) -> Iterable[tuple[str, Any]]:
+    tokenizer = common.load_tokenizer(name, "cpu", teacher=False)
+    yield from _fields(tokenizer.config)
+    for part, module in tokenizer.named_children():
+        yield f"parameters {part}", f"{_parameters(module):,}"
+    yield "parameters without teacher", f"{_parameters(tokenizer):,}"
+    yield "codebook hash", tokenizer.codebook_hash
+
+
+def _ids(path: str) -> Iterable[tuple[str, Any]]:
+    from semhitok.data.codes import load_codes
+    from semhitok.usage import CodeUsage
+
+    file = load_codes(path)
+    yield "shape", "{} images of {} x {} ids".format(*file.codes.shape)
+    yield "num_codes K", f"{file.num_codes:,}"
+    yield "num_sub_codes m", f"{file.num_sub_codes:,}"
+    yield "codebook hash", file.codebook_hash
+    if file.vocabulary.num_flat_codes <= _MAX_COUNTERS:
+        usage = CodeUsage(file.num_codes, file.num_sub_codes)
+        usage.update(file.codes)
+        for view, figures in usage.summary().items():
+            values = f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
+            yield f"{view} usage", values
+
+
+def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Rows of a dataclass; those of one inside another are named `outer.inner`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,161 @@
+"""Ids files: the flat ids of many images with what is needed to decode them, as `.safetensors`.
+
+One tensor `codes` [N, h, w], int32 where it holds K * m ids and int64 otherwise, and as metadata:
+`format`, `version`, `shape` (JSON), `num_codes` (K), `num_sub_codes` (m), `codebook_hash`
+(hex SHA-256) and `names` (JSON list of N strings, the images' sources).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from semhitok._files import write_atomic
+from semhitok._optional import require
+from semhitok.vocabulary import Vocabulary
+
+_FORMAT = "semhitok-codes"
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class CodesFile:
+    """What an ids file holds.
+
+    Attributes:
+        codes: int64 [N, h, w], flat ids in [0, num_codes * num_sub_codes), on the CPU.
+        names: N strings, where each image came from. As found in the file: not safe as paths.
+        num_codes: K, semantic codes.
+        num_sub_codes: m, sub-codes of each.
+        codebook_hash: hex SHA-256 of the codebooks the ids belong to.
+    """
+
+    codes: torch.Tensor
+    names: list[str]
+    num_codes: int
+    num_sub_codes: int
+    codebook_hash: str
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the ids, without text ids."""
+        return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash)
+
+
+def save_codes(
+    path: str | os.PathLike[str],
+    codes: torch.Tensor,
+    names: Sequence[str],
+    vocabulary: Vocabulary,
+) -> None:
+    """Write an ids file; it appears whole or not at all.
+
+    Args:
+        path: file to write, in an existing folder; an old file is replaced.
+        codes: integers [N, h, w] in [0, K * m), on any device.
+        names: N strings, the sources of the images.
+        vocabulary: K, m and the codebook hash.
+
+    Raises:
+        ValueError: another shape, ids out of range, names of another number, no codebook hash.
+        OSError: the file cannot be written.
+    """
+    if codes.ndim != 3:
+        raise ValueError(f"codes: expected [N, h, w], got {list(codes.shape)}")
+    if len(names) != len(codes):
+        raise ValueError(f"names: expected {len(codes)}, one an image, got {len(names)}")
+    if vocabulary.codebook_hash is None:
+        raise ValueError("vocabulary: expected a codebook_hash, got None")
+    fits = vocabulary.num_flat_codes <= torch.iinfo(torch.int32).max + 1
+    stored = vocabulary.check(codes).detach().to("cpu", torch.int32 if fits else torch.int64)
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "shape": json.dumps(list(codes.shape)),
+        "num_codes": str(vocabulary.num_codes),
+        "num_sub_codes": str(vocabulary.num_sub_codes),
+        "codebook_hash": vocabulary.codebook_hash,
+        "names": json.dumps(list(names)),  # ASCII, so that names that are no UTF-8 survive
+    }
+    tensors = {"codes": stored.contiguous()}
+    write_atomic(path, _ordered(require("safetensors.torch").save(tensors, metadata)))
+
+
+def load_codes(path: str | os.PathLike[str]) -> CodesFile:
+    """Read an ids file and check everything in it.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+        ValueError: not an ids file, of a later version, truncated, damaged, or with ids out of
+            range; one line naming the file and the reason.
+    """
+    safetensors = require("safetensors")
+    with open(path, "rb"):  # the system's own words for a missing or forbidden file or a folder
+        pass
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return _parse(file.metadata() or {}, file)
+    except safetensors.SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an ids file, or damaged: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _ordered(file: bytes) -> bytes:
+    """A safetensors file with its header sorted: same ids, same bytes (metadata comes shuffled)."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the data stay aligned
+    return len(header).to_bytes(8, "little") + header + file[end:]
+
+
+def _parse(metadata: dict[str, str], file) -> CodesFile:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"not an ids file: no metadata format={_FORMAT}")
+    if metadata.get("version") != _VERSION:
+        got = _field(metadata, "version")
+        raise ValueError(f"version: expected {_VERSION}, got {got}; update semhitok")
+    if list(file.keys()) != ["codes"]:
+        raise ValueError(f"expected one tensor named codes, got {list(file.keys())}")
+    codes = file.get_tensor("codes")
+    if codes.dtype not in (torch.int32, torch.int64) or codes.ndim != 3:
+        raise ValueError(f"codes: expected int32 or int64 [N, h, w], got {codes.dtype} {list(codes.shape)}")
+    shape = _json(metadata, "shape")
+    if shape != list(codes.shape):
+        raise ValueError(f"codes: expected shape {shape} as in the metadata, got {codes.shape}")
+    names = _json(metadata, "names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("names: expected a list of strings")
+    if len(names) != len(codes):
+        raise ValueError(f"names: expected {len(codes)}, one an image, got {len(names)}")
+    digest = _field(metadata, "codebook_hash")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"codebook_hash: expected 64 hexadecimal digits, got {digest!r}")
+    vocabulary = Vocabulary(_count(metadata, "num_codes"), _count(metadata, "num_sub_codes"), codebook_hash=digest)
+    return CodesFile(vocabulary.check(codes), names, vocabulary.num_codes, vocabulary.num_sub_codes, digest)
+
+
+def _field(metadata: dict[str, str], key: str) -> str:
+    if key not in metadata:
+        raise ValueError(f"no {key} in the metadata")
+    return metadata[key]
+
+
+def _count(metadata: dict[str, str], key: str) -> int:
+    text = _field(metadata, key)
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(f"{key}: expected a number, got {text!r}")
+    return int(text)
+
+
+def _json(metadata: dict[str, str], key: str):
+    try:
+        return json.loads(_field(metadata, key))
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{key}: expected JSON") from None

@@ -1,0 +1,191 @@
+"""Images from files and back: anything a camera or editor writes becomes float32 RGB in [0, 1]."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from semhitok._files import write_atomic
+from semhitok._optional import require
+
+# Formats read, whatever a file is called. Pillow knows more, some by running other programs.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Names taken for images inside a folder.
+_SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+_MAX_PIXELS = 2**27  # 134 million, 1.5 GiB as float32 RGB
+_MAX_ASPECT = 4  # of what `resize_crop` resizes: the crop keeps only the middle anyway
+
+
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Image files behind `paths`, each once, in the order given, a folder's sorted by name.
+
+    A file counts whatever its name. A folder is searched in all depths for the names of common
+    image formats; hidden files and folders are passed over, links to folders are not followed.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        OSError: a folder cannot be read.
+        ValueError: no image found at all.
+    """
+    given = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        found += _walk(path) if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, given)) or 'paths'}: no images found")
+    return list(dict.fromkeys(found))
+
+
+def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Read an image file as it would be shown: orientation applied, on a white page.
+
+    PNG, JPEG, WebP, TIFF, BMP, GIF and PPM. Grey and palette images become RGB; transparency is
+    composited on white; 16-bit grey is divided by 65535, 8-bit by 255; floating-point TIFF must lie
+    in [0, 1]; of an animation or a multi-page file the first image is taken. Colour profiles are
+    not applied.
+
+    Returns:
+        float32 [3, H, W] in [0, 1], RGB.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+        ValueError: not an image, corrupt, truncated, of no known kind, or of more than 2**27
+            pixels; one line naming the file and the reason.
+        ImportError: Pillow or NumPy is not installed.
+    """
+    pil = require("PIL.Image")
+    with open(path, "rb") as file:
+        try:
+            with warnings.catch_warnings():
+                # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
+                # tag say, does not keep the pixels from being read.
+                warnings.simplefilter("ignore")
+                with pil.open(file, formats=_FORMATS) as image:
+                    width, height = image.size
+                    if width * height > _MAX_PIXELS:
+                        raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
+                    return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
+        except (ImportError, MemoryError):
+            raise
+        except pil.UnidentifiedImageError:
+            raise ValueError(f"{path}: not an image of a known format") from None
+        except Exception as error:
+            # Decoders meet damaged files with every kind of exception.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path}: cannot read image: {reason}") from None
+
+
+def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize so that the shorter side is `size` (bicubic, antialiased), then crop the centre.
+
+    Of an image longer than 4:1 only the middle 4:1 is resized. A square image of `size` comes back
+    unchanged.
+
+    Args:
+        image: float [3, H, W] in [0, 1], H and W at least 1.
+        size: pixels, at least 1.
+
+    Returns:
+        float [3, size, size] in [0, 1], dtype and device of `image`.
+
+    Raises:
+        ValueError: another shape or dtype, or a size below 1.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+        raise ValueError(f"image: expected [3, H, W], got {list(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    shorter = min(image.shape[1:])
+    image = _centre(image, _MAX_ASPECT * shorter)
+    if shorter != size:
+        height, width = (max(size, round(side * size / shorter)) for side in image.shape[1:])
+        exact = image.to(torch.promote_types(image.dtype, torch.float32))  # no fp16 on the CPU
+        resized = F.interpolate(exact[None], (height, width), mode="bicubic", antialias=True)[0]
+        image = resized.clamp(0, 1).to(image.dtype)  # bicubic overshoots at edges
+    return _centre(image, size)
+
+
+def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
+    """Write an 8-bit RGB PNG; the file appears whole or not at all.
+
+    A value v is stored as round(255 * v), halves to even, after clamping v to [0, 1].
+
+    Args:
+        image: float [3, H, W] in [0, 1], on any device.
+        path: file to write, in an existing folder; an old file is replaced.
+
+    Raises:
+        ValueError: another shape or dtype, or NaN among the values.
+        OSError: the file cannot be written.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+        raise ValueError(f"image: expected [3, H, W], got {list(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
+    values = image.detach().float()
+    if torch.isnan(values).any():
+        raise ValueError("image: expected values in [0, 1], got NaN")
+    pixels = values.clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    png = io.BytesIO()
+    require("PIL.Image").fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(png, "PNG")
+    write_atomic(path, png.getvalue())
+
+
+def _walk(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _to_tensor(image: Any) -> torch.Tensor:
+    """Pillow image of any mode to float32 [3, H, W] in [0, 1]."""
+    numpy = require("numpy")
+    if image.mode == "F":
+        grey = torch.from_numpy(numpy.array(image, dtype=numpy.float32))
+        return _grey(grey, limit=1)
+    if image.mode.startswith("I"):  # I;16 in either byte order, and I for 16-bit PPM
+        grey = torch.from_numpy(numpy.array(image, dtype=numpy.int64))
+        return _grey(grey, limit=65535)
+    has_alpha = image.has_transparency_data
+    pixels = numpy.array(image.convert("RGBA" if has_alpha else "RGB"))
+    values = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
+    if has_alpha:
+        alpha = values[3:]
+        values = values[:3] * alpha + (1 - alpha)
+    return values.contiguous()
+
+
+def _grey(grey: torch.Tensor, limit: int) -> torch.Tensor:
+    """Grey values [H, W] in [0, limit] to float32 [3, H, W] in [0, 1]."""
+    if not bool(((grey >= 0) & (grey <= limit)).all()):
+        raise ValueError(f"expected grey values in [0, {limit}]")
+    return (grey / limit).float().expand(3, -1, -1).contiguous()
+
+
+def _centre(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The middle of `image` [3, H, W], at most `size` pixels high and wide."""
+    height, width = (min(side, size) for side in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]

@@ -1,0 +1,48 @@
+"""The pixel branch: a ViT encoder of patches, and a ViT decoder of quantised vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from semhitok.config import ViTConfig
+from semhitok.models.vit import Trunk
+
+
+class PixelEncoder(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] -> pixel features z_pix [B, H/p, W/p, Dp]."""
+
+    def __init__(self, config: ViTConfig, patch_size: int, grid_size: int, pix_dim: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, config.width, patch_size, patch_size)
+        self.trunk = Trunk(config, grid_size**2)
+        self.project_out = nn.Linear(config.width, pix_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images * 2 - 1)
+        grid = x.shape[-2:]
+        return self.project_out(self.trunk(x.flatten(2).transpose(1, 2))).unflatten(1, grid)
+
+
+class PixelDecoder(nn.Module):
+    """Quantised vectors (q_sem ++ q_pix) [B, h, w, Ds + Dp] -> images [B, 3, h*p, w*p].
+
+    A last 3 x 3 convolution sees across the borders of patches, which linear patches alone leave visible.
+    The output is in [0, 1] where the network is right, but not clamped: a clamp would cut the gradient of training.
+    """
+
+    CHANNELS = 16  # of the full-resolution map before the last convolution
+
+    def __init__(self, config: ViTConfig, patch_size: int, grid_size: int, in_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.project_in = nn.Linear(in_dim, config.width)
+        self.trunk = Trunk(config, grid_size**2)
+        self.project_out = nn.Linear(config.width, self.CHANNELS * patch_size**2)
+        self.to_pixels = nn.Conv2d(self.CHANNELS, 3, 3, padding=1, padding_mode="replicate")
+
+    def forward(self, q: Tensor) -> Tensor:
+        h, w = q.shape[1:3]
+        x = self.project_out(self.trunk(self.project_in(q.flatten(1, 2))))
+        maps = torch.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h, w)), self.patch_size)
+        return self.to_pixels(maps) / 2 + 0.5

@@ -1,0 +1,94 @@
+"""The frozen teacher: patch features of a timm Vision Transformer (SigLIP in the presets)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semhitok._optional import require
+from semhitok.config import TeacherConfig
+
+
+class Teacher(nn.Module):
+    """Images in [0, 1] -> patch tokens of one inner block, resampled to the tokenizer's grid.
+
+    Always in eval mode and without gradient, whatever the parent module's mode.
+
+    Args:
+        config: which timm model, and which of its blocks.
+        grid_size: side of the grid of features returned.
+        load: fetch or read the weights that `config` names; False leaves them random, for a
+            module whose weights are about to be loaded from a checkpoint that holds them.
+
+    Raises:
+        ValueError: timm has no such model, or it is not a Vision Transformer.
+        OSError: its weights cannot be had.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: TeacherConfig, grid_size: int, *, load: bool = True) -> None:
+        super().__init__()
+        timm = require("timm", "models")
+        self.config = config
+        self.grid_size = grid_size
+        options: dict[str, Any] = dict(config.options)
+        if config.checkpoint is not None:
+            options["pretrained_cfg_overlay"] = {"file": config.checkpoint}
+        try:
+            self.vit = timm.create_model(
+                config.name,
+                pretrained=load and (config.pretrained or config.checkpoint is not None),
+                img_size=config.image_size,
+                num_classes=0,
+                global_pool="",
+                **options,
+            )
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(f"teacher: timm cannot build {config.name!r}: {error}") from error
+        except Exception as error:  # the hub's client raises many types when it finds no network
+            raise OSError(f"teacher: no weights for {config.name!r}: {error}") from error
+        if not hasattr(self.vit, "forward_intermediates") or not hasattr(self.vit, "blocks"):
+            raise ValueError(f"teacher: {config.name!r} is not a timm Vision Transformer")
+        depth = len(self.vit.blocks)
+        if not -depth <= config.block < depth:
+            raise ValueError(f"teacher.block: expected -{depth}..{depth - 1} for {config.name!r}, got {config.block}")
+        self.block = config.block % depth
+        self.width: int = self.vit.embed_dim
+        cfg = self.vit.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def stored(self) -> bool:
+        """Whether a checkpoint must hold the weights: they come from nowhere else."""
+        return not self.config.pretrained
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32."""
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(
+                0, 1
+            )
+        maps = self.vit.forward_intermediates(
+            (images - self.mean) / self.std,
+            indices=[self.block],
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )[0]
+        if maps.shape[-1] != self.grid_size:
+            maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)
+        return maps.permute(0, 2, 3, 1).float()

@@ -1,0 +1,32 @@
+"""The transformer trunk that the semantic decoder, the pixel encoder and the pixel decoder share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from semhitok._optional import require
+from semhitok.config import ViTConfig
+
+
+class Trunk(nn.Module):
+    """Learned positions, timm transformer blocks, a final norm: [B, L, width] -> [B, L, width].
+
+    num_tokens L is fixed: a tokenizer works at one resolution.
+    """
+
+    def __init__(self, config: ViTConfig, num_tokens: int) -> None:
+        super().__init__()
+        vit = require("timm.models.vision_transformer", "models")
+        if config.width % config.heads:
+            raise ValueError(f"width: expected a multiple of heads {config.heads}, got {config.width}")
+        self.positions = nn.Parameter(torch.zeros(1, num_tokens, config.width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.blocks = nn.ModuleList(vit.Block(config.width, config.heads, qkv_bias=True) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

@@ -1,0 +1,396 @@
+"""The compiled ops: `torch.ops.semhitok.*` with their shape, gradient and autocast rules, and a function for each.
+
+The contract, the same on every backend (csrc/ops.cpp states and checks it):
+
+- The score of code c for token z is z.c (metric "ip") or z.c - |c|^2/2 ("l2", the same winner as the least distance).
+  The lowest index wins among equal scores; NaN never wins.
+- float32, float16, bfloat16 and float64, each tensor its own. The search runs in fp32 whatever the autocast state, or
+  in fp64 as soon as one input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
+- A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
+- Any leading dimensions and strides; no tokens gives empty outputs.
+- Ids out of range cannot raise without waiting for the device; each op says what they give.
+- Every other mistake raises RuntimeError, naming the argument, what was expected and what came.
+- The same input gives the same bits, on every run and with any number of threads.
+- Under autocast the floating-point inputs are cast to float32 first, and so are the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers the ops)
+
+__all__ = ["hier_lookup", "hier_quantize", "nearest_code", "nearest_subcode", "segment_sum"]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ops = torch.ops.semhitok
+
+
+# ---- public functions ----
+
+
+def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
+    """The best code of one codebook for every token.
+
+    Args:
+        z: tokens [..., D], floating point.
+        codebook: [K, D], floating point, K >= 1.
+        metric: "ip" or "l2".
+    Returns:
+        scores [...] (float32, or float64 when an input is), differentiable in z and codebook;
+        ids [...] int64 in [0, K).
+    Raises:
+        RuntimeError: a wrong dtype, shape, device or metric.
+
+    Equivalent to: `(z @ codebook.T + bias).max(-1)`.
+    """
+    return _ops.nearest_code(z, codebook, metric)
+
+
+def nearest_subcode(z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """The best sub-code for every token inside the sub-codebook its group names (SemHiTok's pixel stage).
+
+    Args:
+        z: tokens [..., D], floating point.
+        sub_codebooks: [K, m, D], floating point, K, m >= 1.
+        group: [...] int64; outside [0, K) gives id 0 and score NaN.
+        metric: "ip" or "l2".
+    Returns:
+        scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
+        ids [...] int64 in [0, m).
+    Raises:
+        RuntimeError: a wrong dtype, shape, device or metric.
+
+    Equivalent to: `(einsum("...d,...md->...m", z, sub_codebooks[group]) + bias).max(-1)`.
+    """
+    return _ops.nearest_subcode(z, sub_codebooks, group, metric)
+
+
+def hier_quantize(
+    z_sem: Tensor,
+    z_pix: Tensor,
+    sem_codebook: Tensor,
+    pix_codebook: Tensor,
+    sem_metric: str = "ip",
+    pix_metric: str = "l2",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both stages of the semantic-guided hierarchical codebook: semantic code i, then sub-code j of sub-codebook i.
+
+    Args:
+        z_sem: [..., Ds], floating point.
+        z_pix: [..., Dp], floating point, the leading dimensions of z_sem.
+        sem_codebook: [K, Ds], floating point.
+        pix_codebook: [K, m, Dp], floating point.
+        sem_metric, pix_metric: "ip" or "l2".
+    Returns:
+        q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
+        constant in z (straight-through estimation is the quantizer module's);
+        codes [...] int64 = i * m + j.
+    Raises:
+        RuntimeError: a wrong dtype, shape, device or metric.
+
+    Equivalent to: nearest_code, nearest_subcode with group = i, and two gathers, without an N x K or N x m x Dp
+    intermediate.
+    """
+    return _ops.hier_quantize(z_sem, z_pix, sem_codebook, pix_codebook, sem_metric, pix_metric)
+
+
+def hier_lookup(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The quantised vectors of flat codes.
+
+    Args:
+        codes: [...] int64 = i * m + j; outside [0, K * m) gives rows of NaN.
+        sem_codebook: [K, Ds], floating point.
+        pix_codebook: [K, m, Dp], floating point.
+    Returns:
+        q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
+    Raises:
+        RuntimeError: a wrong dtype, shape or device.
+
+    Equivalent to: `sem_codebook[codes // m], pix_codebook.flatten(0, 1)[codes]`.
+    """
+    return _ops.hier_lookup(codes, sem_codebook, pix_codebook)
+
+
+def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Deterministic sums of rows by id: the EMA statistics and the codebooks' gradient.
+
+    Args:
+        values: [N, D], floating point, D >= 1.
+        ids: [N] int64; rows with an id outside [0, num_segments) are left out.
+        num_segments: S >= 0.
+    Returns:
+        sums [S, D] (float32, or float64 for float64 values), added in fp64 in row order and rounded once,
+        differentiable in values; counts [S] int64.
+    Raises:
+        RuntimeError: a wrong dtype, shape or device.
+
+    Equivalent to: `zeros(S, D).index_add_(0, ids, values), bincount(ids, minlength=S)`.
+    """
+    return _ops.segment_sum(values, ids, num_segments)
+
+
+# ---- shapes without data (fake tensors): the checks of csrc/ops.cpp that cost nothing, with its messages ----
+
+
+def _check(condition: Any, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    got = str(t.dtype).removeprefix("torch.")
+    _check(t.dtype in _FLOATS, f"{name}: expected float32, float16, bfloat16 or float64, got {got}")
+
+
+def _check_ids(name: str, t: Tensor) -> None:
+    _check(t.dtype == torch.int64, f"{name}: expected int64, got {str(t.dtype).removeprefix('torch.')}")
+
+
+def _check_dims(name: str, t: Tensor, dims: int, layout: str) -> None:
+    _check(t.dim() == dims, f"{name}: expected {dims} dimensions {layout}, got {t.dim()}")
+
+
+def _check_metric(name: str, metric: str) -> None:
+    _check(metric in ("ip", "l2"), f'{name}: expected "ip" or "l2", got "{metric}"')
+
+
+def _check_tokens(name: str, z: Tensor, codebook_name: str, codebook: Tensor) -> None:
+    _check(z.dim() >= 1, f"{name}: expected at least 1 dimension [..., D], got a scalar")
+    torch._check(
+        z.shape[-1] == codebook.shape[-1],
+        lambda: f"{name}: expected last dimension {codebook.shape[-1]} ({codebook_name}.shape[-1]), got {z.shape[-1]}",
+    )
+
+
+def _check_leading(name: str, got: torch.Size, other: str, expected: torch.Size) -> None:
+    def message() -> str:
+        return f"{name}: expected leading dimensions {list(expected)} (those of {other}), got {list(got)}"
+
+    _check(len(got) == len(expected), message())
+    for a, b in zip(got, expected, strict=True):
+        torch._check(a == b, message)
+
+
+def _score_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@torch.library.register_fake("semhitok::nearest_code")
+def _(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
+    _check_metric("metric", metric)
+    _check_float("z", z)
+    _check_float("codebook", codebook)
+    _check_dims("codebook", codebook, 2, "[K, D]")
+    _check_tokens("z", z, "codebook", codebook)
+    return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, codebook)), z.new_empty(z.shape[:-1], dtype=torch.int64)
+
+
+@torch.library.register_fake("semhitok::nearest_subcode")
+def _(z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    _check_metric("metric", metric)
+    _check_float("z", z)
+    _check_float("sub_codebooks", sub_codebooks)
+    _check_ids("group", group)
+    _check_dims("sub_codebooks", sub_codebooks, 3, "[K, m, D]")
+    _check_tokens("z", z, "sub_codebooks", sub_codebooks)
+    _check_leading("group", group.shape, "z", z.shape[:-1])
+    return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, sub_codebooks)), z.new_empty(z.shape[:-1], dtype=torch.int64)
+
+
+def _check_codebooks(sem_codebook: Tensor, pix_codebook: Tensor) -> None:
+    _check_float("sem_codebook", sem_codebook)
+    _check_float("pix_codebook", pix_codebook)
+    _check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]")
+    _check_dims("pix_codebook", pix_codebook, 3, "[K, m, Dp]")
+    torch._check(
+        pix_codebook.shape[0] == sem_codebook.shape[0],
+        lambda: (
+            f"pix_codebook: expected first dimension {sem_codebook.shape[0]} (sem_codebook.shape[0]), "
+            f"got {pix_codebook.shape[0]}"
+        ),
+    )
+
+
+@torch.library.register_fake("semhitok::hier_quantize")
+def _(
+    z_sem: Tensor,
+    z_pix: Tensor,
+    sem_codebook: Tensor,
+    pix_codebook: Tensor,
+    sem_metric: str = "ip",
+    pix_metric: str = "l2",
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_metric("sem_metric", sem_metric)
+    _check_metric("pix_metric", pix_metric)
+    _check_float("z_sem", z_sem)
+    _check_float("z_pix", z_pix)
+    _check_codebooks(sem_codebook, pix_codebook)
+    _check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook)
+    _check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook)
+    _check_leading("z_pix", z_pix.shape[:-1], "z_sem", z_sem.shape[:-1])
+    leading = z_sem.shape[:-1]
+    return (
+        z_sem.new_empty((*leading, sem_codebook.shape[1]), dtype=sem_codebook.dtype),
+        z_sem.new_empty((*leading, pix_codebook.shape[2]), dtype=pix_codebook.dtype),
+        z_sem.new_empty(leading, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("semhitok::hier_lookup")
+def _(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tuple[Tensor, Tensor]:
+    _check_ids("codes", codes)
+    _check_codebooks(sem_codebook, pix_codebook)
+    return (
+        sem_codebook.new_empty((*codes.shape, sem_codebook.shape[1])),
+        pix_codebook.new_empty((*codes.shape, pix_codebook.shape[2])),
+    )
+
+
+@torch.library.register_fake("semhitok::segment_sum")
+def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    _check_float("values", values)
+    _check_ids("ids", ids)
+    _check(values.dim() == 2, f"values: expected 2 dimensions [N, D], got {values.dim()}")
+    _check(ids.dim() == 1, f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}")
+    torch._check(
+        ids.shape[0] == values.shape[0],
+        lambda: f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}",
+    )
+    return (
+        values.new_empty((num_segments, values.shape[1]), dtype=_score_dtype(values)),
+        values.new_empty((num_segments,), dtype=torch.int64),
+    )
+
+
+# ---- gradients: all of them gathers and segment sums of what the forward pass chose ----
+
+
+def _rows_gradient(grad: Tensor, ids: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of codebook rows [codes, D] taken at ids [...]: the sum of grad [..., D] over equal ids."""
+    sums, _ = _ops.segment_sum(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), codes)
+    return sums.to(dtype)
+
+
+def _score_gradients(
+    ctx: Any, grad: Tensor, z: Tensor, codes: Tensor, ids: Tensor, found: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of scores [...] with respect to z [..., D] and the flat codes [C, D], whose rows ids [...] won."""
+    weight = torch.where(found, grad, 0.0).to(_score_dtype(z, codes))[..., None]
+    # Where nothing was found the row may hold NaN, which a zero weight would not silence.
+    won = torch.where(found[..., None], codes[ids].to(weight.dtype), 0.0)
+    token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
+    grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
+    grad_codes = None
+    if ctx.needs_input_grad[1]:
+        pull = token - won if ctx.metric == "l2" else token
+        grad_codes = _rows_gradient(weight * pull, ids, codes.shape[0], codes.dtype)
+    return grad_z, grad_codes
+
+
+def _nearest_code_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, codebook, ctx.metric = inputs
+    scores, ids = output
+    ctx.mark_non_differentiable(ids)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, codebook, ids, ~scores.detach().isnan())
+
+
+def _nearest_code_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad is None:
+        return None, None, None
+    z, codebook, ids, found = ctx.saved_tensors
+    return *_score_gradients(ctx, grad, z, codebook, ids, found), None
+
+
+def _nearest_subcode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, sub_codebooks, group, ctx.metric = inputs
+    scores, ids = output
+    ctx.mark_non_differentiable(ids)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, sub_codebooks, group, ids, ~scores.detach().isnan())
+
+
+def _nearest_subcode_backward(
+    ctx: Any, grad: Tensor | None, _: None
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    z, sub_codebooks, group, ids, found = ctx.saved_tensors
+    flat = torch.where(found, group * sub_codebooks.shape[1] + ids, 0)
+    grad_z, grad_codes = _score_gradients(ctx, grad, z, sub_codebooks.flatten(0, 1), flat, found)
+    return grad_z, None if grad_codes is None else grad_codes.view_as(sub_codebooks), None, None
+
+
+def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:
+    """Gradients of sem_codebook and pix_codebook from those of q_sem and q_pix."""
+    (codes,) = ctx.saved_tensors
+    groups, subcodes, depth = ctx.pix_shape
+    # Codes out of range gave constant rows; rounding down keeps a negative one out of range here too.
+    semantic = torch.div(codes, subcodes, rounding_mode="floor")
+    to_sem = to_pix = None
+    if sem and grad_sem is not None:
+        to_sem = _rows_gradient(grad_sem, semantic, groups, ctx.sem_dtype)
+    if pix and grad_pix is not None:
+        to_pix = _rows_gradient(grad_pix, codes, groups * subcodes, ctx.pix_dtype).view(groups, subcodes, depth)
+    return to_sem, to_pix
+
+
+def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(codes)
+    ctx.pix_shape = pix_codebook.shape
+    ctx.sem_dtype, ctx.pix_dtype = sem_codebook.dtype, pix_codebook.dtype
+
+
+def _hier_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    _save_codes(ctx, output[2], inputs[2], inputs[3])
+
+
+def _hier_quantize_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, _: None) -> Any:
+    needs = ctx.needs_input_grad
+    to_sem, to_pix = _codebook_gradients(ctx, grad_sem, grad_pix, needs[2], needs[3])
+    return None, None, to_sem, to_pix, None, None
+
+
+def _hier_lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save_codes(ctx, *inputs)
+
+
+def _hier_lookup_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None) -> Any:
+    return None, *_codebook_gradients(ctx, grad_sem, grad_pix, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+
+
+def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    values, ids, ctx.num_segments = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(ids)
+    ctx.dtype = values.dtype
+
+
+def _segment_sum_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
+    (ids,) = ctx.saved_tensors
+    if ctx.num_segments == 0:
+        return grad.new_zeros((ids.shape[0], grad.shape[1]), dtype=ctx.dtype), None, None
+    known = (ids >= 0) & (ids < ctx.num_segments)
+    rows = torch.where(known[:, None], grad[torch.where(known, ids, 0)], 0.0)
+    return rows.to(ctx.dtype), None, None
+
+
+for _name, _backward, _setup in (
+    ("nearest_code", _nearest_code_backward, _nearest_code_setup),
+    ("nearest_subcode", _nearest_subcode_backward, _nearest_subcode_setup),
+    ("hier_quantize", _hier_quantize_backward, _hier_quantize_setup),
+    ("hier_lookup", _hier_lookup_backward, _hier_lookup_setup),
+    ("segment_sum", _segment_sum_backward, _segment_sum_setup),
+):
+    torch.library.register_autograd(f"semhitok::{_name}", _backward, setup_context=_setup)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"semhitok::{_name}", _device, torch.float32)

@@ -1,0 +1,230 @@
+"""SemHiTok, the tokenizer: images -> one discrete id a patch -> images.
+
+image -> teacher -> semantic head -- z_sem --+
+image -> pixel encoder ------------- z_pix --+-> hierarchical quantizer -> ids -> pixel decoder -> image
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from semhitok._files import write_atomic
+from semhitok._optional import require
+from semhitok.config import SemHiTokConfig
+from semhitok.models.pixel import PixelDecoder, PixelEncoder
+from semhitok.models.semantic import SemanticDecoder, SemanticHead
+from semhitok.models.teacher import Teacher
+from semhitok.quantizer import HierarchicalQuantizer
+from semhitok.vocabulary import Vocabulary, codebook_hash
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+class Features(NamedTuple):
+    """Code vectors of ids: semantic [B, h, w, Ds] and pixel [B, h, w, Dp]."""
+
+    semantic: Tensor
+    pixel: Tensor
+
+
+class SemHiTok(nn.Module):
+    """The unified image tokenizer (paper: SemHiTok).
+
+    Args:
+        config: sizes and the teacher; `semhitok.config.preset(name)` gives the named ones.
+        teacher: build the frozen teacher, which `encode` needs; False for decoding only.
+        load_teacher: fetch or read the teacher's weights, where `config` says they come from
+            outside; False leaves them random.
+
+    Images are float tensors [B, 3, image_size, image_size] in [0, 1]; ids are int64 tensors
+    [B, h, w] in [0, K*m), row by row from the top left, h = w = image_size / patch_size.
+    """
+
+    def __init__(self, config: SemHiTokConfig, *, teacher: bool = True, load_teacher: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        grid, tokens = config.grid_size, config.grid_size**2
+        # Built even without the teacher's weights: its width shapes the semantic branch.
+        with contextlib.nullcontext() if teacher else torch.device("meta"):
+            frozen = Teacher(config.teacher, grid, load=load_teacher and teacher)
+        self.teacher = frozen if teacher else None
+        self.semantic_head = SemanticHead(frozen.width, config.sem_dim)
+        self.semantic_decoder = SemanticDecoder(config.semantic_decoder, config.sem_dim, frozen.width, tokens)
+        self.encoder = PixelEncoder(config.encoder, config.patch_size, grid, config.pix_dim)
+        self.quantizer = HierarchicalQuantizer(config.num_codes, config.num_sub_codes, config.sem_dim, config.pix_dim)
+        self.decoder = PixelDecoder(config.decoder, config.patch_size, grid, config.sem_dim + config.pix_dim)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The image ids, with the hash of the codebooks they belong to."""
+        return Vocabulary(self.config.num_codes, self.config.num_sub_codes, codebook_hash=self.codebook_hash)
+
+    @property
+    def codebook_hash(self) -> str:
+        """SHA-256 of both codebooks, as hexadecimal text."""
+        return codebook_hash(self.quantizer.semantic.codebook, self.quantizer.pix_codebook)
+
+    def semantic_features(self, images: Tensor) -> Tensor:
+        """The frozen teacher's features [B, h, w, C] of images."""
+        if self.teacher is None:
+            raise ValueError("teacher: expected a tokenizer with its teacher, got one without it")
+        return self.teacher(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> ids [B, h, w].
+
+        Raises:
+            ValueError: another shape or dtype than the class says, or no teacher.
+        """
+        self._check_images(images)
+        z_sem = self.semantic_head(self.semantic_features(images))
+        return self.quantizer(z_sem, self.encoder(images)).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
+        """ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
+
+        semantic_only: leave the pixel codes out and decode what the semantic codes alone say.
+
+        Raises:
+            ValueError: another shape or dtype, or an id outside [0, K*m).
+        """
+        q = self.features(codes)
+        return self.decode_features(q.semantic, torch.zeros_like(q.pixel) if semantic_only else q.pixel).clamp(0, 1)
+
+    def decode_features(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
+        """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images, differentiable, not clamped."""
+        return self.decoder(torch.cat([q_sem, q_pix], dim=-1))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(encode(images))."""
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def features(self, codes: Tensor) -> Features:
+        """ids [B, h, w] -> their semantic and pixel code vectors.
+
+        Raises:
+            ValueError: another shape or dtype, or an id outside [0, K*m).
+        """
+        grid = self.config.grid_size
+        if codes.ndim != 3 or codes.shape[1:] != (grid, grid):
+            raise ValueError(f"codes: expected shape [B, {grid}, {grid}], got {list(codes.shape)}")
+        if codes.dtype != torch.int64:
+            raise ValueError(f"codes: expected int64, got {codes.dtype}")
+        Vocabulary(self.config.num_codes, self.config.num_sub_codes).check(codes)
+        return Features(*self.quantizer.lookup(codes))
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images: expected shape [B, 3, {size}, {size}], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"images: expected floating point in [0, 1], got {images.dtype}")
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """The state dict without teacher weights that can be had elsewhere."""
+        stored = self.teacher is not None and self.teacher.stored
+        return {k: v for k, v in self.state_dict().items() if stored or not k.startswith("teacher.")}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into `directory`, each file atomically.
+
+        Raises:
+            ValueError: the teacher's weights would have to be stored and are not here.
+        """
+        safetensors = require("safetensors.torch", "models")
+        if self.teacher is None and not self.config.teacher.pretrained:
+            raise ValueError("teacher: its weights belong to the checkpoint and are not loaded")
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.stored_state().items()}
+        # Names of types, not of formats: safetensors wants "pt" to tell who wrote the file.
+        weights = safetensors.save(state, metadata={"format": "pt"})
+        description = {
+            "format": "semhitok",
+            "version": FORMAT_VERSION,
+            "codebook_sha256": self.codebook_hash,
+            "model": self.config.to_dict(),
+        }
+        # The weights go first: a config.json is the sign of a whole checkpoint.
+        write_atomic(folder / WEIGHTS_FILE, weights)
+        write_atomic(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, teacher: bool = True, revision: str | None = None
+    ) -> SemHiTok:
+        """Load a checkpoint folder, or a repository of the Hugging Face Hub by its name.
+
+        Args:
+            source: folder with config.json and model.safetensors, or "owner/name".
+            teacher: False loads a tokenizer that decodes and gives features but cannot encode.
+            revision: of the Hub repository.
+
+        Raises:
+            OSError: a file is missing or cannot be fetched.
+            ValueError: a file is not what it should be; the message names it.
+        """
+        safetensors = require("safetensors", "models")
+        safetensors_torch = require("safetensors.torch", "models")
+        folder = Path(source)
+        if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.exists():
+            folder = _fetch(str(source), revision)
+        config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; is {source} a SemHiTok checkpoint?")
+        try:
+            description = json.loads(config_path.read_text())
+            if not isinstance(description, dict) or description.get("format") != "semhitok":
+                raise ValueError('expected "format": "semhitok"')
+            if description.get("version") != FORMAT_VERSION:
+                raise ValueError(f"expected version {FORMAT_VERSION}, got {description.get('version')!r}")
+            config = SemHiTokConfig.from_dict(description.get("model", {}))
+        except (ValueError, TypeError) as error:  # UnicodeDecodeError, JSONDecodeError are ValueErrors
+            raise ValueError(f"{config_path}: not a SemHiTok config: {error}") from error
+        try:
+            state = safetensors_torch.load_file(weights_path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{weights_path}: not a whole safetensors file: {error}") from error
+        model = cls(config, teacher=teacher, load_teacher=config.teacher.pretrained)
+        if not teacher:
+            state = {k: v for k, v in state.items() if not k.startswith("teacher.")}
+        expected = {k: v.shape for k, v in model.stored_state().items()}
+        found = {k: v.shape for k, v in state.items()}
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise ValueError(
+                    f"{weights_path}: {key}: expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
+                )
+        model.load_state_dict(state, strict=False)
+        if description.get("codebook_sha256") != model.codebook_hash:
+            raise ValueError(f"{weights_path}: codebooks do not match codebook_sha256 of config.json")
+        return model.eval()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "no such tensor" if shape is None else f"shape {list(shape)}"
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Download a checkpoint from the Hub, if it is not in the cache; the folder it lies in."""
+    hub = require("huggingface_hub", "models")
+    try:
+        hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
+        return Path(hub.hf_hub_download(name, CONFIG_FILE, revision=revision)).parent
+    except Exception as error:  # the client's network and naming errors share no base class
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: neither a checkpoint folder nor to be had from the Hub: {reason}") from error

@@ -1,0 +1,202 @@
+"""The ids of image tokens: the only place that knows offsets and special ids.
+
+A patch has a semantic code i in [0, K) and a sub-code j in [0, m) of the sub-codebook that i owns.
+One flat id stands for both, and the flat ids follow the text ids of a language model:
+
+    flat id   h = i * m + j                                          in [0, K * m)
+    ids       | text: text_size | image: K * m | begin, end of image | one per resolution |
+
+Layout: SemHiTok (arXiv 2503.06764), one flat id per patch in one vocabulary with the text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import operator
+import sys
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Ids = TypeVar("Ids", int, torch.Tensor)
+
+_MAX_SIZE = 2**63 - 1  # ids are int64
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of a hierarchical codebook, alone or behind the ids of a language model.
+
+    Every method that takes ids takes an `int`, or an integer tensor of any shape and device, and
+    returns an `int`, or an int64 tensor of that shape and device.
+
+    Args:
+        num_codes: K, semantic codes, at least 1.
+        num_sub_codes: m, sub-codes of each semantic code, at least 1.
+        text_size: ids before the first image id: the rows of the language model's embedding, which
+            may be more than its tokenizer has words.
+        codebook_hash: hex SHA-256 of the codebooks the ids belong to, see `codebook_hash`.
+        resolutions: image sizes in pixels that get a special id each, none by default.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    num_codes: int
+    num_sub_codes: int
+    text_size: int = 0
+    codebook_hash: str | None = None
+    resolutions: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _checked("num_codes", self.num_codes, 1, _MAX_SIZE)
+        _checked("num_sub_codes", self.num_sub_codes, 1, _MAX_SIZE)
+        _checked("text_size", self.text_size, 0, _MAX_SIZE)
+        object.__setattr__(self, "resolutions", tuple(self.resolutions))
+        if len(set(self.resolutions)) != len(self.resolutions):
+            raise ValueError(f"resolutions: expected each size once, got {self.resolutions}")
+        if self.size > _MAX_SIZE:
+            raise ValueError(f"num_codes * num_sub_codes: expected int64 ids, got {self.size} ids")
+
+    @property
+    def num_flat_codes(self) -> int:
+        """K * m, the number of flat ids."""
+        return self.num_codes * self.num_sub_codes
+
+    @property
+    def begin_of_image(self) -> int:
+        """The special id before an image's ids."""
+        return self.text_size + self.num_flat_codes
+
+    @property
+    def end_of_image(self) -> int:
+        """The special id after an image's ids."""
+        return self.begin_of_image + 1
+
+    @property
+    def size(self) -> int:
+        """All ids: text, image and special. The rows a model's embedding needs."""
+        return self.end_of_image + 1 + len(self.resolutions)
+
+    def resolution(self, pixels: int) -> int:
+        """The special id of images of `pixels` x `pixels`.
+
+        Raises:
+            ValueError: `pixels` is none of `resolutions`.
+        """
+        if pixels not in self.resolutions:
+            raise ValueError(f"pixels: expected one of {self.resolutions}, got {pixels}")
+        return self.end_of_image + 1 + self.resolutions.index(pixels)
+
+    def flat(self, semantic: Ids, sub: Ids) -> Ids:
+        """Flat ids h = i * m + j of semantic codes i in [0, K) and sub-codes j in [0, m).
+
+        Raises:
+            ValueError: not integers, or out of range.
+        """
+        semantic = _checked("semantic", semantic, 0, self.num_codes)
+        sub = _checked("sub", sub, 0, self.num_sub_codes)
+        return semantic * self.num_sub_codes + sub
+
+    def split(self, codes: Ids) -> tuple[Ids, Ids]:
+        """Semantic codes and sub-codes (i, j) = (h // m, h % m) of flat ids h.
+
+        Raises:
+            ValueError: not integers, or out of [0, K * m).
+        """
+        codes = self.check(codes)
+        return codes // self.num_sub_codes, codes % self.num_sub_codes
+
+    def to_text(self, codes: Ids) -> Ids:
+        """Flat ids to ids of the language model: `text_size` is added.
+
+        Raises:
+            ValueError: not integers, or out of [0, K * m).
+        """
+        return self.check(codes) + self.text_size
+
+    def from_text(self, ids: Ids) -> Ids:
+        """Ids of the language model to flat ids: `text_size` is taken off.
+
+        Raises:
+            ValueError: not integers, or not image ids (text and special ids are refused).
+        """
+        return _checked("ids", ids, self.text_size, self.begin_of_image) - self.text_size
+
+    def check(self, codes: Ids) -> Ids:
+        """`codes` as int64, if they are flat ids of this vocabulary.
+
+        Raises:
+            ValueError: not integers, or out of [0, K * m).
+        """
+        return _checked("codes", codes, 0, self.num_flat_codes)
+
+    def check_hash(self, other: str | None) -> None:
+        """Refuse ids that were made with other codebooks than this vocabulary's.
+
+        Raises:
+            ValueError: `other` is another hash, or one of the two is not known.
+        """
+        if self.codebook_hash is None or self.codebook_hash != other:
+            raise ValueError(
+                f"codebook_hash: expected ids of codebook {_shown(self.codebook_hash)}, "
+                f"got ids of codebook {_shown(other)}"
+            )
+
+
+def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor) -> str:
+    """Name of a pair of codebooks: SHA-256 of their shapes and little-endian fp32 values.
+
+    The same on every device and machine. fp16 and bf16 codebooks hash as the fp32 they stand for.
+
+    Args:
+        sem_codebook: [K, Ds], floating point.
+        pix_codebook: [K, m, Dp], floating point.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if sem_codebook.ndim != 2:
+        raise ValueError(f"sem_codebook: expected [K, Ds], got {list(sem_codebook.shape)}")
+    if pix_codebook.ndim != 3 or pix_codebook.shape[0] != sem_codebook.shape[0]:
+        raise ValueError(f"pix_codebook: expected [{sem_codebook.shape[0]}, m, Dp], got {list(pix_codebook.shape)}")
+    digest = hashlib.sha256(b"semhitok codebooks 1")
+    for codebook in (sem_codebook, pix_codebook):
+        digest.update(str(list(codebook.shape)).encode())
+        values = codebook.detach().to("cpu", torch.float32).contiguous()
+        if sys.byteorder == "big":
+            values = values.view(torch.uint8).unflatten(-1, (-1, 4)).flip(-1).contiguous()
+        # Not through NumPy, which torch may be installed without.
+        num_bytes = values.numel() * values.element_size()
+        if num_bytes:
+            digest.update((ctypes.c_char * num_bytes).from_address(values.data_ptr()))
+    return digest.hexdigest()
+
+
+def _checked(name: str, ids: Ids, start: int, stop: int) -> Ids:
+    """`ids` as int64 or int if all lie in [start, stop), else ValueError with the worst of them."""
+    if isinstance(ids, torch.Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+        ids = ids.long()
+        if ids.numel() == 0:
+            return ids
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+    else:
+        try:
+            low = high = ids = operator.index(ids)
+        except TypeError:
+            got = type(ids).__name__
+            raise ValueError(f"{name}: expected an int or integer tensor, got {got}") from None
+    if low < start or high >= stop:
+        raise ValueError(f"{name}: expected ids in [{start}, {stop}), got {low if low < start else high}")
+    return ids
+
+
+def _shown(digest: str | None) -> str:
+    return "unknown" if digest is None else digest[:12]
