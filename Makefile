@@ -12,6 +12,9 @@ STAMP := .venv/.semhitok
 # What an installation depends on. Python files are used in place.
 INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
+# Threads that wait asleep: on a machine that is shared, spinning ones slow training several times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: env demo test bench clean
 
 env: $(STAMP)

@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; no weight decay on vectors and codebooks."""
+    """AdamW with linear warm-up and cosine decay; no weight decay on vectors and positions."""
 
     lr: float = 2e-4
     min_lr: float = 1e-5
@@ -155,7 +155,9 @@ class PixelStageConfig:
     continuous_steps: first steps without pixel quantisation, after which k-means inside each
         semantic group sets the sub-codebooks.
     restart_window: a sub-code is restarted after its group received this many tokens without it.
-    drop: share of images whose pixel codes are zeroed, so that the semantic part stays decodable.
+    decay: of the moving averages that the sub-codes are.
+    drop: share of images decoded with the mean of its sub-codebook in every sub-code's place, so that the semantic part
+        alone stays decodable.
     perceptual_weight: weight of LPIPS (extra `train`); 0 leaves it out.
     """
 
@@ -165,12 +167,12 @@ class PixelStageConfig:
     continuous_steps: int = 2000
     init_tokens_per_code: int = 16
     kmeans_iterations: int = 10
+    decay: float = 0.99
     restart_window: int = 100
     drop: float = 0.1
     l1_weight: float = 1.0
     l2_weight: float = 1.0
     perceptual_weight: float = 1.0
-    codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     checkpoint_every: int = 1000
 
@@ -236,6 +238,8 @@ def _tiny() -> TrainConfig:
             batch_size=8,
             optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_share=0.05),
             continuous_steps=100,
+            decay=0.97,
+            l2_weight=5.0,
             perceptual_weight=0.0,
             checkpoint_every=100,
         ),

@@ -1,9 +1,9 @@
 """The semantic-guided hierarchical codebook as modules (paper: SGHC).
 
-`SemanticQuantizer` holds the K semantic codes, unit vectors that follow the data by a moving
-average; `HierarchicalQuantizer` adds the m pixel sub-codes each of them owns, learnt by gradient.
-`forward` never changes a codebook: training calls `update`, `initialize` and `restart` by name, so
-a frozen or evaluated module keeps its bytes whatever mode its parent is in.
+`SemanticQuantizer` holds the K semantic codes; `HierarchicalQuantizer` adds the m pixel sub-codes each of them owns.
+Both follow their tokens by moving averages, which stand for the codebook loss (VQ-VAE, appendix A.1). `forward` never
+changes a codebook: training calls `update`, `initialize` and `restart` by name, so a frozen or evaluated module keeps
+its bytes whatever mode its parent is in.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ class SemanticOutput(NamedTuple):
 
 
 class HierarchicalOutput(NamedTuple):
-    """q_sem [..., Ds], q_pix [..., Dp] (straight-through), flat codes [...], the two losses."""
+    """q_sem [..., Ds], q_pix [..., Dp] (straight-through), flat codes [...], commitment loss (scalar)."""
 
     q_sem: Tensor
     q_pix: Tensor
     codes: Tensor
-    codebook_loss: Tensor
     commitment: Tensor
 
 
@@ -112,19 +111,25 @@ class HierarchicalQuantizer(nn.Module):
         num_codes: K semantic codes.
         num_sub_codes: m pixel sub-codes under each.
         sem_dim, pix_dim: Ds, Dp.
+        decay: of the moving averages in `update`.
 
-    `semantic` is the frozen or separately trained `SemanticQuantizer`; `pix_codebook` [K, m, Dp] is
-    a parameter, learnt through the codebook loss. Sub-codes are compared by Euclidean distance.
-    `misses` [K, m] and `usage` are as in `SemanticQuantizer`, for the flat ids.
+    `semantic` is the separately trained `SemanticQuantizer`. `pix_codebook` [K, m, Dp] fp32 holds the sub-codes,
+    compared by Euclidean distance. `weights` [K, m] is the moving count of each one's tokens a step; it, `misses`
+    [K, m] and `usage` are no part of a checkpoint.
     """
 
+    pix_codebook: Tensor
+    weights: Tensor
     misses: Tensor
 
-    def __init__(self, num_codes: int, num_sub_codes: int, sem_dim: int, pix_dim: int) -> None:
+    def __init__(self, num_codes: int, num_sub_codes: int, sem_dim: int, pix_dim: int, *, decay: float = 0.99) -> None:
         super().__init__()
+        self.decay = decay
         self.semantic = SemanticQuantizer(num_codes, sem_dim)
-        self.pix_codebook = nn.Parameter(torch.randn(num_codes, num_sub_codes, pix_dim))
-        self.register_buffer("misses", torch.zeros(num_codes, num_sub_codes, dtype=torch.int64), persistent=False)
+        shape = (num_codes, num_sub_codes)
+        self.register_buffer("pix_codebook", torch.randn(*shape, pix_dim))
+        self.register_buffer("weights", torch.ones(shape), persistent=False)
+        self.register_buffer("misses", torch.zeros(shape, dtype=torch.int64), persistent=False)
         self.usage = CodeUsage(num_codes, num_sub_codes)
 
     @property
@@ -136,23 +141,21 @@ class HierarchicalQuantizer(nn.Module):
         return self.pix_codebook.shape[1]
 
     def forward(self, z_sem: Tensor, z_pix: Tensor) -> HierarchicalOutput:
-        """z_sem [..., Ds] unit vectors, z_pix [..., Dp] -> quantised vectors, flat ids, losses.
+        """z_sem [..., Ds] unit vectors, z_pix [..., Dp] -> quantised vectors, flat ids and the commitment loss.
 
-        codebook_loss = mean over tokens of |sg(z_pix) - q_pix|^2 / Dp, commitment its mirror.
+        commitment = mean over tokens and dimensions of (z_pix - sg(q_pix))^2.
         """
         q_sem, q_pix, codes = ops.hier_quantize(z_sem, z_pix, self.semantic.codebook, self.pix_codebook, "ip", "l2")
         z_pix = z_pix.float()
-        return HierarchicalOutput(
-            q_sem,
-            straight_through(z_pix, q_pix),
-            codes,
-            F.mse_loss(q_pix, z_pix.detach()),
-            F.mse_loss(z_pix, q_pix.detach()),
-        )
+        return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, F.mse_loss(z_pix, q_pix))
 
     def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Flat ids [...] -> q_sem [..., Ds], q_pix [..., Dp]; rows of NaN for ids out of range."""
         return ops.hier_lookup(codes, self.semantic.codebook, self.pix_codebook)
+
+    def group_means(self, codes: Tensor) -> Tensor:
+        """The mean of the sub-codebook that each flat id lies in, [..., Dp]: what the semantic code knows of pixels."""
+        return F.embedding(codes // self.num_sub_codes, self.pix_codebook.mean(1))
 
     @torch.no_grad()
     def initialize(self, z_pix: Tensor, sem_codes: Tensor, iterations: int = 10, *, generator: Generator) -> None:
@@ -167,10 +170,11 @@ class HierarchicalQuantizer(nn.Module):
         sums, counts = ops.segment_sum(z, sem_codes, K)
         centers = sums / counts.clamp_min(1).unsqueeze(-1)
         centers = torch.where(counts.unsqueeze(-1) > 0, centers, z.mean(0))
-        strangers = _randint(len(z), K * m, generator, z.device)
-        filled = centers.unsqueeze(1) + (z - centers[sem_codes])[strangers].view(K, m, dim)
-        own = z[_tokens_of_groups(sem_codes, counts, m, generator)]
+        shuffle = torch.randperm(len(z), generator=generator, device=generator.device).to(z.device)
         rank = torch.arange(m, device=z.device)
+        strangers = shuffle[(_randint(len(z), K, generator, z.device).unsqueeze(1) + rank) % len(z)]
+        filled = centers.unsqueeze(1) + (z - centers[sem_codes])[strangers]
+        own = z[_tokens_of_groups(sem_codes, counts, m, generator)]
         codebook = torch.where((rank < counts.unsqueeze(1)).unsqueeze(-1), own, filled)
         for _ in range(iterations):
             _, sub = ops.nearest_subcode(z, codebook, sem_codes, "l2")
@@ -178,7 +182,27 @@ class HierarchicalQuantizer(nn.Module):
             means = (sums / used.clamp_min(1).unsqueeze(-1)).view(K, m, dim)
             codebook = torch.where(used.view(K, m, 1) > 0, means, codebook)
         self.pix_codebook.copy_(codebook)
+        self.weights.fill_(1)
         self.misses.zero_()
+
+    @torch.no_grad()
+    def update(self, z_pix: Tensor, codes: Tensor) -> None:
+        """Moving averages: w <- decay w + (1 - decay) n, then c <- c + (1 - decay) n / w (mean of its n tokens - c).
+
+        This is the quotient of a moving sum and a moving count, without keeping the sum. A sub-code without tokens
+        stays where it is while its weight fades, so that it follows the next ones the faster.
+        z_pix [..., Dp], codes [...] the flat ids of the same step.
+        """
+        shape = self.pix_codebook.shape
+        z, codes = z_pix.float().reshape(-1, shape[-1]), codes.reshape(-1)
+        sums, counts = ops.segment_sum(z, codes, self.weights.numel())
+        n = counts.view(shape[:2]).float()
+        self.weights.lerp_(n, 1 - self.decay)
+        rate = (1 - self.decay) / self.weights.clamp_min(torch.finfo(torch.float32).tiny)
+        pull = sums.view(shape) - n.unsqueeze(-1) * self.pix_codebook
+        self.pix_codebook.copy_(
+            torch.where(n.unsqueeze(-1) > 0, self.pix_codebook + rate.unsqueeze(-1) * pull, self.pix_codebook)
+        )
 
     @torch.no_grad()
     def restart(self, z_pix: Tensor, codes: Tensor, window: int, *, generator: Generator) -> Tensor:
@@ -197,6 +221,7 @@ class HierarchicalQuantizer(nn.Module):
         dead = (self.misses >= window) & (group > 0)
         pick = _tokens_of_groups(codes // m, group.squeeze(1), m, generator)
         self.pix_codebook.copy_(torch.where(dead.unsqueeze(-1), z[pick], self.pix_codebook))
+        self.weights.masked_fill_(dead, 1)
         self.misses.masked_fill_(dead, 0)
         return dead.sum()
 

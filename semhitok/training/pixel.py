@@ -1,9 +1,10 @@
 """Stage 2: the pixel branch learns to reconstruct, the semantic branch frozen (paper: stage 2).
 
 loss = l1 |x^ - x| + l2 (x^ - x)^2 + perceptual LPIPS(x^, x)
-       + codebook |sg(z_pix) - q_pix|^2 + commitment |z_pix - sg(q_pix)|^2
+       + commitment (z_pix - sg(q_pix))^2
 
-The first steps run without pixel quantisation; then k-means inside every semantic group, on the
+The sub-codes follow their tokens by moving averages, which stand for the codebook loss; starved ones are
+restarted. The first steps run without pixel quantisation; then k-means inside every semantic group, on the
 encoder's own features, sets the sub-codebooks. This initialisation decides how many of them live.
 """
 
@@ -31,7 +32,8 @@ class PixelStage:
     def __init__(self, model: SemHiTok, config: PixelStageConfig) -> None:
         self.model, self.config = model, config
         self.quantizer = model.quantizer
-        self.modules: list[nn.Module] = [model.encoder, model.quantizer, model.decoder]
+        self.quantizer.decay = config.decay
+        self.modules: list[nn.Module] = [model.encoder, model.decoder]
         model.requires_grad_(False)
         for module in self.modules:
             module.requires_grad_(True)
@@ -60,22 +62,17 @@ class PixelStage:
         z_pix = self.model.encoder(images)
         if step < config.continuous_steps:
             q_sem, q_pix = F.embedding(sem_codes, self.quantizer.semantic.codebook), z_pix
-            codebook_loss = commitment = z_pix.new_zeros(())
+            commitment = z_pix.new_zeros(())
             self._last = None
         else:
-            q_sem, q_pix, codes, codebook_loss, commitment = self.quantizer(z_sem, z_pix)
+            q_sem, q_pix, codes, commitment = self.quantizer(z_sem, z_pix)
             self._last = (z_pix.detach(), codes)
-        keep = torch.rand(len(images), generator=generator) >= config.drop
-        q_pix = q_pix * keep.to(q_pix).view(-1, 1, 1, 1)
+            drop = torch.rand(len(images), generator=generator).to(images.device) < config.drop
+            q_pix = torch.where(drop.view(-1, 1, 1, 1), self.quantizer.group_means(codes), q_pix)
         predicted = self.model.decode_features(q_sem, q_pix)
         l1, l2 = F.l1_loss(predicted, images), F.mse_loss(predicted, images)
-        loss = (
-            config.l1_weight * l1
-            + config.l2_weight * l2
-            + config.codebook_weight * codebook_loss
-            + config.commitment_weight * commitment
-        )
-        figures = {"l1": l1, "l2": l2, "codebook": codebook_loss, "commitment": commitment}
+        loss = config.l1_weight * l1 + config.l2_weight * l2 + config.commitment_weight * commitment
+        figures = {"l1": l1, "l2": l2, "commitment": commitment}
         if self.perceptual is not None:
             figures["perceptual"] = self.perceptual(predicted * 2 - 1, images * 2 - 1).mean()
             loss = loss + config.perceptual_weight * figures["perceptual"]
@@ -86,11 +83,13 @@ class PixelStage:
         if self._last is None:
             return {}
         z_pix, codes = self._last
+        self.quantizer.update(z_pix, codes)
         restarted = self.quantizer.restart(z_pix, codes, self.config.restart_window, generator=generator)
         return {"restarted": restarted, **usage_figures(self.quantizer.usage, codes, step)}
 
     def counters(self) -> dict[str, Tensor]:
-        return {"misses": self.quantizer.misses, "usage": self.quantizer.usage.counts}
+        quantizer = self.quantizer
+        return {"misses": quantizer.misses, "weights": quantizer.weights, "usage": quantizer.usage.counts}
 
 
 def semantic_fingerprint(model: SemHiTok) -> str:
