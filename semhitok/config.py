@@ -234,7 +234,7 @@ def _tiny() -> TrainConfig:
             checkpoint_every=100,
         ),
         pixel=PixelStageConfig(
-            steps=1500,
+            steps=1000,
             batch_size=8,
             optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_share=0.05),
             continuous_steps=100,
