@@ -276,7 +276,7 @@ def _draw_curves(out: Path) -> None:
             (row[1], ("semantic_usage", "flat_usage", "group_usage")),
         ):
             for key in keys:
-                points = [(r["step"], r[key]) for r in records if key in r]
+                points = [(r["step"], r[key]) for r in records if r.get(key)]  # no commitment before the codes
                 if points and not (stage == "semantic" and key in ("flat_usage", "group_usage")):
                     axis.plot(*zip(*points, strict=True), label=key.replace("_", " "))
             axis.set(xlabel=f"step, {stage} stage")

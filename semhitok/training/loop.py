@@ -166,6 +166,9 @@ def run_stage(stage: Stage, data: RandomCrops, folder: Path, *, seed: int) -> fl
                 log.write(json.dumps({"step": done, **record}) + "\n")
                 log.flush()
                 progress.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                # Where no terminal shows the bar, a line a tenth of the way.
+                if progress.disable and done * 10 // config.steps > (done - LOG_EVERY) * 10 // config.steps:
+                    print(f"{stage.name}: step {done} of {config.steps}, loss {record['loss']:.4f}", file=sys.stderr)
             if done % config.checkpoint_every == 0 or done == config.steps or stop.signum:
                 spent = seconds + time.perf_counter() - begun
                 _save(folder / "state.pt", stage, optimizer, done, spent)
