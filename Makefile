@@ -21,9 +21,9 @@ env: $(STAMP)
 
 $(STAMP): $(INPUTS)
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "make: no $(PYTHON) found; name a Python >= 3.10: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "make: Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+		{ echo "make: no $(PYTHON) found; name a Python >= 3.11: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: Python >= 3.11 is needed (by the pinned versions), $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
 		"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "make: no C++ compiler found; install g++ or clang++, or set CXX" >&2; exit 1; }

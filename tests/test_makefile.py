@@ -60,7 +60,7 @@ def test_old_python(repository):
     script(repository / "old", 'case "$1" in -V) echo Python 3.8.1;; *) exit 1;; esac')
     result = make(repository, "env", "PYTHON=./old")
     assert result.returncode != 0
-    assert "Python >= 3.10 is needed, ./old is Python 3.8.1" in result.stderr
+    assert "Python >= 3.11 is needed (by the pinned versions), ./old is Python 3.8.1" in result.stderr
     assert not (repository / "log").exists()
 
 
