@@ -28,7 +28,7 @@ class TeacherConfig:
     options: further keyword arguments of `timm.create_model`.
     """
 
-    name: str = "vit_large_patch16_siglip_256"
+    name: str = "vit_large_patch16_siglip_256.webli"
     pretrained: bool = True
     checkpoint: str | None = None
     image_size: int = 256
@@ -197,7 +197,7 @@ def _siglip_256(**overrides: Any) -> TrainConfig:
 
 def _siglip_384(**overrides: Any) -> TrainConfig:
     # The teacher's 27 x 27 patches are resampled to the tokenizer's 24 x 24.
-    teacher = TeacherConfig("vit_so400m_patch14_siglip_384", image_size=384)
+    teacher = TeacherConfig("vit_so400m_patch14_siglip_384.webli", image_size=384)
     return TrainConfig(model=SemHiTokConfig(image_size=384, teacher=teacher, **overrides))
 
 

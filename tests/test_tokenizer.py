@@ -271,7 +271,7 @@ def test_a_teacher_without_weights_says_so():
     )
     env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HF_HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert "teacher: no weights for 'vit_large_patch16_siglip_256'" in done.stdout, done.stderr
+    assert "teacher: no weights for 'vit_large_patch16_siglip_256.webli'" in done.stdout, done.stderr
 
 
 def test_overrides_set_fields_by_path_and_refuse_the_rest():
