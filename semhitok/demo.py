@@ -61,7 +61,7 @@ def demo(config: TrainConfig, out: Path) -> str:
     metrics["teacher"] = "stand-in: a fixed Vision Transformer with random weights"
     write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
-    _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], size, out)
+    _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
     _draw_semantic_map(tokenizer, photographs["unseen"][0], codes["unseen"][0], out)
     _draw_shared_codes(tokenizer, photographs["held_out"], codes["held_out"], out)
     _draw_curves(out)
@@ -191,11 +191,11 @@ def _save_figure(figure: Any, path: Path) -> None:
     _pyplot().close(figure)
 
 
-def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], size: int, out: Path) -> None:
-    """Original | semantic part only | full reconstruction, a row a photograph, tall ones cut to three rows of tiles."""
+def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
+    """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
     plt = _pyplot()
-    top = 3 * size
-    rows = [(x[:, :top], y[:, :top], z[:, :top]) for x, y, z in rows]
+    cut = [min(x.shape[1:]) for x, _, _ in rows]
+    rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
     heights = [3 * row[0].shape[1] / row[0].shape[2] for row in rows]
     figure, axes = plt.subplots(
         len(rows), 3, figsize=(9, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
