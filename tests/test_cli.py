@@ -313,6 +313,7 @@ def test_info_of_a_checkpoint(run, checkpoint, tokenizer):
     assert rows["codebook hash"] == tokenizer.codebook_hash
     parameters = sum(parameter.numel() for parameter in tokenizer.decoder.parameters())
     assert rows["parameters decoder"] == f"{parameters:,}"
+    assert rows["codebook pixel"] == " x ".join(map(str, tokenizer.quantizer.pix_codebook.shape))
 
 
 def test_info_of_the_installation(run):

@@ -67,7 +67,11 @@ def _checkpoint(name: str) -> Iterable[tuple[str, Any]]:
     tokenizer = common.load_tokenizer(name, "cpu", teacher=False)
     yield from _fields(tokenizer.config)
     for part, module in tokenizer.named_children():
-        yield f"parameters {part}", f"{_parameters(module):,}"
+        if count := _parameters(module):
+            yield f"parameters {part}", f"{count:,}"
+    codebooks = (tokenizer.quantizer.semantic.codebook, tokenizer.quantizer.pix_codebook)
+    for part, codebook in zip(("semantic", "pixel"), codebooks, strict=True):
+        yield f"codebook {part}", " x ".join(map(str, codebook.shape))
     yield "parameters without teacher", f"{_parameters(tokenizer):,}"
     yield "codebook hash", tokenizer.codebook_hash
 
