@@ -16,7 +16,7 @@ from semhitok.config import DataConfig, OptimizerConfig, train_preset
 from semhitok.data.crops import RandomCrops
 from semhitok.data.images import save_png
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import loop, train
+from semhitok.training import Interrupted, loop, train
 from semhitok.training.pixel import PixelStage, semantic_fingerprint
 from semhitok.training.semantic import SemanticStage
 
@@ -151,6 +151,20 @@ def test_sigint_saves_and_the_same_command_ends_with_the_same_bytes(pictures, fi
     process = start(pictures, tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert checkpoint_bytes(tmp_path) == checkpoint_bytes(finished)
+
+
+def test_a_signal_between_the_stages_is_not_lost(pictures, finished, tmp_path, monkeypatch):
+    def stage_with_a_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return PixelStage(*arguments)
+
+    monkeypatch.setattr("semhitok.training.run.PixelStage", stage_with_a_signal)
+    with pytest.raises(Interrupted, match="stopped after step 1 of 60 of stage pixel") as stop:
+        train(small_config(), [pictures], tmp_path)
+    assert stop.value.signum == signal.SIGTERM
+    monkeypatch.undo()
+    train(small_config(), [pictures], tmp_path)
     assert checkpoint_bytes(tmp_path) == checkpoint_bytes(finished)
 
 

@@ -65,10 +65,10 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class _StopOnSignal:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one stops at once."""
+class StopOnSignal:
+    """Turns the first SIGINT or SIGTERM into `signum`, to be acted on after a step; a second one stops at once."""
 
-    def __enter__(self) -> _StopOnSignal:
+    def __enter__(self) -> StopOnSignal:
         self.signum: int | None = None
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
@@ -111,7 +111,7 @@ def _optimizer(modules: list[nn.Module], config: OptimizerConfig) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def run_stage(stage: Stage, data: RandomCrops, folder: Path, *, seed: int) -> float:
+def run_stage(stage: Stage, data: RandomCrops, folder: Path, stop: StopOnSignal, *, seed: int) -> float:
     """Train one stage to its end, from its last checkpoint in `folder` where there is one.
 
     Leaves the trained weights in `stage.model`. Returns the seconds spent training, over all
@@ -136,11 +136,7 @@ def run_stage(stage: Stage, data: RandomCrops, folder: Path, *, seed: int) -> fl
         total=config.steps, initial=start, desc=stage.name, unit="step", disable=None
     )
     begun = time.perf_counter()
-    with (
-        progress,
-        (folder / "log.jsonl").open("a") as log,
-        _StopOnSignal() as stop,
-    ):
+    with progress, (folder / "log.jsonl").open("a") as log:
         batches = iter(data.batches(config.batch_size, start, config.steps))
         for step in range(start, config.steps):
             generator = Generator().manual_seed((seed << 32 ^ step << 1 ^ (stage.name == "pixel")) & (2**63 - 1))
@@ -172,7 +168,7 @@ def run_stage(stage: Stage, data: RandomCrops, folder: Path, *, seed: int) -> fl
             if done % config.checkpoint_every == 0 or done == config.steps or stop.signum:
                 spent = seconds + time.perf_counter() - begun
                 _save(folder / "state.pt", stage, optimizer, done, spent)
-            if stop.signum and done < config.steps:
+            if stop.signum:
                 raise Interrupted(stage.name, done, config.steps, stop.signum)
     return seconds + time.perf_counter() - begun
 

@@ -21,7 +21,7 @@ from semhitok.config import TrainConfig
 from semhitok.data.crops import RandomCrops
 from semhitok.data.images import list_images
 from semhitok.tokenizer import SemHiTok
-from semhitok.training.loop import read_state, run_stage
+from semhitok.training.loop import StopOnSignal, run_stage
 from semhitok.training.pixel import PixelStage, semantic_fingerprint
 from semhitok.training.semantic import SemanticStage
 
@@ -56,24 +56,17 @@ def train(
     model = SemHiTok(config.model).to(device)
     crops = RandomCrops(paths, config.model.image_size, config.data, config.seed)
     seconds: dict[str, float] = {}
-
-    seconds["semantic"] = run_stage(SemanticStage(model, config.semantic), crops, folder / "semantic", seed=config.seed)
-    # The semantic state file is the truth about the frozen branch, whatever stage 2 resumes from.
-    fingerprint = semantic_fingerprint(model)
-    seconds["pixel"] = run_stage(PixelStage(model, config.pixel), crops, folder / "pixel", seed=config.seed)
-    if semantic_fingerprint(model) != fingerprint:
-        raise RuntimeError(f"{folder}: stage pixel changed the frozen semantic branch")
-    model.eval().save_pretrained(folder / "checkpoint")
+    with StopOnSignal() as stop:
+        semantic = SemanticStage(model, config.semantic)
+        seconds["semantic"] = run_stage(semantic, crops, folder / "semantic", stop, seed=config.seed)
+        # Stage 1's own state is the truth about the frozen branch, whatever state stage 2 goes on from.
+        fingerprint = semantic_fingerprint(model)
+        pixel = PixelStage(model, config.pixel)
+        seconds["pixel"] = run_stage(pixel, crops, folder / "pixel", stop, seed=config.seed)
+        if semantic_fingerprint(model) != fingerprint:
+            raise RuntimeError(f"{folder}: stage pixel changed the frozen semantic branch")
+        model.eval().save_pretrained(folder / "checkpoint")
     return seconds
-
-
-def stage_seconds(out: str | os.PathLike[str]) -> dict[str, float]:
-    """Seconds spent in each stage of a run so far."""
-    return {
-        name: read_state(path)["seconds"]
-        for name in ("semantic", "pixel")
-        if (path := Path(out) / name / "state.pt").exists()
-    }
 
 
 def _claim(folder: Path, config: TrainConfig, paths: Sequence[Path]) -> None:
