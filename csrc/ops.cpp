@@ -255,6 +255,61 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {scores, ids};
 }
 
+// nearest_code for tests and benchmarks, CPU only, z [N, D]: on a named instruction set, with a named first pass, with
+// a bound scaled (below 1 the answer may be wrong: that is what tests show with it). rescored [N] counts the codes whose
+// exact scores were computed. With bounds, also what the first pass saw: approximate [N, G] and bound [N, G], G groups
+// of 16 codes (int8) or 128 (fp32), so that |approximate - greatest exact score of the group| <= bound. Groups are made
+// of the codes that can win: without NaN, Inf and copies of earlier ones.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe(const Tensor& z, const Tensor& codebook,
+                                                         const std::string& metric, const std::string& capability,
+                                                         const std::string& first_pass, double bound_scale,
+                                                         bool bounds) {
+  NearestCode p{};
+  p.metric = parse_metric("metric", metric);
+  p.z.dtype = float_dtype("z", z);
+  p.codebook.dtype = float_dtype("codebook", codebook);
+  check(p.z.dtype != Dtype::kFloat64 && p.codebook.dtype != Dtype::kFloat64, "z: expected no float64, got it");
+  check_dims("codebook", codebook, 2, "[K, D]");
+  check_dims("z", z, 2, "[N, D]");
+  check_tokens("z", z, "codebook", codebook);
+  check(first_pass.empty() || first_pass == "int8" || first_pass == "fp32",
+        "first_pass: expected \"int8\", \"fp32\" or \"\", got \"", first_pass, "\"");
+  const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
+  const bool has_int8 = kernels.step > 0 && codebook.size(1) <= cpu::kMaxInt8Depth;
+  check(first_pass != "int8" || has_int8, "first_pass: expected \"fp32\", as there is no int8 pass here, got \"int8\"");
+
+  p.tokens = z.size(0), p.codes = codebook.size(0), p.depth = codebook.size(1);
+  const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
+  Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);
+  Tensor rescored = new_tensor(z, {p.tokens}, ScalarType::Long);
+  p.z.data = z_rows.data_ptr(), p.codebook.data = codes.data_ptr();
+  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  cpu::SearchProbe probe{bound_scale, first_pass == "fp32", ids_out(rescored), nullptr, nullptr};
+  const int64_t groups = bounds ? cpu::probe_groups(p, kernels, probe) : 0;
+  Tensor approximate = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
+  Tensor bound = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
+  if (bounds) {
+    probe.approximate = static_cast<double*>(approximate.data_ptr());
+    probe.bound = static_cast<double*>(bound.data_ptr());
+  }
+  cpu::nearest_code_probe(p, kernels, probe);
+  return {scores, ids, rescored, approximate, bound};
+}
+
+std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Tensor& codebook,
+                                                      const std::string& metric, const std::string& capability,
+                                                      const std::string& first_pass, double bound_scale) {
+  auto [scores, ids, rescored, approximate, bound] =
+      probe(z, codebook, metric, capability, first_pass, bound_scale, false);
+  return {scores, ids, rescored};
+}
+
+std::tuple<Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Tensor& codebook, const std::string& metric,
+                                               const std::string& capability, const std::string& first_pass) {
+  auto [scores, ids, rescored, approximate, bound] = probe(z, codebook, metric, capability, first_pass, 1.0, true);
+  return {approximate, bound};
+}
+
 std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_codebooks, const Tensor& group,
                                            const std::string& metric) {
   NearestSubcode p{};
@@ -387,6 +442,12 @@ STABLE_TORCH_LIBRARY(semhitok, m) {
       "hier_quantize(Tensor z_sem, Tensor z_pix, Tensor sem_codebook, Tensor pix_codebook, str sem_metric=\"ip\", "
       "str pix_metric=\"l2\") -> (Tensor q_sem, Tensor q_pix, Tensor codes)");
   m.def("hier_lookup(Tensor codes, Tensor sem_codebook, Tensor pix_codebook) -> (Tensor q_sem, Tensor q_pix)");
+  m.def(
+      "nearest_code_probe(Tensor z, Tensor codebook, str metric=\"ip\", str capability=\"\", str first_pass=\"\", "
+      "float bound_scale=1.0) -> (Tensor scores, Tensor ids, Tensor rescored)");
+  m.def(
+      "nearest_code_bounds(Tensor z, Tensor codebook, str metric=\"ip\", str capability=\"\", str first_pass=\"\") "
+      "-> (Tensor approximate, Tensor bound)");
   m.def("segment_sum(Tensor values, Tensor ids, int num_segments) -> (Tensor sums, Tensor counts)");
 }
 
@@ -398,7 +459,11 @@ STABLE_TORCH_LIBRARY(semhitok, m) {
   m.impl("hier_lookup", TORCH_BOX(&hier_lookup));         \
   m.impl("segment_sum", TORCH_BOX(&segment_sum))
 
-STABLE_TORCH_LIBRARY_IMPL(semhitok, CPU, m) { SEMHITOK_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(semhitok, CPU, m) {
+  SEMHITOK_IMPLEMENT(m);
+  m.impl("nearest_code_probe", TORCH_BOX(&nearest_code_probe));
+  m.impl("nearest_code_bounds", TORCH_BOX(&nearest_code_bounds));
+}
 STABLE_TORCH_LIBRARY_IMPL(semhitok, CUDA, m) { SEMHITOK_IMPLEMENT(m); }
 
 }  // namespace semhitok

@@ -18,9 +18,12 @@ struct Capability {
   bool supported;
   const Kernels* kernels;
 };
-constexpr int kMaxCapabilities = 3;
+constexpr int kMaxCapabilities = 5;
 int capabilities(Capability out[kMaxCapabilities]);  // best first; returns how many
 const Kernels& kernels();                            // throws std::runtime_error on a bad SEMHITOK_CPU_CAPABILITY
+const Kernels& kernels_named(const char* name);      // of this machine's, or throws std::runtime_error
+
+class Codebook;
 
 struct FreeAligned {
   void operator()(void* p) const;
@@ -36,7 +39,8 @@ Buffer<T> allocate(int64_t count) {
 // Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
 class CodeSearch {
  public:
-  explicit CodeSearch(const NearestCode& problem);
+  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
+  explicit CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, nullptr, nullptr, nullptr}) {}
   int64_t block() const { return block_; }    // tokens a call of run takes at most
   int64_t blocks() const;                     // blocks of the whole problem
   int64_t grain() const;                      // blocks worth a thread of their own
@@ -47,9 +51,9 @@ class CodeSearch {
  private:
   NearestCode problem_;
   const Kernels* kernels_;
+  SearchProbe probe_;
   int64_t block_;
-  PackedCodebook packed_{};
-  Buffer<float> codes_, bias_;
+  std::shared_ptr<const Codebook> codebook_;
   Buffer<double> wide_codes_, wide_bias_;
 };
 
@@ -61,6 +65,8 @@ void lookup_rows(const HierLookup& problem, int64_t first, int64_t count);
 
 // The ops.
 void nearest_code(const NearestCode& problem);
+void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
+int64_t probe_groups(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
 void nearest_subcode(const NearestSubcode& problem);
 void hier_quantize(const HierQuantize& problem);
 void hier_lookup(const HierLookup& problem);

@@ -9,27 +9,72 @@
 namespace semhitok::cpu {
 
 [[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+[[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A codebook ready for the fp32 search: codes [groups][blocks of a group][depth][2 * lanes], zero-padded to whole
-// groups; bias [groups * group_codes], -inf for padding and for codes with NaN or Inf, so that neither can win.
+static constexpr int64_t kGroupCodes = 16;      // codes that the int8 pass keeps or drops together
+static constexpr int64_t kUnitCodes = 128;      // codes that the fp32 pass keeps or drops together
+static constexpr int64_t kMaxInt8Depth = 512;   // deeper codes go to the fp32 pass at once
+static constexpr int64_t kVectorDoubles = 8;    // rows of doubles are padded to this many
+
+// A codebook ready to search. Only usable codes are in it, each distinct one once, in ascending order of id: a code
+// with NaN or Inf never wins, a duplicate never wins against its first. The tail of the last superblock repeats the
+// last code, id included. r = c - mean is what the int8 pass sees: codes lose a common offset without a change of
+// winner, as |r| bounds its rounding.
 struct PackedCodebook {
-  int64_t codes, depth, groups;
-  float* packed;
-  float* bias;
-  float max_abs;   // largest |component| of a usable code
-  float max_bias;  // largest finite |bias|
+  int64_t codes;          // listed; 0 when none is usable
+  int64_t padded;         // codes listed, in whole superblocks
+  int64_t depth, steps;   // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
+  bool int8;              // whether the int8 arrays below are there
+  int32_t* ids;           // [padded]
+  float* rows;            // [padded / 16][depth][16], as given
+  float* half_norm;       // [padded] -|c|^2/2, fp32
+  double* half_norm64;    // [padded] the same in fp64
+  double max_norm;        // largest |c|
+
+  double* mean;           // [depth, zero-padded to kVectorDoubles]
+  double mean_norm;       // |mean|
+  double scale;           // r ~ scale * q
+  double max_quantised;   // largest |q|
+  double residual, norm;  // largest |r - scale q| and |scale q|
+  float* group_residual;  // [padded / 16] the same of a group
+  float* group_norm;
+  int8_t* quantised;      // q, in the first pass's order (int8_pass_simd.cpp)
+  void* offset;           // [padded] -(token offset) * sum of q, in that order, as the accumulator type
+  float* mean_part;       // [padded] (mean . r) / (mean_size * scale), in that order
+  float* norm_part;       // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
+  double mean_size, norm_size, norm_middle;
+};
+
+// What a packing kernel leaves to its driver, per code in ascending order: mean . r and -|r|^2/2, before scaling.
+struct PackedParts {
+  double* mean_dot;
+  double* half_residual_norm;
+};
+
+// What tests and benchmarks ask of a search beside its answer; every pointer may be null.
+struct SearchProbe {
+  double bound_scale;  // 1, or less to show that the bound is needed
+  bool fp32_first;     // skip the int8 pass
+  int64_t* rescored;   // [tokens] codes scored exactly
+  double* approximate; // [tokens][groups or units] the greatest score of each as the first pass sees it
+  double* bound;       // [tokens][groups or units] how far from the exact one that may be
 };
 
 struct Kernels {
   int64_t token_block;  // most tokens a call of search takes
-  int64_t group_codes;  // codes a group of the packed codebook holds
-  int64_t scratch_per_token;  // floats a token of a block needs beside its depth
-  // Packs group `group` of the codebook; row is depth floats of scratch. Returns its max |component| and |bias|.
-  void (*pack_group)(const Rows& codebook, Metric metric, int64_t group, const PackedCodebook& out, float* row,
-                     float* max_abs, float* max_bias);
-  // Tokens first .. first + count of z, count <= token_block.
-  void (*search)(const PackedCodebook& codebook, const Rows& z, int64_t first, int64_t count, float* scratch,
-                 float* scores, int64_t* ids);
+  int64_t superblock;   // codes are padded to a multiple of this
+  int64_t step;         // dimensions a step of the int8 pass takes; 0 when there is none
+  // A digest of bytes: equal for equal bytes; for others a chance of about 2^-64 each word.
+  void (*digest)(const void* data, int64_t bytes, uint64_t out[2]);
+  // Fills the arrays of superblock s from rows [superblock][depth]; max_quantised receives its largest |q|^2.
+  void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
+               double* max_quantised);
+  // Writes mean_part and norm_part of superblock s from parts.
+  void (*pack_parts)(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
+  int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned
+  // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
+  void (*search)(const PackedCodebook& codebook, const Rows& z, Metric metric, int64_t first, int64_t count,
+                 const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
   // scratch is 2 * round_up(depth, 16) floats.
   void (*subcode)(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,

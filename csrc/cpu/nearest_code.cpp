@@ -1,15 +1,15 @@
 // Nearest code on the CPU: prepares a codebook once, then searches blocks of tokens in parallel.
 //
-// fp32 goes to the instruction set's packed search (nearest_code_simd.cpp). fp64 is a plain loop over a widened copy of
-// the codebook with the same contract: bias + sum in ascending depth, lowest id of the greatest score, NaN never wins.
+// fp32 and narrower go to the instruction set's search (nearest_code_simd.cpp) of a packed codebook (codebook.cpp), and
+// get the winner of the fp64 scores. fp64 is a plain loop over a widened copy of the codebook with the same contract:
+// bias + sum in ascending depth, lowest id of the greatest score, NaN never wins.
 // Every token is computed on its own, so neither the block size nor the number of threads changes a bit of the result.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <new>
-#include <vector>
 
-#include "backend.h"
+#include "codebook.h"
 #include "convert.h"
 
 namespace semhitok::cpu {
@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kWideBlock = 16;
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kTileTokens = 8;  // a multiple of every instruction set's tile of tokens
 
 }  // namespace
 
@@ -29,45 +30,28 @@ void* allocate_aligned(int64_t bytes) {
   return p;
 }
 
-CodeSearch::CodeSearch(const NearestCode& problem) : problem_(problem), kernels_(&kernels()) {
+CodeSearch::CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe)
+    : problem_(problem), kernels_(&kernels), probe_(probe) {
   const int64_t codes = problem.codes, depth = problem.depth;
-  if (problem.wide) {
-    block_ = kWideBlock;
-    wide_codes_ = allocate<double>(codes * depth);
-    wide_bias_ = allocate<double>(codes);
-    parallel_for(0, codes, ceil_div(kInlineWork, depth), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        double* code = wide_codes_.get() + k * depth;
-        read(problem_.codebook, k * depth, depth, code);
-        double norm = 0.0, poison = 0.0;
-        for (int64_t d = 0; d < depth; ++d) norm += code[d] * code[d], poison += code[d] * 0.0;
-        wide_bias_[k] = poison + (problem_.metric == Metric::kL2 ? -0.5 * norm : 0.0);
-      }
-    });
+  if (!problem.wide) {
+    // Blocks shrink when there are few tokens, so that every thread has one.
+    const int64_t share = ceil_div(problem.tokens, thread_count());
+    block_ = std::clamp<int64_t>(round_up(share, kTileTokens), kTileTokens, kernels.token_block);
+    codebook_ = prepare(problem.codebook, codes, depth, kernels);
     return;
   }
-
-  // Blocks shrink when there are few tokens, so that every thread has one.
-  const int64_t share = ceil_div(problem.tokens, thread_count());
-  block_ = std::clamp<int64_t>(ceil_div(share, 8) * 8, 8, kernels_->token_block);
-  packed_.codes = codes;
-  packed_.depth = depth;
-  packed_.groups = ceil_div(codes, kernels_->group_codes);
-  const int64_t padded = packed_.groups * kernels_->group_codes;
-  codes_ = allocate<float>(padded * depth);
-  bias_ = allocate<float>(padded);
-  packed_.packed = codes_.get();
-  packed_.bias = bias_.get();
-  std::vector<float> max_abs(packed_.groups), max_bias(packed_.groups);
-  const int64_t grain = std::max<int64_t>(kInlineWork / 8 / (kernels_->group_codes * depth), 1);
-  parallel_for(0, packed_.groups, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(depth);
-    for (int64_t g = begin; g < end; ++g) {
-      kernels_->pack_group(problem_.codebook, problem_.metric, g, packed_, row.data(), &max_abs[g], &max_bias[g]);
+  block_ = kWideBlock;
+  wide_codes_ = allocate<double>(codes * depth);
+  wide_bias_ = allocate<double>(codes);
+  parallel_for(0, codes, ceil_div(kInlineWork, depth), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double* code = wide_codes_.get() + k * depth;
+      read(problem_.codebook, k * depth, depth, code);
+      double norm = 0.0, poison = 0.0;
+      for (int64_t d = 0; d < depth; ++d) norm += code[d] * code[d], poison += code[d] * 0.0;
+      wide_bias_[k] = poison + (problem_.metric == Metric::kL2 ? -0.5 * norm : 0.0);
     }
   });
-  packed_.max_abs = *std::max_element(max_abs.begin(), max_abs.end());
-  packed_.max_bias = *std::max_element(max_bias.begin(), max_bias.end());
 }
 
 int64_t CodeSearch::blocks() const { return ceil_div(problem_.tokens, block_); }
@@ -79,13 +63,18 @@ int64_t CodeSearch::grain() const {
 
 int64_t CodeSearch::scratch() const {
   if (problem_.wide) return problem_.depth * static_cast<int64_t>(sizeof(double));
-  const int64_t block = kernels_->token_block, depth = problem_.depth;
-  return (block * (depth + kernels_->scratch_per_token) + depth) * static_cast<int64_t>(sizeof(float));
+  return kernels_->search_scratch(problem_.depth);
 }
 
 void CodeSearch::run(int64_t first, int64_t count, void* scratch, void* scores, int64_t* ids) const {
   if (!problem_.wide) {
-    kernels_->search(packed_, problem_.z, first, count, static_cast<float*>(scratch), static_cast<float*>(scores), ids);
+    float* out = static_cast<float*>(scores);
+    if (codebook_->packed().codes > 0) {
+      kernels_->search(codebook_->packed(), problem_.z, problem_.metric, first, count, probe_, scratch, out, ids);
+    } else {
+      std::fill_n(out, count, std::numeric_limits<float>::quiet_NaN());
+      std::fill_n(ids, count, 0);
+    }
     return;
   }
   const int64_t depth = problem_.depth;
@@ -108,9 +97,9 @@ void CodeSearch::run(int64_t first, int64_t count, void* scratch, void* scores, 
   }
 }
 
-void nearest_code(const NearestCode& problem) {
-  if (problem.tokens == 0) return;
-  const CodeSearch search(problem);
+namespace {
+
+void search_all(const NearestCode& problem, const CodeSearch& search) {
   const int64_t score_size = problem.wide ? 8 : 4;
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
     const auto scratch = allocate<char>(search.scratch());
@@ -120,6 +109,22 @@ void nearest_code(const NearestCode& problem) {
                  problem.ids + first);
     }
   });
+}
+
+}  // namespace
+
+void nearest_code(const NearestCode& problem) {
+  if (problem.tokens > 0) search_all(problem, CodeSearch(problem));
+}
+
+void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe) {
+  if (problem.tokens > 0) search_all(problem, CodeSearch(problem, kernels, probe));
+}
+
+int64_t probe_groups(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe) {
+  const auto codebook = prepare(problem.codebook, problem.codes, problem.depth, kernels);
+  const PackedCodebook& packed = codebook->packed();
+  return packed.padded / (packed.int8 && !probe.fp32_first ? kGroupCodes : kUnitCodes);
 }
 
 }  // namespace semhitok::cpu

@@ -1,10 +1,14 @@
-// The instruction set a *_simd.cpp file is compiled for: its vector type and register tile.
+// The instruction set a *_simd.cpp file is compiled for: its vector types, register tiles and few special instructions.
 //
-// The build compiles each of those files once per instruction set with SEMHITOK_ISA naming it (avx512, avx2, portable).
+// The build compiles each of those files once per instruction set with SEMHITOK_ISA naming it (CMakeLists.txt).
 // They keep everything in namespace SEMHITOK_ISA, use no standard templates and no shared inline functions.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #ifndef SEMHITOK_ISA
 #error "SEMHITOK_ISA names the instruction set: compile this file through CMakeLists.txt"
@@ -12,8 +16,8 @@
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 
-// kTileTokens x 2 vectors of accumulators, kTileTokens running maxima, two code vectors and a broadcast must fit the
-// registers: 32 of them with AVX-512 and on ARM, 16 otherwise.
+// fp32: kTileTokens x 2 vectors of accumulators, kTileTokens running maxima, two code vectors and a broadcast must fit
+// the registers: 32 of them with AVX-512 and on ARM, 16 otherwise.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileTokens = 8, kRegisters = 32;
 #elif defined(__AVX2__)
@@ -25,8 +29,36 @@ constexpr int kLanes = 4, kTileTokens = 4, kRegisters = 16;
 #endif
 static_assert(kTileTokens * 3 + 3 <= kRegisters, "the register tile spills");
 
+constexpr int kDoubles = kLanes / 2;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float HalfVec __attribute__((vector_size(kDoubles * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef double DoubleVec __attribute__((vector_size(kDoubles * sizeof(double))));
+
+// int8: a step multiplies kStepDims unsigned bytes of a token by as many signed bytes of a code and adds them to one
+// lane. kTokenMax keeps that step exact: the 16-bit one saturates beyond 2 * 127 * 127.
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define SEMHITOK_INT8 1
+typedef int32_t Acc;
+constexpr int kStepDims = 4, kTokenMax = 127, kTokenOffset = 128;
+constexpr double kAccLimit = 1 << 28;  // room for the bias: products stay far below 2^30 at kMaxInt8Depth
+#elif defined(__AVX512BW__) || defined(__AVX2__)
+#define SEMHITOK_INT8 1
+typedef int16_t Acc;
+constexpr int kStepDims = 2, kTokenMax = 63, kTokenOffset = 64;
+constexpr double kAccLimit = 32700;  // for everything: final sums must fit, those on the way may wrap
+#else
+#define SEMHITOK_INT8 0
+typedef int32_t Acc;
+constexpr int kStepDims = 4, kTokenMax = 127, kTokenOffset = 128;
+constexpr double kAccLimit = 0;
+#endif
+constexpr int kCodeMax = 127;
+constexpr int kVectorBytes = kLanes * 4;
+constexpr int kAccLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
+constexpr int kSuperVectors = 16;  // vectors of a superblock: lane l of all of them is one group
+constexpr int kSuperblock = SEMHITOK_INT8 ? kSuperVectors * kAccLanes : 128;
+typedef Acc AccVec __attribute__((vector_size(kVectorBytes)));
 
 namespace {
 
@@ -39,6 +71,41 @@ inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Vec splat(float x) { return Vec{} + x; }
 // Takes b where either is NaN, as the max instruction does.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline DoubleVec load(const double* p) {
+  DoubleVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline DoubleVec splat(double x) { return DoubleVec{} + x; }
+inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
+// To the nearest integer, ties to even; for magnitudes below 2^51.
+inline DoubleVec nearest(DoubleVec v) { return (v + 0x1.8p52) - 0x1.8p52; }
+inline double sum(DoubleVec v) {
+  double total = 0.0;
+  for (int l = 0; l < kDoubles; ++l) total += v[l];
+  return total;
+}
+inline double greatest(DoubleVec v) {
+  double most = v[0];
+  for (int l = 1; l < kDoubles; ++l) most = v[l] > most ? v[l] : most;
+  return most;
+}
+inline DoubleVec widen(const float* p) {
+  HalfVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, DoubleVec);
+}
+
+inline AccVec load(const Acc* p) {
+  AccVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(Acc* p, AccVec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline AccVec splat(Acc x) { return AccVec{} + x; }
+inline AccVec larger(AccVec a, AccVec b) { return a > b ? a : b; }
 
 }  // namespace
 }  // namespace semhitok::cpu::SEMHITOK_ISA

@@ -1,0 +1,36 @@
+// What nearest_code_simd.cpp takes from the other files of its instruction set: the two first passes of a search, and
+// the rest of the table of kernels.
+//
+// A pass takes whole tiles of tokens over a stretch of the codebook and leaves, for every token, the greatest
+// approximate score of every slot: maxima[token * stride + slot], and per lane the greatest of all in top[token].
+// int8: slot = group of 16 codes. fp32: slot = lane of a unit of 128 codes; a unit is kept when one of its lanes is.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace semhitok::cpu::SEMHITOK_ISA {
+
+void digest(const void* data, int64_t bytes, uint64_t out[2]);
+void pack(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
+          double* max_quantised);
+void pack_parts(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
+void subcode(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,
+             float* scores, int64_t* ids);
+
+// What a tile's bias is made of: mean * mean_part + norm * norm_part, in accumulator units; none when both are 0.
+struct TileBias {
+  float mean, norm;
+};
+
+#if SEMHITOK_INT8
+// tiles: [tile][step][kTileTokens][kStepDims] bytes.
+void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t superblocks, const uint8_t* tiles,
+               int64_t tile_count, const TileBias* bias, Acc* maxima, int64_t stride, AccVec* top);
+#endif
+
+// tiles: [tile][depth][kTileTokens]; l2 adds half_norm.
+void fp32_pass(const PackedCodebook& codebook, bool l2, int64_t first_unit, int64_t units, const float* tiles,
+               int64_t tile_count, float* maxima, int64_t stride, Vec* top);
+
+}  // namespace semhitok::cpu::SEMHITOK_ISA
