@@ -39,14 +39,15 @@ Buffer<T> allocate(int64_t count) {
 // Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
 class CodeSearch {
  public:
+  explicit CodeSearch(const NearestCode& problem);
   CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
-  explicit CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, nullptr, nullptr, nullptr}) {}
-  int64_t block() const { return block_; }    // tokens a call of run takes at most
-  int64_t blocks() const;                     // blocks of the whole problem
-  int64_t grain() const;                      // blocks worth a thread of their own
-  int64_t scratch() const;                    // bytes of 64-byte aligned scratch a call of run needs
+  ~CodeSearch();
+  int64_t block() const { return block_; }  // tokens a call of run takes at most
+  int64_t blocks() const;                   // blocks of the whole problem
+  int64_t grain() const;                    // blocks worth a thread of their own
+  Buffer<char> scratch() const;             // for the calls of run by one thread
   // scores (float, or double when wide) and ids point at the block's first token.
-  void run(int64_t first, int64_t count, void* scratch, void* scores, int64_t* ids) const;
+  void run(int64_t first, int64_t count, char* scratch, void* scores, int64_t* ids) const;
 
  private:
   NearestCode problem_;

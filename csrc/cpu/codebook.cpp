@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <mutex>
 
 #include "convert.h"
@@ -25,7 +24,6 @@ constexpr int64_t kMeasureCodes = 1024;       // measured by one thread at a tim
 constexpr size_t kKeptCodebooks = 8;
 constexpr int64_t kKeptBytes = 256 << 20;     // of all of them together
 constexpr double kInflate = 1.0 + 1e-6;       // more than rounding takes from a norm
-constexpr double kLargestPart = 1e280;        // beyond, squares and products of codes leave fp64's range
 constexpr int64_t kCodeMax = 127;
 
 struct Key {
@@ -53,66 +51,68 @@ Key key_of(const Rows& codes, int64_t count, int64_t depth, const Kernels& kerne
   return key;
 }
 
-const float* row_of(const Rows& codes, int64_t code, int64_t depth, float* scratch) {
-  if (codes.dtype == Dtype::kFloat32) return static_cast<const float*>(codes.data) + code * depth;
-  read(codes, code * depth, depth, scratch);
-  return scratch;
-}
-
 }  // namespace
 
 template <typename T>
 T* Codebook::take(int64_t count) {
   const int64_t bytes = std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T));
-  buffers_.push_back(allocate<char>(bytes));
   bytes_ += bytes;
-  return reinterpret_cast<T*>(buffers_.back().get());
+  const auto fits = [&](const Piece& piece) { return piece.bytes == bytes; };
+  const auto old = std::find_if(spare_.begin(), spare_.end(), fits);
+  if (old != spare_.end()) {
+    pieces_.push_back(std::move(*old));
+    spare_.erase(old);
+  } else {
+    pieces_.push_back({allocate<char>(bytes), bytes});
+  }
+  return reinterpret_cast<T*>(pieces_.back().memory.get());
 }
 
-Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels) {
+Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels,
+                   std::shared_ptr<Codebook> old) {
+  if (old != nullptr) spare_ = std::move(old->pieces_);
+  Buffer<float> converted;
+  const float* rows = static_cast<const float*>(codes.data);
+  if (codes.dtype != Dtype::kFloat32) {
+    converted = allocate<float>(count * depth);
+    parallel_for(0, count, ceil_div(kInlineWork, depth * 4), [&](int64_t begin, int64_t end) {
+      read(codes, begin * depth, (end - begin) * depth, converted.get() + begin * depth);
+    });
+    rows = converted.get();
+  }
+
   packed_.depth = depth;
-  const std::vector<int32_t> ids = list_codes(codes, count, kernels);
+  const std::vector<int32_t> ids = list_codes(rows, count, kernels);
   packed_.codes = static_cast<int64_t>(ids.size());
-  if (ids.empty()) return;
-  measure(codes, ids);
-  packed_.int8 = packed_.int8 && kernels.step > 0 && depth <= kMaxInt8Depth;
-  pack(codes, ids, kernels);
+  if (!ids.empty()) {
+    packed_.int8 = kernels.step > 0 && depth <= kMaxInt8Depth;
+    measure(rows, ids, kernels);
+    pack(rows, ids, kernels);
+  }
+  spare_.clear();
 }
 
 // The codes that can win: finite, and the first of its equals. Equal means the same bytes; codes that differ only in
 // the sign of a zero stay, and tie.
-std::vector<int32_t> Codebook::list_codes(const Rows& codes, int64_t count, const Kernels& kernels) {
-  const int64_t depth = packed_.depth, row_bytes = depth * element_size(codes.dtype);
-  const char* data = static_cast<const char*>(codes.data);
+std::vector<int32_t> Codebook::list_codes(const float* rows, int64_t count, const Kernels& kernels) const {
+  const int64_t depth = packed_.depth;
+  const size_t row_bytes = static_cast<size_t>(depth) * sizeof(float);
   std::vector<uint64_t> hashes(count);  // 0: unusable
-  parallel_for(0, count, ceil_div(kInlineWork / 8, depth), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(depth);
-    for (int64_t k = begin; k < end; ++k) {
-      const float* row = row_of(codes, k, depth, scratch.data());
-      float poison[8] = {};
-      int64_t d = 0;
-      for (; d + 8 <= depth; d += 8) {
-        for (int i = 0; i < 8; ++i) poison[i] += row[d + i] * 0.0f;
-      }
-      for (; d < depth; ++d) poison[0] += row[d] * 0.0f;
-      for (int i = 1; i < 8; ++i) poison[0] += poison[i];
-      uint64_t hash[2] = {};
-      if (poison[0] == 0.0f) kernels.digest(data + k * row_bytes, row_bytes, hash), hash[0] |= 1;
-      hashes[k] = hash[0];
-    }
+  parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32), [&](int64_t begin, int64_t end) {
+    kernels.hash_rows(rows, depth, begin, end - begin, hashes.data());
   });
 
-  int64_t slots = 16;
-  while (slots < 2 * count) slots *= 2;
+  uint64_t slots = 16;
+  while (slots < 2 * static_cast<uint64_t>(count)) slots *= 2;
   std::vector<int32_t> table(slots, -1), ids;
   ids.reserve(count);
   for (int64_t k = 0; k < count; ++k) {
     if (hashes[k] == 0) continue;
-    int64_t slot = static_cast<int64_t>(hashes[k] >> 20) & (slots - 1);
-    while (table[slot] >= 0 && (hashes[table[slot]] != hashes[k] ||
-                                std::memcmp(data + table[slot] * row_bytes, data + k * row_bytes, row_bytes) != 0)) {
-      slot = (slot + 1) & (slots - 1);
-    }
+    uint64_t slot = (hashes[k] >> 20) & (slots - 1);
+    const auto equal = [&](int64_t other) {
+      return hashes[other] == hashes[k] && std::memcmp(rows + other * depth, rows + k * depth, row_bytes) == 0;
+    };
+    while (table[slot] >= 0 && !equal(table[slot])) slot = (slot + 1) & (slots - 1);
     if (table[slot] >= 0) continue;
     table[slot] = static_cast<int32_t>(k);
     ids.push_back(static_cast<int32_t>(k));
@@ -120,57 +120,38 @@ std::vector<int32_t> Codebook::list_codes(const Rows& codes, int64_t count, cons
   return ids;
 }
 
-// mean, scale, and the largest |c|.
-void Codebook::measure(const Rows& codes, const std::vector<int32_t>& ids) {
-  struct Part {
-    std::vector<double> sum, low, high;
-    double norm = 0.0;
-  };
-  const int64_t depth = packed_.depth, count = packed_.codes;
-  std::vector<Part> parts(ceil_div(count, kMeasureCodes));
-  parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(depth);
+// The mean and the scale.
+void Codebook::measure(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels) {
+  const int64_t depth = packed_.depth, count = packed_.codes, parts = ceil_div(count, kMeasureCodes);
+  std::vector<double> sums(parts * depth);
+  std::vector<float> lows(parts * depth), highs(parts * depth);
+  parallel_for(0, parts, ceil_div(kInlineWork, kMeasureCodes * depth * 2), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      Part& part = parts[p];
-      part.sum.assign(depth, 0.0);
-      part.low.assign(depth, std::numeric_limits<double>::infinity());
-      part.high.assign(depth, -std::numeric_limits<double>::infinity());
-      for (int64_t n = p * kMeasureCodes; n < std::min((p + 1) * kMeasureCodes, count); ++n) {
-        const float* row = row_of(codes, ids[n], depth, scratch.data());
-        double norm = 0.0;
-        for (int64_t d = 0; d < depth; ++d) {
-          const double c = row[d];
-          part.sum[d] += c;
-          part.low[d] = std::min(part.low[d], c), part.high[d] = std::max(part.high[d], c);
-          norm += c * c;
-        }
-        part.norm = std::max(part.norm, norm);
-      }
+      kernels.measure(rows, depth, &ids[p * kMeasureCodes], std::min(kMeasureCodes, count - p * kMeasureCodes),
+                      &sums[p * depth], &lows[p * depth], &highs[p * depth]);
     }
   });
 
   const int64_t padded = round_up(depth, kVectorDoubles);
   packed_.mean = take<double>(padded);
   std::fill_n(packed_.mean, padded, 0.0);
-  double norm = 0.0, reach = 0.0, mean_norm = 0.0;
-  for (const Part& part : parts) norm = std::max(norm, part.norm);
+  double reach = 0.0, norm = 0.0;
   for (int64_t d = 0; d < depth; ++d) {
-    double sum = 0.0, low = parts[0].low[d], high = parts[0].high[d];
-    for (const Part& part : parts) {
-      sum += part.sum[d], low = std::min(low, part.low[d]), high = std::max(high, part.high[d]);
+    double sum = 0.0, low = lows[d], high = highs[d];
+    for (int64_t p = 0; p < parts; ++p) {
+      sum += sums[p * depth + d];
+      low = std::min<double>(low, lows[p * depth + d]), high = std::max<double>(high, highs[p * depth + d]);
     }
     const double mean = sum / static_cast<double>(count);
     packed_.mean[d] = mean;
-    mean_norm += mean * mean;
+    norm += mean * mean;
     reach = std::max({reach, high - mean, mean - low});
   }
-  packed_.max_norm = std::sqrt(norm) * kInflate;
-  packed_.mean_norm = std::sqrt(mean_norm);
+  packed_.mean_norm = std::sqrt(norm);
   packed_.scale = reach > 0.0 ? reach / kCodeMax : 1.0;
-  packed_.int8 = norm < kLargestPart;
 }
 
-void Codebook::pack(const Rows& codes, const std::vector<int32_t>& ids, const Kernels& kernels) {
+void Codebook::pack(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels) {
   PackedCodebook& p = packed_;
   const int64_t depth = p.depth, superblocks = ceil_div(p.codes, kernels.superblock);
   p.padded = superblocks * kernels.superblock;
@@ -195,16 +176,11 @@ void Codebook::pack(const Rows& codes, const std::vector<int32_t>& ids, const Ke
   }
 
   std::vector<double> largest(superblocks);
-  const int64_t work = kernels.superblock * depth * 16, grain = ceil_div(kInlineWork, work);
+  const int64_t grain = ceil_div(kInlineWork, kernels.superblock * depth * 8);
   parallel_for(0, superblocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> rows(kernels.superblock * depth);
-    for (int64_t s = begin; s < end; ++s) {
-      for (int64_t n = 0; n < kernels.superblock; ++n) {
-        read(codes, p.ids[s * kernels.superblock + n] * depth, depth, &rows[n * depth]);
-      }
-      kernels.pack(p, s, rows.data(), parts, &largest[s]);
-    }
+    for (int64_t s = begin; s < end; ++s) kernels.pack(p, s, rows, parts, &largest[s]);
   });
+  p.max_norm = std::sqrt(-2.0 * *std::min_element(p.half_norm64, p.half_norm64 + p.padded)) * kInflate;
   if (!p.int8) return;
 
   p.max_quantised = std::sqrt(*std::max_element(largest.begin(), largest.end())) * kInflate;
@@ -228,7 +204,7 @@ namespace {
 struct Kept {
   Key key;
   const void* data;  // where its codes were: the next version of the same codebook takes its place
-  std::shared_ptr<const Codebook> codebook;
+  std::shared_ptr<Codebook> codebook;
 };
 
 // Most recently used last. Nobody waits for the lock: who does not get it packs for itself, so that a process forked
@@ -247,6 +223,7 @@ Shelf& shelf() {
 
 std::shared_ptr<const Codebook> prepare(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels) {
   const Key key = key_of(codes, count, depth, kernels);
+  std::shared_ptr<Codebook> old;
   {
     std::unique_lock<std::mutex> lock(shelf().mutex, std::try_to_lock);
     if (lock.owns_lock()) {
@@ -256,31 +233,32 @@ std::shared_ptr<const Codebook> prepare(const Rows& codes, int64_t count, int64_
         std::rotate(found, found + 1, kept.end());
         return kept.back().codebook;
       }
+      // Its former version is of no more use: its memory is, unless a search of another thread still reads it.
+      const auto former = std::find_if(kept.begin(), kept.end(), [&](const Kept& k) {
+        return k.data == codes.data && k.key.count == count && k.key.depth == depth && k.key.kernels == &kernels;
+      });
+      if (former != kept.end()) {
+        if (former->codebook.use_count() == 1) old = std::move(former->codebook);
+        kept.erase(former);
+      }
     }
   }
 
-  auto packed = std::make_shared<const Codebook>(codes, count, depth, kernels);
+  auto packed = std::make_shared<Codebook>(codes, count, depth, kernels, std::move(old));
+  if (packed->bytes() > kKeptBytes) return packed;
   std::vector<Kept> dropped;  // freed after the lock
-  {
-    std::unique_lock<std::mutex> lock(shelf().mutex, std::try_to_lock);
-    if (!lock.owns_lock() || packed->bytes() > kKeptBytes) return packed;
-    auto& kept = shelf().kept;
-    const auto drop = [&](auto position) {
-      dropped.push_back(std::move(*position));
-      kept.erase(position);
-    };
-    const auto old = std::find_if(kept.begin(), kept.end(), [&](const Kept& k) {
-      return k.data == codes.data && k.key.count == count && k.key.depth == depth && k.key.kernels == &kernels;
-    });
-    if (old != kept.end()) drop(old);
-    kept.push_back({key, codes.data, packed});
-    int64_t total = 0;
-    for (const Kept& k : kept) total += k.codebook->bytes();
-    while (kept.size() > kKeptCodebooks || total > kKeptBytes) {
-      total -= kept.front().codebook->bytes();
-      drop(kept.begin());
-    }
+  std::unique_lock<std::mutex> lock(shelf().mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return packed;
+  auto& kept = shelf().kept;
+  kept.push_back({key, codes.data, packed});
+  int64_t total = 0;
+  for (const Kept& k : kept) total += k.codebook->bytes();
+  while (kept.size() > kKeptCodebooks || total > kKeptBytes) {
+    total -= kept.front().codebook->bytes();
+    dropped.push_back(std::move(kept.front()));
+    kept.erase(kept.begin());
   }
+  lock.unlock();
   return packed;
 }
 

@@ -11,19 +11,25 @@ namespace semhitok::cpu {
 // Owns the arrays of a PackedCodebook.
 class Codebook {
  public:
-  Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels);
+  // Takes the memory of `old`, when there is one.
+  Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels, std::shared_ptr<Codebook> old);
   const PackedCodebook& packed() const { return packed_; }
   int64_t bytes() const { return bytes_; }
 
  private:
-  std::vector<int32_t> list_codes(const Rows& codes, int64_t count, const Kernels& kernels);
-  void measure(const Rows& codes, const std::vector<int32_t>& ids);
-  void pack(const Rows& codes, const std::vector<int32_t>& ids, const Kernels& kernels);
+  struct Piece {
+    Buffer<char> memory;
+    int64_t bytes = 0;
+  };
+
+  std::vector<int32_t> list_codes(const float* rows, int64_t count, const Kernels& kernels) const;
+  void measure(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels);
+  void pack(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels);
   template <typename T>
   T* take(int64_t count);
 
   PackedCodebook packed_{};
-  std::vector<Buffer<char>> buffers_;
+  std::vector<Piece> pieces_, spare_;
   int64_t bytes_ = 0;
 };
 

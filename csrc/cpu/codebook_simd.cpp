@@ -1,111 +1,22 @@
 // Packing a codebook and digesting its bytes, one instruction set.
 //
-// pack writes one superblock: the fp32 rows transposed by groups of 16 codes, and, for the int8 pass,
-// q = round((c - mean) / scale) with the norms that bound what rounding loses, all measured in fp64 and rounded up.
-// half_norm64 enters exact scores, so its order of summation is the same everywhere: eight partial sums, d mod 8, added
-// pairwise. Products of two fp32 numbers are exact in fp64, so FMA or not makes no difference.
+// A code is usable when it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
+// rows transposed by groups of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that bound
+// what rounding loses, all measured in fp64 and rounded up. Codes sit in lanes there, so no sum is horizontal.
+// half_norm64 enters exact scores, so its order of summation is the same everywhere: ascending depth, even and odd
+// apart. Products of two fp32 numbers are exact in fp64, so FMA or not makes no difference.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
 #include "passes.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int kPartial = static_cast<int>(kVectorDoubles);
-constexpr int kPartialVectors = kPartial / kDoubles;
-static_assert(kPartialVectors * kDoubles == kPartial, "eight partial sums are whole vectors");
+constexpr int kCodes = static_cast<int>(kGroupCodes);
+constexpr int kDoubleVectors = kCodes / kDoubles;
 constexpr float kInflate = 1.0f + 0x1p-20f;  // more than rounding a norm to fp32 can lose
 
-typedef int8_t QuantisedVec __attribute__((vector_size(kDoubles)));
-
-// -|c|^2/2.
-inline double half_norm_of(const float* code, int64_t depth) {
-  DoubleVec partial[kPartialVectors] = {};
-  int64_t d = 0;
-  for (; d + kPartial <= depth; d += kPartial) {
-    for (int v = 0; v < kPartialVectors; ++v) {
-      const DoubleVec c = widen(code + d + v * kDoubles);
-      partial[v] += c * c;
-    }
-  }
-  double p[kPartial];
-  for (int v = 0; v < kPartialVectors; ++v) store(p + v * kDoubles, partial[v]);
-  for (int i = 0; d < depth; ++d, ++i) p[i] += static_cast<double>(code[d]) * code[d];
-  return -0.5 * (((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])));
-}
-
-}  // namespace
-
-void pack(const PackedCodebook& book, int64_t s, const float* rows, const PackedParts& parts, double* max_quantised) {
-  const int64_t depth = book.depth, first = s * kSuperblock, padded_depth = round_up(depth, kVectorDoubles);
-  const int64_t lane_bytes = book.steps * kStepDims;
-  double row[kMaxInt8Depth + kVectorDoubles];
-  int8_t q[kMaxInt8Depth + kVectorDoubles];
-  *max_quantised = 0.0;
-  for (int64_t n = 0; n < kSuperblock; ++n) {
-    const float* code = rows + n * depth;
-    float* column = book.rows + (first + n) / kGroupCodes * kGroupCodes * depth + n % kGroupCodes;
-    for (int64_t d = 0; d < depth; ++d) column[d * kGroupCodes] = code[d];
-    book.half_norm64[first + n] = half_norm_of(code, depth);
-    book.half_norm[first + n] = static_cast<float>(book.half_norm64[first + n]);
-    if (!book.int8) continue;
-
-    for (int64_t d = 0; d < depth; ++d) row[d] = code[d];
-    for (int64_t d = depth; d < padded_depth; ++d) row[d] = 0.0;
-    const double inverse = 1.0 / book.scale;
-    DoubleVec residual{}, norm{}, total{}, dot{}, own{};
-    for (int64_t d = 0; d < padded_depth; d += kDoubles) {
-      const DoubleVec mean = load(book.mean + d), r = load(row + d) - mean;
-      const DoubleVec whole = nearest(r * inverse), lost = r - whole * book.scale;
-      residual += lost * lost;
-      norm += whole * whole;
-      total += whole;
-      dot += mean * r;
-      own += r * r;
-      const QuantisedVec bytes = __builtin_convertvector(whole, QuantisedVec);
-      __builtin_memcpy(q + d, &bytes, sizeof bytes);
-    }
-    parts.mean_dot[first + n] = sum(dot);
-    parts.half_residual_norm[first + n] = -0.5 * sum(own);
-
-    const double lost = sum(residual), size = sum(norm);
-    const int64_t group = (first + n) / kGroupCodes;
-    const float lost32 = static_cast<float>(__builtin_sqrt(lost)) * kInflate;
-    const float norm32 = static_cast<float>(__builtin_sqrt(size) * book.scale) * kInflate;
-    if (n % kGroupCodes == 0) book.group_residual[group] = book.group_norm[group] = 0.0f;
-    if (lost32 > book.group_residual[group]) book.group_residual[group] = lost32;
-    if (norm32 > book.group_norm[group]) book.group_norm[group] = norm32;
-    if (size > *max_quantised) *max_quantised = size;
-
-    const int64_t vector = n % kGroupCodes, lane = n / kGroupCodes;
-    int8_t* words = book.quantised + (s * kSuperVectors + vector / 2 * 2) * kAccLanes * lane_bytes +
-                    (vector % 2 * kAccLanes + lane) * kStepDims;
-    for (int64_t d = 0; d < lane_bytes; d += kStepDims) {
-      __builtin_memcpy(words + d * 2 * kAccLanes, q + d, kStepDims);
-    }
-    static_cast<Acc*>(book.offset)[(s * kSuperVectors + vector) * kAccLanes + lane] =
-        static_cast<Acc>(-kTokenOffset * static_cast<int32_t>(sum(total)));
-  }
-}
-
-void pack_parts(const PackedCodebook& book, int64_t s, const PackedParts& parts) {
-  const int64_t first = s * kSuperblock;
-  const double mean_factor = book.mean_size > 0.0 ? 1.0 / (book.mean_size * book.scale) : 0.0;
-  const double norm_factor = book.norm_size > 0.0 ? 1.0 / (book.norm_size * book.scale) : 0.0;
-  for (int64_t v = 0; v < kSuperVectors; ++v) {
-    for (int64_t l = 0; l < kAccLanes; ++l) {
-      const int64_t to = first + v * kAccLanes + l, from = first + l * kGroupCodes + v;
-      book.mean_part[to] = static_cast<float>(parts.mean_dot[from] * mean_factor);
-      book.norm_part[to] = static_cast<float>((parts.half_residual_norm[from] - book.norm_middle) * norm_factor);
-    }
-  }
-}
-
-// ---- digest ----
-
-namespace {
-
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
-constexpr int kStripes = 4;  // independent accumulators
+constexpr int kWords = kVectorBytes / 8;
 constexpr uint64_t kOdd1 = 0x9E3779B97F4A7C15ull, kOdd2 = 0xC2B2AE3D27D4EB4Full, kOdd3 = 0x165667B19E3779F9ull;
 
 inline Words multiply_halves(Words w) {
@@ -125,26 +36,199 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
+inline Words first_key() {
+  Words key;
+  for (int l = 0; l < kWords; ++l) key[l] = kOdd1 * static_cast<uint64_t>(2 * l + 1);
+  return key;
+}
+
+// The 16 rows of a group, transposed: out [depth][16].
+inline void transpose(const float* const rows[kCodes], int64_t depth, float* out) {
+  int64_t d = 0;
+#if defined(__SSE2__)
+  for (; d + 4 <= depth; d += 4) {
+    for (int n = 0; n < kCodes; n += 4) {
+      __m128 a = _mm_loadu_ps(rows[n] + d), b = _mm_loadu_ps(rows[n + 1] + d);
+      __m128 c = _mm_loadu_ps(rows[n + 2] + d), e = _mm_loadu_ps(rows[n + 3] + d);
+      _MM_TRANSPOSE4_PS(a, b, c, e);
+      _mm_storeu_ps(out + d * kCodes + n, a);
+      _mm_storeu_ps(out + (d + 1) * kCodes + n, b);
+      _mm_storeu_ps(out + (d + 2) * kCodes + n, c);
+      _mm_storeu_ps(out + (d + 3) * kCodes + n, e);
+    }
+  }
+#endif
+  for (; d < depth; ++d) {
+    for (int n = 0; n < kCodes; ++n) out[d * kCodes + n] = rows[n][d];
+  }
+}
+
+// -|c|^2/2 of a group's codes.
+inline void half_norms(const float* group, int64_t depth, double* out) {
+  for (int v = 0; v < kDoubleVectors; ++v) {
+    DoubleVec even{}, odd{};
+    const float* c = group + v * kDoubles;
+    for (int64_t d = 0; d < depth; d += 2) {
+      const DoubleVec a = widen(c + d * kCodes);
+      even += a * a;
+      if (d + 1 == depth) break;
+      const DoubleVec b = widen(c + (d + 1) * kCodes);
+      odd += b * b;
+    }
+    store(out + v * kDoubles, -0.5 * (even + odd));
+  }
+}
+
+// Quantises the group in lane `lane` of superblock s, whose transposed rows are `group`.
+inline double quantise_group(const PackedCodebook& book, int64_t s, int64_t lane, const float* group,
+                             const PackedParts& parts) {
+  const int64_t depth = book.depth, index = s * kSuperblock / kCodes + lane;
+  const double inverse = 1.0 / book.scale;
+  DoubleVec lost[kDoubleVectors] = {}, size[kDoubleVectors] = {}, total[kDoubleVectors] = {};
+  DoubleVec dot[kDoubleVectors] = {}, own[kDoubleVectors] = {};
+  int8_t* out = book.quantised + s * kSuperVectors * book.steps * kVectorBytes + lane * kStepDims;
+  for (int64_t step = 0; step < book.steps; ++step) {
+    int32_t words[kCodes] = {};  // kStepDims bytes of each code
+    for (int i = 0; i < kStepDims; ++i) {
+      const int64_t d = step * kStepDims + i;
+      if (d == depth) break;
+      const double mean = book.mean[d];
+      double q[kCodes];
+      for (int v = 0; v < kDoubleVectors; ++v) {
+        const DoubleVec r = widen(group + d * kCodes + v * kDoubles) - mean;
+        const DoubleVec whole = nearest(r * inverse), rest = r - whole * book.scale;
+        lost[v] += rest * rest;
+        size[v] += whole * whole;
+        total[v] += whole;
+        dot[v] += mean * r;
+        own[v] += r * r;
+        store(q + v * kDoubles, whole);
+      }
+      for (int n = 0; n < kCodes; ++n) words[n] |= (static_cast<int32_t>(q[n]) & 0xFF) << (8 * i);
+    }
+    for (int n = 0; n < kCodes; ++n) {
+      __builtin_memcpy(out + (((n / 2) * book.steps + step) * 2 + n % 2) * kVectorBytes, words + n, kStepDims);
+    }
+  }
+
+  double lost_most = 0.0, size_most = 0.0;
+  for (int v = 0; v < kDoubleVectors; ++v) {
+    store(parts.mean_dot + index * kCodes + v * kDoubles, dot[v]);
+    store(parts.half_residual_norm + index * kCodes + v * kDoubles, -0.5 * own[v]);
+    const double a = greatest(lost[v]), b = greatest(size[v]);
+    lost_most = a > lost_most ? a : lost_most;
+    size_most = b > size_most ? b : size_most;
+    for (int l = 0; l < kDoubles; ++l) {
+      const int n = v * kDoubles + l;
+      static_cast<Acc*>(book.offset)[(s * kSuperVectors + n) * kAccLanes + lane] =
+          static_cast<Acc>(-kTokenOffset * static_cast<int32_t>(total[v][l]));
+    }
+  }
+  book.group_residual[index] = static_cast<float>(__builtin_sqrt(lost_most)) * kInflate;
+  book.group_norm[index] = static_cast<float>(__builtin_sqrt(size_most) * book.scale) * kInflate;
+  return size_most;
+}
+
 }  // namespace
 
-// Every word is keyed by its place, its halves are multiplied, and the rotated word is added besides, so that a product
-// that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
-void digest(const void* data, int64_t bytes, uint64_t out[2]) {
-  constexpr int64_t kStripeBytes = static_cast<int64_t>(kStripes) * kVectorBytes;
-  constexpr int kWords = kVectorBytes / 8;
-  const char* p = static_cast<const char*>(data);
-  Words acc[kStripes], key[kStripes];
-  for (int i = 0; i < kStripes; ++i) {
-    for (int l = 0; l < kWords; ++l) key[i][l] = kOdd1 * static_cast<uint64_t>(2 * (i * kWords + l) + 1);
-    acc[i] = key[i] ^ kOdd2;
+// hashes[n] of rows first .. first + count: equal rows have equal ones, others rarely; 0 for a row with NaN or Inf.
+void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes) {
+  const Words start = first_key();
+  for (int64_t n = first; n < first + count; ++n) {
+    const float* row = rows + n * depth;
+    Words acc{}, key = start;
+    Vec poison{};  // NaN as soon as one component is NaN or Inf
+    int64_t d = 0;
+    for (; d < depth; d += kLanes) {
+      Vec v{};
+      if (d + kLanes <= depth) {
+        v = load(row + d);
+      } else {
+        __builtin_memcpy(&v, row + d, (depth - d) * sizeof(float));
+      }
+      poison += v * 0.0f;
+      acc += multiply_halves((Words)v ^ key);
+      key += kOdd3;
+    }
+    uint64_t hash = kOdd2;
+    float bad = 0.0f;
+    for (int l = 0; l < kWords; ++l) hash += acc[l];
+    for (int l = 0; l < kLanes; ++l) bad += poison[l];
+    hashes[n] = bad == 0.0f ? mix(hash, kOdd1) | 1 : 0;
   }
+}
+
+// Sums and range of rows ids[0 .. count), per dimension.
+void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low, float* high) {
+  for (int64_t d = 0; d < depth; d += kLanes) {
+    const int64_t here = depth - d < kLanes ? depth - d : kLanes;
+    DoubleVec even{}, odd{};
+    Vec least = splat(__builtin_inff()), most = splat(-__builtin_inff());
+    for (int64_t n = 0; n < count; ++n) {
+      const float* row = rows + ids[n] * depth + d;
+      float padded[kLanes] = {};
+      if (here < kLanes) {
+        __builtin_memcpy(padded, row, here * sizeof(float));
+        row = padded;
+      }
+      const Vec v = load(row);
+      even += widen(row);
+      odd += widen(row + kDoubles);
+      least = v < least ? v : least;
+      most = larger(v, most);
+    }
+    double sums[kLanes];
+    store(sums, even);
+    store(sums + kDoubles, odd);
+    for (int64_t i = 0; i < here; ++i) sum[d + i] = sums[i], low[d + i] = least[i], high[d + i] = most[i];
+  }
+}
+
+void pack(const PackedCodebook& book, int64_t s, const float* rows, const PackedParts& parts, double* max_quantised) {
+  *max_quantised = 0.0;
+  for (int64_t lane = 0; lane < kSuperblock / kCodes; ++lane) {
+    const int64_t first = s * kSuperblock + lane * kCodes;
+    const float* codes[kCodes];
+    for (int n = 0; n < kCodes; ++n) codes[n] = rows + book.ids[first + n] * book.depth;
+    float* group = book.rows + first * book.depth;
+    transpose(codes, book.depth, group);
+    half_norms(group, book.depth, book.half_norm64 + first);
+    for (int n = 0; n < kCodes; ++n) book.half_norm[first + n] = static_cast<float>(book.half_norm64[first + n]);
+    if (!book.int8) continue;
+    const double size = quantise_group(book, s, lane, group, parts);
+    *max_quantised = size > *max_quantised ? size : *max_quantised;
+  }
+}
+
+void pack_parts(const PackedCodebook& book, int64_t s, const PackedParts& parts) {
+  const int64_t first = s * kSuperblock;
+  const double mean_factor = book.mean_size > 0.0 ? 1.0 / (book.mean_size * book.scale) : 0.0;
+  const double norm_factor = book.norm_size > 0.0 ? 1.0 / (book.norm_size * book.scale) : 0.0;
+  for (int64_t v = 0; v < kSuperVectors; ++v) {
+    for (int64_t l = 0; l < kAccLanes; ++l) {
+      const int64_t to = first + v * kAccLanes + l, from = first + l * kGroupCodes + v;
+      book.mean_part[to] = static_cast<float>(parts.mean_dot[from] * mean_factor);
+      book.norm_part[to] = static_cast<float>((parts.half_residual_norm[from] - book.norm_middle) * norm_factor);
+    }
+  }
+}
+
+// Every word is keyed by its place, its halves are multiplied, and the word itself is added to the accumulator beside, so
+// that a product that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
+void digest(const void* data, int64_t bytes, uint64_t out[2]) {
+  constexpr int kStripes = 4;  // independent accumulators
+  constexpr int64_t kStripeBytes = static_cast<int64_t>(kStripes) * kVectorBytes;
+  const char* p = static_cast<const char*>(data);
+  Words acc[kStripes], key = first_key();
+  for (int i = 0; i < kStripes; ++i) acc[i] = key ^ (kOdd2 * static_cast<uint64_t>(i + 1));
   const auto absorb = [&](const char* from) {
     for (int i = 0; i < kStripes; ++i) {
       Words w;
       __builtin_memcpy(&w, from + i * kVectorBytes, sizeof w);
-      acc[i] += multiply_halves(w ^ key[i]) + ((w << 29) | (w >> 35));
-      key[i] += kOdd3;
+      acc[i] += multiply_halves(w ^ key);
+      acc[i ^ 1] += w;
     }
+    key += kOdd3;
   };
   int64_t at = 0;
   for (; at + kStripeBytes <= bytes; at += kStripeBytes) absorb(p + at);
@@ -157,7 +241,7 @@ void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   for (int i = 0; i < kStripes; ++i) {
     for (int l = 0; l < kWords; ++l) {
       a = mix(a ^ acc[i][l], kOdd1) + acc[i][l];
-      b = mix(b + acc[i][l], kOdd2 ^ key[i][l]) ^ a;
+      b = mix(b + acc[i][l], kOdd2 ^ key[l]) ^ a;
     }
   }
   out[0] = mix(a, kOdd3), out[1] = mix(b ^ kOdd1, kOdd2);

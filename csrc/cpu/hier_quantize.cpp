@@ -16,7 +16,7 @@ void hier_quantize(const HierQuantize& problem) {
   const CodeSearch search(problem.sem);
   const int64_t block = search.block();
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
-    const auto search_scratch = allocate<char>(search.scratch());
+    const auto search_scratch = search.scratch();
     const auto sub_scratch = allocate<char>(subcode_scratch(problem.pix));
     const auto scores = allocate<double>(block);  // float or double; nobody reads them
     const auto groups = allocate<int64_t>(block);

@@ -69,9 +69,12 @@ inline AccVec dot(AccVec acc, Bytes token, Bytes code) {
 #endif
 }
 
-// best[r] = the maxima of the superblock's groups for token r of the tile.
-inline void superblock_maxima(const uint8_t* __restrict x, const int8_t* __restrict codes, const Acc* __restrict start,
-                              int64_t steps, AccVec best[kTile]) {
+// maxima[r * stride ..] = those of the superblock's groups for token r of the tile; top[r] follows. A function of its
+// own: inlined, GCC keeps the code vectors on the stack and loads them again for every token.
+__attribute__((noinline)) void superblock_maxima(const uint8_t* __restrict x, const int8_t* __restrict codes,
+                                                 const Acc* __restrict start, int64_t steps, Acc* __restrict maxima,
+                                                 int64_t stride, AccVec* __restrict top) {
+  AccVec best[kTile];
   for (int v = 0; v < kSuperVectors; v += 2) {
     AccVec acc0[kTile], acc1[kTile];
     const AccVec start0 = load(start + v * kAccLanes), start1 = load(start + (v + 1) * kAccLanes);
@@ -90,6 +93,10 @@ inline void superblock_maxima(const uint8_t* __restrict x, const int8_t* __restr
       best[r] = v == 0 ? both : larger(best[r], both);
     }
   }
+  for (int r = 0; r < kTile; ++r) {
+    store(maxima + r * stride, best[r]);
+    top[r] = larger(top[r], best[r]);
+  }
 }
 
 // The accumulators' start with a tile's bias: the codes' offset plus the bias, truncated to an integer.
@@ -99,8 +106,14 @@ inline void biased_start(const PackedCodebook& codebook, int64_t superblock, Til
   const float* mean = codebook.mean_part + first;
   const float* norm = codebook.norm_part + first;
   for (int64_t n = 0; n < kSuperblock; n += kLanes) {
-    const IntVec whole = __builtin_convertvector(load(mean + n) * bias.mean + load(norm + n) * bias.norm, IntVec);
-    for (int l = 0; l < kLanes; ++l) start[n + l] = static_cast<Acc>(offset[n + l] + whole[l]);
+    Vec part = load(norm + n) * bias.norm;
+    if (bias.mean != 0.0f) part += load(mean + n) * bias.mean;
+    const IntVec whole = __builtin_convertvector(part, IntVec);
+    typedef Acc Narrow __attribute__((vector_size(kLanes * sizeof(Acc))));
+    Narrow from;
+    __builtin_memcpy(&from, offset + n, sizeof from);
+    from += __builtin_convertvector(whole, Narrow);
+    __builtin_memcpy(start + n, &from, sizeof from);
   }
 }
 
@@ -120,13 +133,8 @@ void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t
         biased_start(codebook, block, bias[tile], biased);
         start = biased;
       }
-      AccVec best[kTile];
-      superblock_maxima(tiles + tile * tile_bytes, codes, start, steps, best);
-      for (int r = 0; r < kTile; ++r) {
-        const int64_t t = tile * kTile + r;
-        store(maxima + t * stride + s * kAccLanes, best[r]);
-        top[t] = larger(top[t], best[r]);
-      }
+      superblock_maxima(tiles + tile * tile_bytes, codes, start, steps, maxima + tile * kTile * stride + s * kAccLanes,
+                        stride, top + tile * kTile);
     }
   }
 }

@@ -66,12 +66,17 @@ struct Kernels {
   int64_t step;         // dimensions a step of the int8 pass takes; 0 when there is none
   // A digest of bytes: equal for equal bytes; for others a chance of about 2^-64 each word.
   void (*digest)(const void* data, int64_t bytes, uint64_t out[2]);
-  // Fills the arrays of superblock s from rows [superblock][depth]; max_quantised receives its largest |q|^2.
+  // Of fp32 rows [][depth] first .. first + count: 0 for one with NaN or Inf; equal rows have equal hashes.
+  void (*hash_rows)(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
+  // Sum and range of rows ids[0 .. count), per dimension.
+  void (*measure)(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
+                  float* high);
+  // Fills the arrays of superblock s from the rows its ids name; max_quantised receives its largest |q|^2.
   void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
                double* max_quantised);
   // Writes mean_part and norm_part of superblock s from parts.
   void (*pack_parts)(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
-  int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned
+  int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned, the first 64 zero before the first search
   // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
   void (*search)(const PackedCodebook& codebook, const Rows& z, Metric metric, int64_t first, int64_t count,
                  const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);

@@ -30,6 +30,10 @@ void* allocate_aligned(int64_t bytes) {
   return p;
 }
 
+CodeSearch::CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, {}, {}, {}}) {}
+
+CodeSearch::~CodeSearch() = default;
+
 CodeSearch::CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe)
     : problem_(problem), kernels_(&kernels), probe_(probe) {
   const int64_t codes = problem.codes, depth = problem.depth;
@@ -61,12 +65,15 @@ int64_t CodeSearch::grain() const {
   return ceil_div(kInlineWork, block_work);
 }
 
-int64_t CodeSearch::scratch() const {
-  if (problem_.wide) return problem_.depth * static_cast<int64_t>(sizeof(double));
-  return kernels_->search_scratch(problem_.depth);
+Buffer<char> CodeSearch::scratch() const {
+  const int64_t bytes =
+      problem_.wide ? problem_.depth * static_cast<int64_t>(sizeof(double)) : kernels_->search_scratch(problem_.depth);
+  auto scratch = allocate<char>(bytes);
+  std::fill_n(scratch.get(), std::min(bytes, kAlignment), char{0});  // what a search notes for the next one
+  return scratch;
 }
 
-void CodeSearch::run(int64_t first, int64_t count, void* scratch, void* scores, int64_t* ids) const {
+void CodeSearch::run(int64_t first, int64_t count, char* scratch, void* scores, int64_t* ids) const {
   if (!problem_.wide) {
     float* out = static_cast<float*>(scores);
     if (codebook_->packed().codes > 0) {
@@ -78,7 +85,7 @@ void CodeSearch::run(int64_t first, int64_t count, void* scratch, void* scores, 
     return;
   }
   const int64_t depth = problem_.depth;
-  double* x = static_cast<double*>(scratch);
+  double* x = reinterpret_cast<double*>(scratch);
   for (int64_t t = 0; t < count; ++t) {
     read(problem_.z, (first + t) * depth, depth, x);
     double poison = 0.0;
@@ -102,7 +109,7 @@ namespace {
 void search_all(const NearestCode& problem, const CodeSearch& search) {
   const int64_t score_size = problem.wide ? 8 : 4;
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
-    const auto scratch = allocate<char>(search.scratch());
+    const auto scratch = search.scratch();
     for (int64_t b = next(); b >= 0; b = next()) {
       const int64_t first = b * search.block(), count = std::min(search.block(), problem.tokens - first);
       search.run(first, count, scratch.get(), static_cast<char*>(problem.scores) + first * score_size,

@@ -28,10 +28,13 @@ constexpr int64_t kStride = kSlots + 32; // apart, so that rows of maxima do not
 constexpr int64_t kShortList = 48;       // slots kept without a second look
 constexpr int64_t kAhead = 3;            // tokens looked at before one is scored
 constexpr int64_t kLineBytes = 64;
+constexpr int kExactTokens = 4;
 constexpr int kTile = kTileTokens;
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
+constexpr int64_t kRetryBlocks = 15;      // blocks that a pass sits out
 constexpr double kEps64 = 1e-15, kEps32 = 0x1p-24;
+constexpr double kLargest32 = 1e38;       // scores below this have no fp32 overflow on their way
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr int kGroupVectors = static_cast<int>(kGroupCodes) / kDoubles;
 static_assert(kTokenBlock % kTile == 0 && kTile <= 8, "a block of tokens is whole tiles");
@@ -52,6 +55,7 @@ struct Token {
 };
 
 struct Scratch {
+  int64_t* waiting; // [2] blocks still to come before the int8 and the fp32 pass are tried again
   double* x;        // [kTokenBlock][padded depth]
   double* shifted;  // [kTile][padded depth]
   float* row;       // [depth]
@@ -70,6 +74,7 @@ int64_t lay_out(int64_t depth, char* base, Scratch* out) {
     at += round_up(bytes, 64);
     return p;
   };
+  out->waiting = reinterpret_cast<int64_t*>(take(64));
   out->x = reinterpret_cast<double*>(take(kTokenBlock * padded * 8));
   out->shifted = reinterpret_cast<double*>(take(kTile * padded * 8));
   out->row = reinterpret_cast<float*>(take(padded * 4));
@@ -150,36 +155,60 @@ inline int64_t scan(const T* maxima, int64_t slots, T threshold, int32_t* list) 
 
 // ---- exact scores ----
 
-// Scores the 16 codes of a group and keeps the greatest, the lowest id where equal.
-inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* x, Token* token) {
-  const float* c = book.rows + group * kGroupCodes * book.depth;
-  DoubleVec even[kGroupVectors], odd[kGroupVectors];
-  for (int v = 0; v < kGroupVectors; ++v) {
-    even[v] = l2 ? load(book.half_norm64 + group * kGroupCodes + v * kDoubles) : DoubleVec{};
-    odd[v] = DoubleVec{};
-  }
-  int64_t d = 0;
-  for (; d + 2 <= book.depth; d += 2, c += 2 * kGroupCodes) {
-    for (int v = 0; v < kGroupVectors; ++v) {
-      even[v] += x[d] * widen(c + v * kDoubles);
-      odd[v] += x[d + 1] * widen(c + kGroupCodes + v * kDoubles);
+// Scores the 16 codes of a group for kTokens tokens and keeps each one's greatest, the lowest id where equal. kAtOnce:
+// how many of the group's vectors the registers hold sums for.
+template <int kTokens, int kAtOnce>
+inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* const x[kTokens],
+                    Token* const tokens[kTokens]) {
+  static_assert(kGroupVectors % kAtOnce == 0, "whole vectors");
+  DoubleVec scores_of[kTokens][kGroupVectors];
+  for (int first = 0; first < kGroupVectors; first += kAtOnce) {
+    const float* c = book.rows + group * kGroupCodes * book.depth + first * kDoubles;
+    DoubleVec even[kTokens][kAtOnce], odd[kTokens][kAtOnce];
+    for (int v = 0; v < kAtOnce; ++v) {
+      const DoubleVec start =
+          l2 ? load(book.half_norm64 + group * kGroupCodes + (first + v) * kDoubles) : DoubleVec{};
+      for (int r = 0; r < kTokens; ++r) even[r][v] = start, odd[r][v] = DoubleVec{};
+    }
+    int64_t d = 0;
+    for (; d + 2 <= book.depth; d += 2, c += 2 * kGroupCodes) {
+      for (int v = 0; v < kAtOnce; ++v) {
+        const DoubleVec a = widen(c + v * kDoubles), b = widen(c + kGroupCodes + v * kDoubles);
+        for (int r = 0; r < kTokens; ++r) {
+          even[r][v] += x[r][d] * a;
+          odd[r][v] += x[r][d + 1] * b;
+        }
+      }
+    }
+    for (int v = 0; d < book.depth && v < kAtOnce; ++v) {
+      for (int r = 0; r < kTokens; ++r) even[r][v] += x[r][d] * widen(c + v * kDoubles);
+    }
+    for (int v = 0; v < kAtOnce; ++v) {
+      for (int r = 0; r < kTokens; ++r) scores_of[r][first + v] = even[r][v] + odd[r][v];
     }
   }
-  if (d < book.depth) {
-    for (int v = 0; v < kGroupVectors; ++v) even[v] += x[d] * widen(c + v * kDoubles);
-  }
-  token->rescored += kGroupCodes;
-  DoubleVec most = even[0] += odd[0];
-  for (int v = 1; v < kGroupVectors; ++v) most = larger(most, even[v] += odd[v]);
-  if (greatest(most) < token->best) return;
-  double scores[kGroupCodes];
-  for (int v = 0; v < kGroupVectors; ++v) store(scores + v * kDoubles, even[v]);
   const int32_t* ids = book.ids + group * kGroupCodes;
-  for (int n = 0; n < kGroupCodes; ++n) {
-    if (scores[n] > token->best || (scores[n] == token->best && ids[n] < token->id)) {
-      token->best = scores[n], token->id = ids[n];
+  for (int r = 0; r < kTokens; ++r) {
+    Token* token = tokens[r];
+    token->rescored += kGroupCodes;
+    uint32_t bits = 0;
+    for (int v = 0; v < kGroupVectors; ++v) {
+      bits |= beating(scores_of[r][v], token->best, ids[0] < token->id) << (v * kDoubles);
+    }
+    if (bits == 0) continue;
+    double scores[kGroupCodes];
+    for (int v = 0; v < kGroupVectors; ++v) store(scores + v * kDoubles, scores_of[r][v]);
+    for (; bits != 0; bits &= bits - 1) {
+      const int n = __builtin_ctz(bits);
+      if (scores[n] > token->best || (scores[n] == token->best && ids[n] < token->id)) {
+        token->best = scores[n], token->id = ids[n];
+      }
     }
   }
+}
+
+inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* x, Token* token) {
+  rescore<1, kGroupVectors>(book, l2, group, &x, &token);
 }
 
 inline double bound_of(const Token& token, double residual, double norm, double scale) {
@@ -421,6 +450,10 @@ void settle_fp32(const PackedCodebook& book, bool l2, const double* x, const flo
   if (token->best - bound > low) low = token->best - bound;
   int64_t count = scan(maxima, slots, rounded_down(low), list);
   if (count == 0) return;
+  if (count > kShortList && count > slots / 4) {
+    token->kind = Kind::kExact;
+    return;
+  }
   int64_t first = list[0];
   for (int64_t i = 1; i < count; ++i) first = maxima[list[i]] > maxima[first] ? list[i] : first;
   first /= kLanes;
@@ -474,11 +507,28 @@ void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const Searc
           probe.approximate[to] = most, probe.bound[to] = fp32_bound(book, l2, token, 1.0);
         }
       }
+      if (token.kind != Kind::kFp32) continue;
       float most = kLeast;
       for (int l = 0; l < kLanes; ++l) most = top[t][l] > most ? top[t][l] : most;
       settle_fp32(book, l2, scratch.x + order[t] * padded, maxima + t * kStride, u, slots, most, probe.bound_scale,
                   scratch.list, &token);
     }
+  }
+}
+
+// Every code of the tokens left, a group and a few tokens at a time: its rows stay in the cache for all of them.
+void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scratch& scratch, Token* tokens) {
+  const int64_t padded = round_up(book.depth, kVectorDoubles);
+  const double* x[kTokenBlock];
+  Token* left[kTokenBlock];
+  int64_t searched = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    if (tokens[t].kind == Kind::kExact) x[searched] = scratch.x + t * padded, left[searched++] = tokens + t;
+  }
+  for (int64_t g = 0; searched > 0 && g < book.padded / kGroupCodes; ++g) {
+    int64_t t = 0;
+    for (; t + kExactTokens <= searched; t += kExactTokens) rescore<kExactTokens, 1>(book, l2, g, x + t, left + t);
+    for (; t < searched; ++t) rescore(book, l2, g, x[t], left[t]);
   }
 }
 
@@ -527,10 +577,18 @@ int64_t search_scratch(int64_t depth) {
 
 void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t first, int64_t count,
             const SearchProbe& probe, void* memory, float* scores, int64_t* ids) {
-  const bool l2 = metric == Metric::kL2, int8 = book.int8 && !probe.fp32_first;
+  const bool l2 = metric == Metric::kL2;
   const int64_t padded = round_up(book.depth, kVectorDoubles);
   Scratch scratch;
   lay_out(book.depth, static_cast<char*>(memory), &scratch);
+  // A pass that settled less than half of a block sits out the next ones: their data are likely of the same kind.
+  const auto sits_out = [&](int pass) {
+    return probe.approximate == nullptr && scratch.waiting[pass] > 0 && --scratch.waiting[pass] >= 0;
+  };
+  const auto judge = [&](int pass, int64_t unsettled) {
+    if (2 * unsettled > count) scratch.waiting[pass] = kRetryBlocks;
+  };
+  const bool int8 = book.int8 && !probe.fp32_first && !sits_out(0);
   Token tokens[kTokenBlock];
   for (int64_t t = 0; t < count; ++t) {
     read_token(book, l2, int8, z, first + t, scratch.row, scratch.x + t * padded, tokens + t);
@@ -538,16 +596,24 @@ void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t fi
 #if SEMHITOK_INT8
   if (int8) search_int8(book, l2, count, probe, first, scratch, tokens);
 #endif
+  const auto count_of = [&](Kind kind) {
+    int64_t of = 0;
+    for (int64_t t = 0; t < count; ++t) of += tokens[t].kind == kind;
+    return of;
+  };
+  if (int8) judge(0, count_of(Kind::kFp32));
+  const bool fp32 = count_of(Kind::kFp32) > 0 && !sits_out(1);
   for (int64_t t = 0; t < count; ++t) {
     const double reach = tokens[t].norm * book.max_norm + 0.5 * book.max_norm * book.max_norm;
-    if (tokens[t].kind == Kind::kFp32 && !(reach < 1e38)) tokens[t].kind = Kind::kExact;
+    if (tokens[t].kind == Kind::kFp32 && !(fp32 && reach < kLargest32)) tokens[t].kind = Kind::kExact;
   }
-  search_fp32(book, l2, count, probe, first, scratch, tokens);
+  if (fp32) {
+    search_fp32(book, l2, count, probe, first, scratch, tokens);
+    judge(1, count_of(Kind::kExact));
+  }
+  search_exact(book, l2, count, scratch, tokens);
   for (int64_t t = 0; t < count; ++t) {
-    Token& token = tokens[t];
-    for (int64_t g = 0; token.kind == Kind::kExact && g < book.padded / kGroupCodes; ++g) {
-      rescore(book, l2, g, scratch.x + t * padded, &token);
-    }
+    const Token& token = tokens[t];
     const bool found = token.best > -kInfinity;
     scores[t] = found ? static_cast<float>(token.best) : __builtin_nanf("");
     ids[t] = found ? token.id : 0;
@@ -556,7 +622,7 @@ void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t fi
 }
 
 extern const Kernels table;
-const Kernels table = {kTokenBlock, kSuperblock,    SEMHITOK_INT8 ? kStepDims : 0, digest, pack,
-                       pack_parts,  search_scratch, search,                        subcode};
+const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0, digest, hash_rows, measure, pack,
+                       pack_parts,  search_scratch, search, subcode};
 
 }  // namespace semhitok::cpu::SEMHITOK_ISA

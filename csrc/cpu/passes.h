@@ -12,6 +12,8 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 void digest(const void* data, int64_t bytes, uint64_t out[2]);
+void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
+void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low, float* high);
 void pack(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
           double* max_quantised);
 void pack_parts(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
