@@ -1,43 +1,176 @@
-"""hier_quantize and nearest_code against what one would write in PyTorch, checked against float64 while timed.
+"""nearest_code and hier_quantize against what one would use instead, every id checked against exact arithmetic.
 
-    python benchmarks/quantize_bench.py [--device cpu|cuda] [--quick] [--dtype float32] [--threads 2]
+    python benchmarks/quantize_bench.py [--quick] [--threads 1] [--device cpu|cuda] [--dtype float32] [--out DIR]
 
-Every round times ours, plain `matmul + argmax` (the semantic stage only, "x torch") and the reference of both stages
-("x reference") one after the other, so that a busy machine disturbs all alike; the medians of the rounds are printed.
-The roofline is the fp32 fused multiply-add rate of the device: on the CPU the best rate seen of a small fully cached
-torch matmul, on CUDA that of a large one with TF32 off. Mismatches are ids whose float64 score falls short of the
-maximum by more than fp32 rounding explains: 0 is the only good number. Extra memory is the peak beyond inputs and
-outputs.
+Every round gives ours and each contestant a turn in this process, in random order, so that a busy machine disturbs all
+alike; medians of the rounds are printed. "x NAME" is the contestant's time over ours: CPU time on one CPU thread, wall
+time otherwise (results.json has both). The contestants of nearest_code ("ip"):
+
+- own fp32: ours with a fused fp32 first pass in place of the low-precision one
+- torch: `(z @ codebook.T).argmax(1)`, 4096 tokens at a time
+- chunked: matmul and argmax or max into buffers made beforehand, at the chunk size that a trial found best
+- cdist: `torch.cdist(z, codebook).argmin(1)`, 4096 tokens at a time: solves "l2"
+- faiss: IndexFlatIP with k=1, the index built beforehand
+- sklearn: pairwise_distances_argmin or KMeans.predict, whichever a trial found faster: both solve "l2"
+- vq: vector-quantize-pytorch's VectorQuantize (cosine, so "ip") in eval mode, 4096 tokens at a time; does more: it also
+  normalises the tokens, gathers their codes and makes a one-hot matrix
+
+Those of hier_quantize: ours without the pixel stage ("hier/nearest" says what that stage adds), and
+semhitok.reference, 4096 tokens at a time. The packages that peers.txt pins are optional: a contestant whose package is
+missing shows "-". In float16 and bfloat16 PyTorch rounds its scores to that dtype; all others here search in fp32.
+
+GOP/s are multiplications and additions of the plain search, over the same time as the ratios; the roofline is the fp32
+rate of the device (best of 200 torch matmuls), which a low-precision first pass may exceed. "codes" is how many codes
+a token had scored in float64. "wrong" counts ids other than the float64 winner of lowest index; for sub-codes, and on
+CUDA, ids whose score falls short of the best by more than fp32 rounding. "MiB" is the peak beyond inputs and outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import gc
+import importlib.metadata
+import json
+import math
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or one contestant's idle threads spin during the next one's turn
 
 import torch
+from exact import count_wrong, exact_winners
 from torch import Tensor
 
 import semhitok
 from semhitok import _C, ops, reference
 
-SHAPES = [  # N, K, D, m, Dp
-    (256, 16384, 32, 12, 32),
-    (4096, 16384, 32, 12, 32),
-    (4096, 16384, 64, 12, 64),
-    (4096, 24576, 32, 8, 32),
-    (16384, 16384, 32, 12, 32),
-    (65536, 16384, 32, 12, 32),
-]
-QUICK = SHAPES[:2]
-REFERENCE_ROWS = 4096  # the reference runs in pieces of this many tokens, or its N x K matrix would not fit
+Shape = tuple[int, int, int]  # N, K, D
+Call = Callable[[], Any]
+Record = dict[str, Any]
+
+SHAPES: dict[str, list[Shape]] = {  # the first two of each are the quick ones
+    "nearest_code": [(256, 16384, 32), (4096, 16384, 32), (4096, 16384, 8), (4096, 16384, 16), (4096, 16384, 64),
+                     (4096, 8192, 32), (4096, 24576, 32), (65536, 16384, 32)],
+    "hier_quantize": [(256, 16384, 32), (4096, 16384, 32), (32768, 16384, 32)],
+}  # fmt: skip
+SUB_CODES = 12
+PIECE = 4096  # tokens at a time for what builds N x K
+CHUNKS = (64, 256, 1024, 4096)
+TURN = 0.02  # seconds: what takes less is called several times in its turn
 EPS32 = 2.0**-23
 MIB = 2**20
+
+
+# ---- contestants: a maker takes (z[N, D], codebook[K, D]) and returns the call to be timed, which returns the ids ----
+
+
+def in_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return torch.cat([function(*piece) for piece in zip(*(t.split(PIECE) for t in tensors), strict=True)])
+
+
+def make_ours(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: ops.nearest_code(z, codebook)[1]
+
+
+def make_own_fp32(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: torch.ops.semhitok.nearest_code_probe(z, codebook, first_pass="fp32")[1]
+
+
+def make_torch(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: in_pieces(lambda piece: (piece @ codebook.T).argmax(1), z)
+
+
+def make_cdist(z: Tensor, codebook: Tensor) -> Call:
+    return lambda: in_pieces(lambda piece: torch.cdist(piece, codebook).argmin(1), z)
+
+
+def make_chunked(z: Tensor, codebook: Tensor) -> Call:
+    best, ids = z.new_empty(len(z)), z.new_empty(len(z), dtype=torch.int64)
+
+    def search(tokens: Tensor, scores: Tensor, with_values: bool) -> Tensor:
+        for start in range(0, len(tokens), len(scores)):
+            part = slice(start, min(start + len(scores), len(tokens)))
+            out = torch.mm(tokens[part], codebook.T, out=scores[: part.stop - start])
+            if with_values:
+                torch.max(out, 1, out=(best[part], ids[part]))
+            else:
+                torch.argmax(out, 1, out=ids[part])
+        return ids
+
+    def call(tokens: Tensor, rows: int, with_values: bool) -> Call:
+        scores = z.new_empty(min(rows, len(z)), len(codebook))
+        return lambda: search(tokens, scores, with_values)
+
+    trials = [(rows, with_values) for rows in CHUNKS for with_values in (False, True)]
+    return call(z, *min(trials, key=lambda trial: trial_time(call(z[:PIECE], *trial), z.device)))
+
+
+def make_faiss(z: Tensor, codebook: Tensor) -> Call:
+    import faiss
+
+    index = faiss.IndexFlatIP(codebook.shape[1])
+    index.add(codebook.float().numpy())
+    tokens = z.float().numpy()
+    return lambda: torch.from_numpy(index.search(tokens, 1)[1][:, 0])
+
+
+def make_sklearn(z: Tensor, codebook: Tensor) -> Call:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances_argmin
+
+    tokens, codes = z.float().numpy(), codebook.float().numpy()
+    model = KMeans(1, n_init=1).fit(codes[:1])
+    model.cluster_centers_ = codes  # all that predict looks at: fitting K clusters would take long
+    calls: list[Call] = [lambda: pairwise_distances_argmin(tokens, codes), lambda: model.predict(tokens)]
+    return min(calls, key=lambda call: trial_time(call, z.device))
+
+
+def make_vq(z: Tensor, codebook: Tensor) -> Call:
+    from vector_quantize_pytorch import VectorQuantize
+
+    k, d = codebook.shape
+    model = VectorQuantize(dim=d, codebook_size=k, use_cosine_sim=True).to(z.device, z.dtype).eval()
+    model.codebook = codebook
+    return lambda: in_pieces(lambda piece: model(piece)[1], z)
+
+
+Maker = Callable[[Tensor, Tensor], Call]
+ON_CUDA: dict[str, Maker] = {"torch": make_torch, "chunked": make_chunked, "cdist": make_cdist, "vq": make_vq}
+ON_CPU: dict[str, Maker] = {"own fp32": make_own_fp32, **ON_CUDA, "faiss": make_faiss, "sklearn": make_sklearn}
+PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "vq": "vector-quantize-pytorch"}
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def nearest_contestants(z: Tensor, codebook: Tensor) -> dict[str, Call | None]:
+    """name -> what to time, None where a package is missing."""
+    makers = ON_CPU if z.device.type == "cpu" else ON_CUDA
+    missing = {name for name in makers if name in PACKAGES and version(PACKAGES[name]) is None}
+    calls = {name: None if name in missing else maker(z, codebook) for name, maker in makers.items()}
+    return {"ours": make_ours(z, codebook), **calls}
+
+
+def hier_contestants(z_sem: Tensor, z_pix: Tensor, sem: Tensor, pix: Tensor) -> dict[str, Call | None]:
+    return {
+        "ours": lambda: ops.hier_quantize(z_sem, z_pix, sem, pix)[2],
+        "nearest": make_ours(z_sem, sem),
+        "reference": lambda: in_pieces(lambda a, b: reference.hier_quantize(a, b, sem, pix)[2], z_sem, z_pix),
+    }
+
+
+# ---- measuring ----
 
 
 def synchronize(device: torch.device) -> None:
@@ -45,20 +178,41 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(device: torch.device, function: Callable[[], object]) -> float:
+def seconds(call: Call, device: torch.device, times: int = 1) -> tuple[float, float]:
+    """(wall, CPU) seconds a call; the second counts all threads of this process."""
     synchronize(device)
-    start = time.perf_counter()
-    function()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        call()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - wall) / times, (time.process_time() - cpu) / times
+
+
+def trial_time(call: Call, device: torch.device) -> float:
+    call()
+    return min(seconds(call, device)[0] for _ in range(2))
+
+
+def race(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """name -> medians of wall_ms and cpu_ms."""
+    turns = {name: math.ceil(TURN / trial_time(call, device)) for name, call in calls.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    order = random.Random(0)  # or ours would always find the caches as the same contestant left them
+    for _ in range(rounds):
+        for name in order.sample(list(calls), len(calls)):
+            times[name].append(seconds(calls[name], device, turns[name]))
+    gc.enable()
+    medians = {name: [1e3 * statistics.median(clock) for clock in zip(*t, strict=True)] for name, t in times.items()}
+    return {name: {"wall_ms": wall, "cpu_ms": cpu} for name, (wall, cpu) in medians.items()}
 
 
 def roofline(device: torch.device) -> float:
-    """Multiply-adds at two operations each, in FLOP/s: the best of many runs of a matmul."""
+    """Multiply-adds at two operations each, in operations per second: the best of many runs of a matmul."""
     n = 4096 if device.type == "cuda" else 512
-    a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
-    out = torch.empty(n, n, device=device)
-    return 2 * n**3 / min(seconds(device, lambda: torch.mm(a, b, out=out)) for _ in range(200))
+    a, b, out = (torch.rand(n, n, device=device) for _ in range(3))
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=out), device)[0] for _ in range(200))
 
 
 def resident(key: str) -> int:
@@ -68,111 +222,211 @@ def resident(key: str) -> int:
     raise KeyError(key)
 
 
-def extra_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> float:
-    """Peak bytes beyond what was there before and what is returned; on the CPU by the peak of the resident size."""
+def extra_mib(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
+    """Peak MiB beyond what was there before and what is returned; on the CPU by the peak of the resident size."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        outputs = function()
+        outputs = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)
+        return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / MIB
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier must not serve this call unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     except (AttributeError, OSError):
-        return float("nan")
+        return math.nan
     before = resident("VmRSS")
-    outputs = function()
-    return max(resident("VmHWM") - before - sum(o.nbytes for o in outputs), 0)
+    outputs = call()
+    return max(resident("VmHWM") - before - sum(o.nbytes for o in outputs), 0) / MIB
 
 
-def mismatches(z_sem: Tensor, z_pix: Tensor, sem: Tensor, pix: Tensor, codes: Tensor) -> int:
-    """How many ids are not the float64 winners ("ip", then "l2"), rounding of fp32 scores allowed for."""
-    m, wrong = pix.shape[1], 0
-    sem64, largest = sem.double(), sem.double().norm(dim=-1).max()
-    for rows in torch.arange(len(codes), device=codes.device).split(512):
-        i, j = codes[rows] // m, codes[rows] % m
-        z, x = z_sem[rows].double(), z_pix[rows].double()
-        scores = z @ sem64.T
-        tolerance = 2 * EPS32 * (z.shape[1] + 4) * z.norm(dim=-1) * largest
-        bad = scores.gather(1, i[:, None])[:, 0] < scores.amax(1) - tolerance
-        sub = pix[i].double()
-        sub_scores = torch.einsum("nd,nmd->nm", x, sub) - sub.square().sum(-1) / 2
-        size = sub.norm(dim=-1).amax(-1)
-        tolerance = 2 * EPS32 * (x.shape[1] + 4) * (x.norm(dim=-1) * size + size.square() / 2)
-        bad |= sub_scores.gather(1, j[:, None])[:, 0] < sub_scores.amax(1) - tolerance
-        wrong += int(bad.sum())
+# ---- checking ----
+
+
+def wrong_codes(z: Tensor, codebook: Tensor, ids: Tensor) -> int:
+    """How many of nearest_code's ids [N] ("ip") are wrong."""
+    if z.device.type == "cpu":
+        return count_wrong(z, codebook, "ip", ids, exact_winners(z, codebook))[0]
+    return sum(
+        short_of_best(
+            piece @ codebook.double().T, i, piece.norm(dim=1) * codebook.double().norm(dim=1).max(), z.shape[1]
+        )
+        for piece, i in zip(z.double().split(512), ids.split(512), strict=True)
+    )
+
+
+def wrong_sub_codes(z: Tensor, sub_codebooks: Tensor, group: Tensor, ids: Tensor) -> int:
+    """How many of nearest_subcode's ids [N] ("l2") are wrong: group[N] names the sub-codebooks [K, m, D]."""
+    wrong = 0
+    for rows in torch.arange(len(z), device=z.device).split(512):
+        x, sub = z[rows].double(), sub_codebooks[group[rows]].double()
+        scores = torch.einsum("nd,nmd->nm", x, sub) - sub.square().sum(-1) / 2
+        largest = sub.norm(dim=-1).amax(-1)
+        wrong += short_of_best(scores, ids[rows], x.norm(dim=-1) * largest + largest.square() / 2, z.shape[1])
     return wrong
 
 
-def in_pieces(function: Callable[..., object], *tensors: Tensor) -> None:
-    for piece in zip(*(t.split(REFERENCE_ROWS) for t in tensors), strict=True):
-        function(*piece)
+def short_of_best(scores: Tensor, ids: Tensor, size: Tensor, depth: int) -> int:
+    """How many of ids [N] miss the best of scores [N, C] by more than fp32 sums of depth terms of size [N] explain."""
+    tolerance = 2 * EPS32 * (depth + 4) * size
+    return int((scores.gather(1, ids[:, None])[:, 0] < scores.amax(1) - tolerance).sum())
 
 
-def bench(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rounds: int, peak: float) -> str:
-    n, k, d, m, dp = shape
+# ---- one line of a table ----
+
+
+def bench(op: str, shape: Shape, dtype: torch.dtype, device: torch.device, clock: str, peak: float) -> Record:
+    (n, k, d), m = shape, SUB_CODES
     torch.manual_seed(0)
-    z_sem, z_pix = torch.randn(n, d).to(device, dtype), torch.randn(n, dp).to(device, dtype)
-    sem, pix = torch.randn(k, d).to(device, dtype), torch.randn(k, m, dp).to(device, dtype)
+    z, codebook = torch.randn(n, d).to(device, dtype), torch.randn(k, d).to(device, dtype)
+    if op == "nearest_code":
+        calls, operations = nearest_contestants(z, codebook), 2.0 * n * k * d
+        wrong = wrong_codes(z, codebook, ops.nearest_code(z, codebook)[1])
+        memory = extra_mib(lambda: ops.nearest_code(z, codebook), device)
+    else:
+        z_pix, pix = torch.randn(n, d).to(device, dtype), torch.randn(k, m, d).to(device, dtype)
+        calls, operations = hier_contestants(z, z_pix, codebook, pix), 2.0 * n * (k + m) * d
+        codes = ops.hier_quantize(z, z_pix, codebook, pix)[2]
+        wrong = wrong_codes(z, codebook, codes // m) + wrong_sub_codes(z_pix, pix, codes // m, codes % m)
+        memory = extra_mib(lambda: ops.hier_quantize(z, z_pix, codebook, pix), device)
+    times = race({name: call for name, call in calls.items() if call}, 3 if n * k > 2**28 else 5, device)
+    ours = times["ours"][clock]
+    ratios = {name: times[name][clock] / ours if name in times else None for name in calls if name != "ours"}
+    scored = None  # the probe exists on the CPU alone
+    if device.type == "cpu":
+        scored = torch.ops.semhitok.nearest_code_probe(z, codebook)[2].double().mean().item()
+    return {
+        "op": op, "N": n, "K": k, "D": d, **({} if op == "nearest_code" else {"m": m, "Dp": d}),
+        "dtype": str(dtype).removeprefix("torch."), "times": times, "x": ratios,
+        "GOP/s": operations / ours / 1e6, "percent of fp32 roofline": 100 * operations / ours * 1e3 / peak,
+        "codes scored in float64 per token": scored, "wrong ids": wrong, "extra MiB": memory,
+    }  # fmt: skip
 
-    def ours() -> tuple[Tensor, ...]:
-        return ops.hier_quantize(z_sem, z_pix, sem, pix)
 
-    def plain() -> None:
-        in_pieces(lambda z: (z @ sem.T).argmax(-1), z_sem)
+def cells(record: Record) -> list[tuple[str, str]]:
+    """(title, value) of the columns, of equal width."""
+    ours, ratios = record["times"]["ours"], dict(record["x"])
+    sizes: list[str] = [key for key in ("N", "K", "D", "m", "Dp") if key in record]
+    columns = [(key, str(record[key]), 6 if key in "NK" else 3) for key in sizes]
+    columns += [("dtype", record["dtype"], 8), ("|", "|", 1)]
+    columns += [("wall ms", f"{ours['wall_ms']:.2f}", 8), ("CPU ms", f"{ours['cpu_ms']:.2f}", 8), ("|", "|", 1)]
+    columns += [("GOP/s", f"{record['GOP/s']:.0f}", 6), ("% fp32", f"{record['percent of fp32 roofline']:.0f}", 6)]
+    columns += [("|", "|", 1)]
+    if record["op"] == "hier_quantize":
+        columns += [("hier/nearest", f"{1 / ratios.pop('nearest'):.2f}", 12)]
+    columns += [(f"x {name}", "-" if x is None else f"{x:.1f}", len(name) + 2) for name, x in ratios.items()]
+    scored = record["codes scored in float64 per token"]
+    columns += [("|", "|", 1), ("codes", "-" if scored is None else f"{scored:.1f}", 5)]
+    columns += [("wrong", str(record["wrong ids"]), 5), ("MiB", f"{record['extra MiB']:.1f}", 5)]
+    return [(title.rjust(width), value.rjust(width)) for title, value, width in columns]
 
-    def whole_reference() -> None:
-        in_pieces(lambda a, b: reference.hier_quantize(a, b, sem, pix), z_sem, z_pix)
 
-    wrong = mismatches(z_sem, z_pix, sem, pix, ours()[2])
-    memory = extra_memory(device, ours) / MIB
-    times: dict[str, list[float]] = {"ours": [], "plain": [], "reference": []}
-    for function in (plain, whole_reference):
-        function()
-    for _ in range(rounds):
-        for name, function in (("ours", ours), ("plain", plain), ("reference", whole_reference)):
-            times[name].append(seconds(device, function))
-    middle = {name: statistics.median(t) for name, t in times.items()}
-    rate = 2.0 * n * (k * d + m * dp) / middle["ours"]
-    return (
-        f"{n:6d} {k:6d} {d:3d} {m:3d} {str(dtype).removeprefix('torch.'):>8} | {middle['ours'] * 1e3:9.3f} | "
-        f"{rate / 1e9:8.1f} | {100 * rate / peak:13.1f} | {middle['plain'] / middle['ours']:7.2f} | "
-        f"{middle['reference'] / middle['ours']:11.2f} | {wrong:10d} | {memory:9.1f}"
-    )
+# ---- the run ----
+
+
+def limit_threads(threads: int) -> None:
+    """Ours and PyTorch's, and those of the peers that are installed."""
+    torch.set_num_threads(threads)
+    if version("faiss-cpu"):
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    if version("scikit-learn"):
+        import sklearn.cluster  # noqa: F401  (its OpenMP must be there before it can be limited)
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(threads)
+
+
+def header(device: torch.device, threads: int, clock: str, peak: float) -> dict[str, str]:
+    peers = [PACKAGES[name] for name in (ON_CPU if device.type == "cpu" else ON_CUDA) if name in PACKAGES]
+    return {
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        "semhitok": semhitok.__version__,
+        "torch": torch.__version__,
+        "device": "CPU" if device.type == "cpu" else torch.cuda.get_device_name(),
+        "CPU instruction set": _C.build_info()["cpu"]["used"],
+        "threads": str(threads),
+        "fp32 roofline": f"{peak / 1e9:.0f} GFLOP/s",
+        "ratios": "CPU time" if clock == "cpu_ms" else "wall time",
+        **{package: version(package) or f"missing: pip install {package}" for package in peers},
+    }
+
+
+def plot(records: list[Record], clock: str, path: Path) -> None:
+    """One group of bars a shape of nearest_code: how many times ours each contestant took."""
+    from matplotlib.figure import Figure
+
+    shown = [record for record in records if record["op"] == "nearest_code"]
+    names = list(shown[0]["x"])
+    figure = Figure(figsize=(max(6, 1.6 * len(shown) + 2), 4.5), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        at = [group + (place + 0.5) * 0.8 / len(names) - 0.4 for group in range(len(shown))]
+        axes.bar(at, [record["x"][name] or 0 for record in shown], 0.8 / len(names), label=name)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylabel(f"{'CPU' if clock == 'cpu_ms' else 'wall'} time, in multiples of semhitok's")
+    axes.set_xticks(range(len(shown)), [f"N {r['N']}\nK {r['K']}\nD {r['D']}" for r in shown])
+    axes.set_title("Exact nearest code")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=120)
+
+
+def shape_of(text: str) -> Shape:
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split("x")]
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected NxKxD, as in 4096x16384x32, got {text}")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice without it)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of ours and of the contestants")
+    parser.add_argument("--quick", action="store_true", help="two shapes a table: under a minute")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="NxKxD", help="these shapes, in both tables")
+    parser.add_argument("--out", type=Path, help="folder for results.json, table.txt and plot.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch finds no CUDA device")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if arguments.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {arguments.threads}")
+    if arguments.out and not version("matplotlib"):
+        parser.error("--out: plot.png needs matplotlib; pip install matplotlib")
+    limit_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    device = torch.device(arguments.device)
-
-    info = _C.build_info()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {info['cpu']['used']} kernels"
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    clock = "cpu_ms" if device.type == "cpu" and arguments.threads == 1 else "wall_ms"
     peak = roofline(device)
-    print(
-        f"semhitok {semhitok.__version__}, torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, "
-        f"roofline {peak / 1e9:.0f} GFLOP/s (fp32 torch matmul, best of 200)"
-    )
-    print(
-        f"{'N':>6} {'K':>6} {'D':>3} {'m':>3} {'dtype':>8} | {'ms':>9} | {'GFLOP/s':>8} | % of roofline | x torch "
-        f"| x reference | mismatches | extra MiB"
-    )
+    about = header(device, arguments.threads, clock, peak)
+    records: list[Record] = []
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        print(text, flush=True)
+
+    for name, value in about.items():
+        say(f"{name:24} {value}")
     with torch.inference_mode():
-        for shape in QUICK if arguments.quick else SHAPES:
-            rounds = 5 if arguments.quick else 9 if shape[0] <= 16384 else 3
-            print(bench(shape, getattr(torch, arguments.dtype), device, rounds, peak), flush=True)
+        for op, shapes in SHAPES.items():
+            say(f"\n{op}")
+            for place, shape in enumerate(arguments.shapes or shapes[: 2 if arguments.quick else None]):
+                records.append(bench(op, shape, dtype, device, clock, peak))
+                titles, values = zip(*cells(records[-1]), strict=True)
+                if place == 0:
+                    say(" ".join(titles))
+                say(" ".join(values))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "table.txt").write_text("\n".join(lines) + "\n")
+        (arguments.out / "results.json").write_text(json.dumps({"about": about, "results": records}, indent=1) + "\n")
+        plot(records, clock, arguments.out / "plot.png")
+        print(f"\nwritten: table.txt, results.json and plot.png in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe(const Tensor& z, const 
   p.metric = parse_metric("metric", metric);
   p.z.dtype = float_dtype("z", z);
   p.codebook.dtype = float_dtype("codebook", codebook);
-  check(p.z.dtype != Dtype::kFloat64 && p.codebook.dtype != Dtype::kFloat64, "z: expected no float64, got it");
+  check(p.z.dtype != Dtype::kFloat64, "z: expected float32, float16 or bfloat16, got float64");
+  check(p.codebook.dtype != Dtype::kFloat64, "codebook: expected float32, float16 or bfloat16, got float64");
   check_dims("codebook", codebook, 2, "[K, D]");
   check_dims("z", z, 2, "[N, D]");
   check_tokens("z", z, "codebook", codebook);
@@ -276,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe(const Tensor& z, const 
         "first_pass: expected \"int8\", \"fp32\" or \"\", got \"", first_pass, "\"");
   const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
   const bool has_int8 = kernels.step > 0 && codebook.size(1) <= cpu::kMaxInt8Depth;
-  check(first_pass != "int8" || has_int8, "first_pass: expected \"fp32\", as there is no int8 pass here, got \"int8\"");
+  check(first_pass != "int8" || has_int8,
+        "first_pass: expected \"fp32\", as there is no int8 pass here, got \"int8\"");
 
   p.tokens = z.size(0), p.codes = codebook.size(0), p.depth = codebook.size(1);
   const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);

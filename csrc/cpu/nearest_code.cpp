@@ -125,6 +125,11 @@ void nearest_code(const NearestCode& problem) {
 }
 
 void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe) {
+  if (probe.approximate != nullptr) {  // tokens without a first pass have no bound
+    const int64_t count = problem.tokens * probe_groups(problem, kernels, probe);
+    std::fill_n(probe.approximate, count, 0.0);
+    std::fill_n(probe.bound, count, std::numeric_limits<double>::infinity());
+  }
   if (problem.tokens > 0) search_all(problem, CodeSearch(problem, kernels, probe));
 }
 

@@ -397,10 +397,7 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
   const int64_t superblocks = book.padded / kSuperblock, stretch = kSlots / kAccLanes;
   for (int64_t s = 0; s < superblocks; s += stretch) {
     const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, groups = here * kAccLanes;
-    for (int64_t t = 0; t < tile_count * kTile; ++t) {
-      top[t] = splat(kLeast);
-      for (int64_t g = groups; g < round_up(groups, 64); ++g) maxima[t * kStride + g] = kLeast;
-    }
+    for (int64_t t = 0; t < tile_count * kTile; ++t) top[t] = splat(kLeast);
     int8_pass(book, s, here, scratch.tiles, tile_count, bias, maxima, kStride, top);
     const int64_t first_group = s * kAccLanes;
     for (int64_t t = 0; probe.approximate != nullptr && t < searched; ++t) {
@@ -411,6 +408,12 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
         probe.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
         probe.bound[row + g] = bound_of(token, book.group_residual[group], book.group_norm[group], 1.0);
       }
+    }
+
+    // Groups of nothing but the tail's copies have been seen where the last code stands.
+    const int64_t listed = ceil_div(book.codes, kGroupCodes) - first_group;
+    for (int64_t t = 0; t < searched; ++t) {
+      for (int64_t g = listed; g < round_up(groups, 64); ++g) maxima[t * kStride + g] = kLeast;
     }
 
     // Looking runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
@@ -496,7 +499,8 @@ void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const Searc
     fp32_pass(book, l2, u, here, tiles, tile_count, maxima, kStride, top);
     for (int64_t t = 0; t < searched; ++t) {
       Token& token = tokens[order[t]];
-      if (probe.approximate != nullptr) {
+      const bool first_pass = probe.fp32_first || !book.int8;
+      if (probe.approximate != nullptr && first_pass) {
         for (int64_t n = 0; n < here; ++n) {
           const int64_t to = (first + order[t]) * units + u + n;
           float most = kLeast;
@@ -525,7 +529,7 @@ void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scra
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind == Kind::kExact) x[searched] = scratch.x + t * padded, left[searched++] = tokens + t;
   }
-  for (int64_t g = 0; searched > 0 && g < book.padded / kGroupCodes; ++g) {
+  for (int64_t g = 0; searched > 0 && g < ceil_div(book.codes, kGroupCodes); ++g) {
     int64_t t = 0;
     for (; t + kExactTokens <= searched; t += kExactTokens) rescore<kExactTokens, 1>(book, l2, g, x + t, left + t);
     for (; t < searched; ++t) rescore(book, l2, g, x[t], left[t]);
@@ -604,7 +608,7 @@ void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t fi
   if (int8) judge(0, count_of(Kind::kFp32));
   const bool fp32 = count_of(Kind::kFp32) > 0 && !sits_out(1);
   for (int64_t t = 0; t < count; ++t) {
-    const double reach = tokens[t].norm * book.max_norm + 0.5 * book.max_norm * book.max_norm;
+    const double reach = tokens[t].norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
     if (tokens[t].kind == Kind::kFp32 && !(fp32 && reach < kLargest32)) tokens[t].kind = Kind::kExact;
   }
   if (fp32) {
