@@ -26,6 +26,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -255,15 +256,9 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {scores, ids};
 }
 
-// nearest_code for tests and benchmarks, CPU only, z [N, D]: on a named instruction set, with a named first pass, with
-// a bound scaled (below 1 the answer may be wrong: that is what tests show with it). rescored [N] counts the codes whose
-// exact scores were computed. With bounds, also what the first pass saw: approximate [N, G] and bound [N, G], G groups
-// of 16 codes (int8) or 128 (fp32), so that |approximate - greatest exact score of the group| <= bound. Groups are made
-// of the codes that can win: without NaN, Inf and copies of earlier ones.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe(const Tensor& z, const Tensor& codebook,
-                                                         const std::string& metric, const std::string& capability,
-                                                         const std::string& first_pass, double bound_scale,
-                                                         bool bounds) {
+// nearest_code for tests and benchmarks, CPU only, z [N, D]: on a named instruction set, with a named first pass.
+NearestCode probe_problem(const Tensor& z, const Tensor& codebook, const std::string& metric,
+                          const cpu::Kernels& kernels, const std::string& first_pass) {
   NearestCode p{};
   p.metric = parse_metric("metric", metric);
   p.z.dtype = float_dtype("z", z);
@@ -271,45 +266,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> probe(const Tensor& z, const 
   check(p.z.dtype != Dtype::kFloat64, "z: expected float32, float16 or bfloat16, got float64");
   check(p.codebook.dtype != Dtype::kFloat64, "codebook: expected float32, float16 or bfloat16, got float64");
   check_dims("codebook", codebook, 2, "[K, D]");
-  check_dims("z", z, 2, "[N, D]");
+  check(z.dim() == 2, "z: expected 2 dimensions [N, D], got ", z.dim());
   check_tokens("z", z, "codebook", codebook);
   check(first_pass.empty() || first_pass == "int8" || first_pass == "fp32",
         "first_pass: expected \"int8\", \"fp32\" or \"\", got \"", first_pass, "\"");
-  const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
-  const bool has_int8 = kernels.step > 0 && codebook.size(1) <= cpu::kMaxInt8Depth;
-  check(first_pass != "int8" || has_int8,
+  check(first_pass != "int8" || (kernels.step > 0 && codebook.size(1) <= cpu::kMaxInt8Depth),
         "first_pass: expected \"fp32\", as there is no int8 pass here, got \"int8\"");
-
   p.tokens = z.size(0), p.codes = codebook.size(0), p.depth = codebook.size(1);
+  return p;
+}
+
+// rescored [N] counts the codes whose exact scores were computed. A bound_scale below 1 may give wrong ids: that is what
+// tests show with it.
+std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Tensor& codebook,
+                                                      const std::string& metric, const std::string& capability,
+                                                      const std::string& first_pass, double bound_scale) {
+  const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
+  NearestCode p = probe_problem(z, codebook, metric, kernels, first_pass);
   const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
   Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);
   Tensor rescored = new_tensor(z, {p.tokens}, ScalarType::Long);
   p.z.data = z_rows.data_ptr(), p.codebook.data = codes.data_ptr();
   p.scores = scores.data_ptr(), p.ids = ids_out(ids);
-  cpu::SearchProbe probe{bound_scale, first_pass == "fp32", ids_out(rescored), nullptr, nullptr};
-  const int64_t groups = bounds ? cpu::probe_groups(p, kernels, probe) : 0;
-  Tensor approximate = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
-  Tensor bound = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
-  if (bounds) {
-    probe.approximate = static_cast<double*>(approximate.data_ptr());
-    probe.bound = static_cast<double*>(bound.data_ptr());
-  }
-  cpu::nearest_code_probe(p, kernels, probe);
-  return {scores, ids, rescored, approximate, bound};
-}
-
-std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Tensor& codebook,
-                                                      const std::string& metric, const std::string& capability,
-                                                      const std::string& first_pass, double bound_scale) {
-  auto [scores, ids, rescored, approximate, bound] =
-      probe(z, codebook, metric, capability, first_pass, bound_scale, false);
+  cpu::nearest_code_probe(p, kernels, {bound_scale, first_pass == "fp32", ids_out(rescored), 0, nullptr, nullptr});
   return {scores, ids, rescored};
 }
 
-std::tuple<Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Tensor& codebook, const std::string& metric,
-                                               const std::string& capability, const std::string& first_pass) {
-  auto [scores, ids, rescored, approximate, bound] = probe(z, codebook, metric, capability, first_pass, 1.0, true);
-  return {approximate, bound};
+// What the first pass sees: groups of C codes (16 for int8, 128 for fp32), approximate [N, G] and bound [N, G], with
+// |approximate - greatest exact score of the group| <= bound; codes [G, C] the ids of each group. Codes that cannot win
+// are in none; a token that goes to the exact pass at once has an infinite bound.
+std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Tensor& codebook,
+                                                       const std::string& metric, const std::string& capability,
+                                                       const std::string& first_pass) {
+  const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
+  NearestCode p = probe_problem(z, codebook, metric, kernels, first_pass);
+  const Tensor z_rows = torch::stable::contiguous(z), code_rows = torch::stable::contiguous(codebook);
+  p.z.data = z_rows.data_ptr(), p.codebook.data = code_rows.data_ptr();
+  const std::vector<int64_t> order = cpu::packed_order(p, kernels);
+  const bool fp32 = first_pass == "fp32" || kernels.step == 0 || p.depth > cpu::kMaxInt8Depth;
+  const int64_t size = fp32 ? cpu::kUnitCodes : cpu::kGroupCodes, groups = static_cast<int64_t>(order.size()) / size;
+  Tensor codes = new_tensor(z, {groups, size}, ScalarType::Long);
+  std::copy(order.begin(), order.end(), ids_out(codes));
+  Tensor approximate = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
+  Tensor bound = new_tensor(z, {p.tokens, groups}, ScalarType::Double);
+  Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);
+  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  double* seen = static_cast<double*>(approximate.data_ptr());
+  double* within = static_cast<double*>(bound.data_ptr());
+  std::fill_n(seen, p.tokens * groups, 0.0);
+  std::fill_n(within, p.tokens * groups, std::numeric_limits<double>::infinity());
+  const int64_t all_groups = static_cast<int64_t>(order.size()) / cpu::kGroupCodes;
+  cpu::nearest_code_probe(p, kernels, {1.0, fp32, nullptr, all_groups, seen, within});
+  return {approximate, bound, codes};
 }
 
 std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_codebooks, const Tensor& group,
@@ -449,7 +457,7 @@ STABLE_TORCH_LIBRARY(semhitok, m) {
       "float bound_scale=1.0) -> (Tensor scores, Tensor ids, Tensor rescored)");
   m.def(
       "nearest_code_bounds(Tensor z, Tensor codebook, str metric=\"ip\", str capability=\"\", str first_pass=\"\") "
-      "-> (Tensor approximate, Tensor bound)");
+      "-> (Tensor approximate, Tensor bound, Tensor codes)");
   m.def("segment_sum(Tensor values, Tensor ids, int num_segments) -> (Tensor sums, Tensor counts)");
 }
 

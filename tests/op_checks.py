@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -50,33 +48,3 @@ def assert_nearest(z: Tensor, codes: Tensor, metric: str, scores: Tensor, ids: T
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def exact_ids(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """[N]: the lowest id of the greatest score in exact arithmetic, of finite tokens and codes of at most fp32.
-
-    Codes whose float64 scores are close are compared by correctly rounded sums (products of fp32 numbers are exact in
-    float64), each distinct code once.
-    """
-    distinct, inverse = codebook.detach().double().cpu().unique(dim=0, return_inverse=True)
-    lowest = torch.full((len(distinct),), len(codebook)).scatter_reduce_(
-        0, inverse, torch.arange(len(codebook)), "amin"
-    )
-    z = z.detach().double().cpu()
-    scores = scores64(z, distinct, metric)
-    largest = distinct.norm(dim=-1).max()
-    close = 1e-13 * (z.shape[1] + 4) * (z.norm(dim=-1) * largest + (largest.square() if metric == "l2" else 0.0))
-    best, winner = scores.max(1)
-    ids = lowest[winner]
-    near = scores >= (best - close)[:, None]
-    for n in (near.sum(1) > 1).nonzero()[:, 0].tolist():
-        candidates = near[n].nonzero()[:, 0]
-
-        def exact(code: Tensor, token: Tensor = z[n]) -> float:
-            halves = (-code.square() / 2).tolist() if metric == "l2" else []
-            return math.fsum((token * code).tolist() + halves)
-
-        values = [exact(distinct[k]) for k in candidates.tolist()]
-        most = max(values)
-        ids[n] = min(int(lowest[k]) for k, v in zip(candidates.tolist(), values, strict=True) if v == most)
-    return ids

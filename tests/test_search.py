@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import exact_ids, randn, same_bits, scores64
+from op_checks import randn, same_bits, scores64
 from torch import Tensor, nn
 
 from semhitok import _C, ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from exact import exact_winners
 
 probe = torch.ops.semhitok.nearest_code_probe
 bounds = torch.ops.semhitok.nearest_code_bounds
@@ -88,7 +94,7 @@ def test_ids_are_those_of_float64(kind: str, metric: str, capability: str, first
     for n, k, d in ((61, 700, 3), (70, 3001, 8), (65, 1500, 37)):
         z, codebook = kinds(n, k, d)[kind]
         scores, ids, _ = probe(z, codebook, metric, capability, first_pass)
-        expected = exact_ids(z, codebook, metric)
+        expected = exact_winners(z, codebook, metric)
         assert torch.equal(ids, expected)
         winners = codebook[expected].double()
         exact = (z.double() * winners).sum(-1) - (winners.square().sum(-1) / 2 if metric == "l2" else 0)
@@ -110,7 +116,7 @@ def test_odd_shapes(n: int, k: int, d: int, metric: str, capability: str, first_
             probe(randn(n, d, seed=1), randn(k, d, seed=2), metric, capability, first_pass)
         return
     z, codebook = randn(n, d, seed=1), randn(k, d, seed=2)
-    assert torch.equal(probe(z, codebook, metric, capability, first_pass)[1], exact_ids(z, codebook, metric))
+    assert torch.equal(probe(z, codebook, metric, capability, first_pass)[1], exact_winners(z, codebook, metric))
 
 
 @each_pass
@@ -120,7 +126,7 @@ def test_half_precision_inputs(
     z_dtype: torch.dtype, dtype: torch.dtype, metric: str, capability: str, first_pass: str
 ) -> None:
     z, codebook = randn(70, 24, seed=1, dtype=z_dtype), randn(900, 24, seed=2, dtype=dtype)
-    assert torch.equal(probe(z, codebook, metric, capability, first_pass)[1], exact_ids(z, codebook, metric))
+    assert torch.equal(probe(z, codebook, metric, capability, first_pass)[1], exact_winners(z, codebook, metric))
 
 
 @each_pass
@@ -149,7 +155,7 @@ def test_unusable_codes_and_tokens(metric: str, capability: str, first_pass: str
     z[5, 2], z[6, 0], z[7] = float("nan"), -float("inf"), 0.0
     scores, ids, _ = probe(z, codebook, metric, capability, first_pass)
     fine = z.isfinite().all(-1)
-    assert torch.equal(ids[fine], usable[exact_ids(z[fine], codebook[usable], metric)])
+    assert torch.equal(ids[fine], usable[exact_winners(z[fine], codebook[usable], metric)])
     assert (ids[~fine] == 0).all() and scores[~fine].isnan().all()
     scores, ids, _ = probe(z, torch.full_like(codebook, float("nan")), metric, capability, first_pass)
     assert (ids == 0).all() and scores.isnan().all()
@@ -160,7 +166,7 @@ def test_scores_beyond_fp32(capability: str, first_pass: str) -> None:
     """Scores that overflow fp32 are infinite, and the ids are still right."""
     z, codebook = 1e30 * randn(40, 6, seed=1), 1e30 * randn(500, 6, seed=2)
     scores, ids, _ = probe(z, codebook, "l2", capability, first_pass)
-    assert torch.equal(ids, exact_ids(z, codebook, "l2")) and scores.isinf().all()
+    assert torch.equal(ids, exact_winners(z, codebook, "l2")) and scores.isinf().all()
 
 
 @pytest.mark.parametrize("threads", range(1, 9))
@@ -187,12 +193,10 @@ def worst_use_of_bound(z: Tensor, codebook: Tensor, metric: str, capability: str
 
     Tokens that no first pass looks at, because their fp32 scores could overflow, have an infinite bound.
     """
-    approximate, bound = bounds(z, codebook, metric, capability, first_pass)
-    group = GROUP[first_pass]
-    scores = scores64(z, codebook, metric)
-    padding = approximate.shape[1] * group - scores.shape[1]
-    scores = torch.cat([scores, scores[:, -1:].expand(-1, padding)], 1)  # the last code fills the last groups
-    exact = scores.unflatten(1, (-1, group)).amax(-1)
+    approximate, bound, codes = bounds(z, codebook, metric, capability, first_pass)
+    assert codes.shape[1] == GROUP[first_pass]
+    assert torch.equal(codes.unique(), torch.arange(len(codebook)))  # every code is in some group
+    exact = scores64(z, codebook, metric)[:, codes].amax(-1)
     assert (bound > 0).all()
     return float(((approximate - exact).abs() / bound).max())
 
@@ -226,7 +230,7 @@ def test_a_smaller_bound_is_wrong(capability: str) -> None:
     for d in (2, 3, 4):
         codebook = randn(16000, d, seed=d)
         z = torch.cat([residual_rows(codebook, 2000, d), randn(2000, d, seed=1)])
-        expected = exact_ids(z, codebook, "ip")
+        expected = exact_winners(z, codebook, "ip")
         for scale in wrong:
             wrong[scale] += int((probe(z, codebook, "ip", capability, "int8", scale)[1] != expected).sum())
     assert wrong[1.0] == 0 and wrong[0.3] > 0
@@ -235,7 +239,7 @@ def test_a_smaller_bound_is_wrong(capability: str) -> None:
 def test_a_smaller_fp32_bound_is_wrong() -> None:
     codebook = torch.cat([randn(1, 8, seed=s) + 1e-6 * randn(2000, 8, seed=s + 9) for s in range(3)])
     z = randn(500, 8, seed=1)
-    expected = exact_ids(z, codebook, "ip")
+    expected = exact_winners(z, codebook, "ip")
     for capability in FOUND:
         assert torch.equal(probe(z, codebook, "ip", capability, "fp32")[1], expected)
         assert (probe(z, codebook, "ip", capability, "fp32", 0.0)[1] != expected).any()
@@ -261,10 +265,10 @@ def renewed(change: Callable[[nn.Parameter], None]) -> None:
     codebook = nn.Parameter(randn(1000, 12, seed=2))
     with torch.no_grad():
         ops.nearest_code(z, codebook)
-        before = exact_ids(z, codebook, "ip")
+        before = exact_winners(z, codebook.detach(), "ip")
         change(codebook)
         ids = ops.nearest_code(z, codebook)[1]
-    assert torch.equal(ids, exact_ids(z, codebook, "ip")) and not torch.equal(ids, before)
+    assert torch.equal(ids, exact_winners(z, codebook.detach(), "ip")) and not torch.equal(ids, before)
 
 
 def test_in_place_updates_are_seen() -> None:
@@ -303,7 +307,7 @@ def test_two_metrics_and_dtypes_of_one_codebook() -> None:
     z, codebook = randn(200, 8, seed=1), randn(700, 8, seed=2)
     for metric in ("ip", "l2", "ip"):
         for codes in (codebook, codebook.half(), codebook):
-            assert torch.equal(ops.nearest_code(z, codes, metric)[1], exact_ids(z, codes, metric))
+            assert torch.equal(ops.nearest_code(z, codes, metric)[1], exact_winners(z, codes, metric))
 
 
 def test_many_codebooks_in_many_threads() -> None:

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "../problem.h"
 #include "kernels.h"
@@ -67,7 +68,8 @@ void lookup_rows(const HierLookup& problem, int64_t first, int64_t count);
 // The ops.
 void nearest_code(const NearestCode& problem);
 void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
-int64_t probe_groups(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
+// The ids in the order they are packed in, which is that of a probe's groups; the padding repeats some.
+std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels);
 void nearest_subcode(const NearestSubcode& problem);
 void hier_quantize(const HierQuantize& problem);
 void hier_lookup(const HierLookup& problem);

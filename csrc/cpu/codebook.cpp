@@ -6,12 +6,15 @@
 // is found again. The digest reads the codebook once, at memory speed: tens of microseconds at 16,384 x 32.
 //
 // Packing: one pass finds unusable and repeated codes, one the mean and the range, one writes (codebook_simd.cpp), each
-// in parallel. Only codes that can win are kept: a code with NaN or Inf cannot, nor can a copy of an earlier one.
+// in parallel. Only codes that can win are kept: a code with NaN or Inf cannot, nor can a copy of an earlier one. Codes
+// of very different distance from the mean become segments, each with a mean and scale of its own: one scale for all
+// would leave nothing of the small ones.
 #include "codebook.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 
 #include "convert.h"
@@ -25,6 +28,9 @@ constexpr size_t kKeptCodebooks = 8;
 constexpr int64_t kKeptBytes = 256 << 20;     // of all of them together
 constexpr double kInflate = 1.0 + 1e-6;       // more than rounding takes from a norm
 constexpr int64_t kCodeMax = 127;
+constexpr double kSegmentRatio = 8.0;         // between the largest distances from the mean of two segments
+constexpr int64_t kSegmentShare = 32;         // a segment, but the first, has at least this part of the codes
+constexpr int64_t kSegmentBlocks = 8;         // and a codebook of fewer superblocks has one segment
 
 struct Key {
   uint64_t digest[2];
@@ -69,7 +75,8 @@ T* Codebook::take(int64_t count) {
 }
 
 Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels,
-                   std::shared_ptr<Codebook> old) {
+                   std::shared_ptr<Codebook> old)
+    : kernels_(kernels), depth_(depth) {
   if (old != nullptr) spare_ = std::move(old->pieces_);
   Buffer<float> converted;
   const float* rows = static_cast<const float*>(codes.data);
@@ -81,30 +88,64 @@ Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernel
     rows = converted.get();
   }
 
-  packed_.depth = depth;
-  const std::vector<int32_t> ids = list_codes(rows, count, kernels);
-  packed_.codes = static_cast<int64_t>(ids.size());
+  rows_ = rows;
+  const Ids ids = list_codes(count);
   if (!ids.empty()) {
-    packed_.int8 = kernels.step > 0 && depth <= kMaxInt8Depth;
-    measure(rows, ids, kernels);
-    pack(rows, ids, kernels);
+    const Buffer<double> norms = add_segment(ids);
+    const std::vector<Ids> parts = split(ids, norms.get());
+    if (parts.size() > 1) {
+      std::move(pieces_.begin(), pieces_.end(), std::back_inserter(spare_));
+      pieces_.clear(), segments_.clear(), bytes_ = 0;
+      for (const Ids& part : parts) add_segment(part);
+    }
   }
   spare_.clear();
+  rows_ = nullptr;
+}
+
+int64_t Codebook::groups() const {
+  return segments_.empty() ? 0 : segments_.back().first_group + segments_.back().padded / kGroupCodes;
+}
+
+// The ids by distance from the mean, farthest first; one part when they are alike. norms: -distance^2/2 of each id, null
+// without an int8 pass.
+std::vector<Codebook::Ids> Codebook::split(const Ids& ids, const double* norms) const {
+  std::vector<Ids> parts(1);
+  const int64_t count = static_cast<int64_t>(ids.size());
+  if (norms == nullptr || count < kSegmentBlocks * kernels_.superblock) return parts;
+  const double most = -*std::min_element(norms, norms + count);
+  const auto band_of = [&](double norm) {
+    const double ratio = std::sqrt(most / std::max(-norm, most * 1e-30));
+    return std::min<int64_t>(static_cast<int64_t>(std::log(ratio) / std::log(kSegmentRatio)), kMaxSegments - 1);
+  };
+  int64_t counts[kMaxSegments] = {}, part_of[kMaxSegments] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    if (-norms[n] * kSegmentRatio * kSegmentRatio < most) ++counts[band_of(norms[n])];
+  }
+  for (int64_t band = 1; band < kMaxSegments; ++band) {
+    part_of[band] = part_of[band - 1] + (counts[band] * kSegmentShare >= count);
+  }
+  parts.resize(part_of[kMaxSegments - 1] + 1);
+  if (parts.size() == 1) return parts;
+  for (int64_t n = 0; n < count; ++n) parts[part_of[band_of(norms[n])]].push_back(ids[n]);
+  return parts;
 }
 
 // The codes that can win: finite, and the first of its equals. Equal means the same bytes; codes that differ only in
 // the sign of a zero stay, and tie.
-std::vector<int32_t> Codebook::list_codes(const float* rows, int64_t count, const Kernels& kernels) const {
-  const int64_t depth = packed_.depth;
+Codebook::Ids Codebook::list_codes(int64_t count) const {
+  const int64_t depth = depth_;
+  const float* rows = rows_;
   const size_t row_bytes = static_cast<size_t>(depth) * sizeof(float);
   std::vector<uint64_t> hashes(count);  // 0: unusable
   parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32), [&](int64_t begin, int64_t end) {
-    kernels.hash_rows(rows, depth, begin, end - begin, hashes.data());
+    kernels_.hash_rows(rows, depth, begin, end - begin, hashes.data());
   });
 
   uint64_t slots = 16;
   while (slots < 2 * static_cast<uint64_t>(count)) slots *= 2;
-  std::vector<int32_t> table(slots, -1), ids;
+  std::vector<int32_t> table(slots, -1);
+  Ids ids;
   ids.reserve(count);
   for (int64_t k = 0; k < count; ++k) {
     if (hashes[k] == 0) continue;
@@ -121,20 +162,20 @@ std::vector<int32_t> Codebook::list_codes(const float* rows, int64_t count, cons
 }
 
 // The mean and the scale.
-void Codebook::measure(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels) {
-  const int64_t depth = packed_.depth, count = packed_.codes, parts = ceil_div(count, kMeasureCodes);
+void Codebook::measure(PackedCodebook* segment, const Ids& ids) {
+  const int64_t depth = depth_, count = segment->codes, parts = ceil_div(count, kMeasureCodes);
   std::vector<double> sums(parts * depth);
   std::vector<float> lows(parts * depth), highs(parts * depth);
   parallel_for(0, parts, ceil_div(kInlineWork, kMeasureCodes * depth * 2), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      kernels.measure(rows, depth, &ids[p * kMeasureCodes], std::min(kMeasureCodes, count - p * kMeasureCodes),
+      kernels_.measure(rows_, depth, &ids[p * kMeasureCodes], std::min(kMeasureCodes, count - p * kMeasureCodes),
                       &sums[p * depth], &lows[p * depth], &highs[p * depth]);
     }
   });
 
   const int64_t padded = round_up(depth, kVectorDoubles);
-  packed_.mean = take<double>(padded);
-  std::fill_n(packed_.mean, padded, 0.0);
+  segment->mean = take<double>(padded);
+  std::fill_n(segment->mean, padded, 0.0);
   double reach = 0.0, norm = 0.0;
   for (int64_t d = 0; d < depth; ++d) {
     double sum = 0.0, low = lows[d], high = highs[d];
@@ -143,18 +184,24 @@ void Codebook::measure(const float* rows, const std::vector<int32_t>& ids, const
       low = std::min<double>(low, lows[p * depth + d]), high = std::max<double>(high, highs[p * depth + d]);
     }
     const double mean = sum / static_cast<double>(count);
-    packed_.mean[d] = mean;
+    segment->mean[d] = mean;
     norm += mean * mean;
     reach = std::max({reach, high - mean, mean - low});
   }
-  packed_.mean_norm = std::sqrt(norm);
-  packed_.scale = reach > 0.0 ? reach / kCodeMax : 1.0;
+  segment->mean_norm = std::sqrt(norm);
+  segment->scale = reach > 0.0 ? reach / kCodeMax : 1.0;
 }
 
-void Codebook::pack(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels) {
-  PackedCodebook& p = packed_;
-  const int64_t depth = p.depth, superblocks = ceil_div(p.codes, kernels.superblock);
-  p.padded = superblocks * kernels.superblock;
+// Packs the codes of these ids as the next segment; returns -|r|^2/2 of each, null without an int8 pass.
+Buffer<double> Codebook::add_segment(const Ids& ids) {
+  PackedCodebook p{};
+  p.depth = depth_;
+  p.codes = static_cast<int64_t>(ids.size());
+  p.first_group = groups();
+  p.int8 = kernels_.step > 0 && depth_ <= kMaxInt8Depth;
+  measure(&p, ids);
+  const int64_t depth = p.depth, superblocks = ceil_div(p.codes, kernels_.superblock);
+  p.padded = superblocks * kernels_.superblock;
   const int64_t groups = p.padded / kGroupCodes;
   p.ids = take<int32_t>(p.padded);
   for (int64_t n = 0; n < p.padded; ++n) p.ids[n] = ids[std::min(n, p.codes - 1)];
@@ -164,8 +211,8 @@ void Codebook::pack(const float* rows, const std::vector<int32_t>& ids, const Ke
   Buffer<double> dots, norms;
   PackedParts parts{};
   if (p.int8) {
-    p.steps = ceil_div(depth, kernels.step);
-    p.quantised = take<int8_t>(p.padded * p.steps * kernels.step);
+    p.steps = ceil_div(depth, kernels_.step);
+    p.quantised = take<int8_t>(p.padded * p.steps * kernels_.step);
     p.offset = take<int32_t>(p.padded);
     p.mean_part = take<float>(p.padded);
     p.norm_part = take<float>(p.padded);
@@ -176,12 +223,15 @@ void Codebook::pack(const float* rows, const std::vector<int32_t>& ids, const Ke
   }
 
   std::vector<double> largest(superblocks);
-  const int64_t grain = ceil_div(kInlineWork, kernels.superblock * depth * 8);
+  const int64_t grain = ceil_div(kInlineWork, kernels_.superblock * depth * 8);
   parallel_for(0, superblocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) kernels.pack(p, s, rows, parts, &largest[s]);
+    for (int64_t s = begin; s < end; ++s) kernels_.pack(p, s, rows_, parts, &largest[s]);
   });
   p.max_norm = std::sqrt(-2.0 * *std::min_element(p.half_norm64, p.half_norm64 + p.padded)) * kInflate;
-  if (!p.int8) return;
+  if (!p.int8) {
+    segments_.push_back(p);
+    return norms;
+  }
 
   p.max_quantised = std::sqrt(*std::max_element(largest.begin(), largest.end())) * kInflate;
   p.residual = *std::max_element(p.group_residual, p.group_residual + groups);
@@ -192,9 +242,11 @@ void Codebook::pack(const float* rows, const std::vector<int32_t>& ids, const Ke
   p.mean_size = dot / p.scale;
   p.norm_middle = 0.5 * (*least + *most);
   p.norm_size = 0.5 * (*most - *least) * kInflate / p.scale;
-  parallel_for(0, superblocks, ceil_div(kInlineWork, kernels.superblock * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) kernels.pack_parts(p, s, parts);
+  parallel_for(0, superblocks, ceil_div(kInlineWork, kernels_.superblock * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) kernels_.pack_parts(p, s, parts);
   });
+  segments_.push_back(p);
+  return norms;
 }
 
 // ---- the ones kept ----

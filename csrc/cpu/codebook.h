@@ -8,12 +8,14 @@
 
 namespace semhitok::cpu {
 
-// Owns the arrays of a PackedCodebook.
+// A codebook packed for one instruction set, in segments that are searched one after the other; none when no code is
+// usable. Owns their arrays.
 class Codebook {
  public:
   // Takes the memory of `old`, when there is one.
   Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels, std::shared_ptr<Codebook> old);
-  const PackedCodebook& packed() const { return packed_; }
+  const std::vector<PackedCodebook>& segments() const { return segments_; }
+  int64_t groups() const;  // of all segments
   int64_t bytes() const { return bytes_; }
 
  private:
@@ -21,14 +23,19 @@ class Codebook {
     Buffer<char> memory;
     int64_t bytes = 0;
   };
+  using Ids = std::vector<int32_t>;
 
-  std::vector<int32_t> list_codes(const float* rows, int64_t count, const Kernels& kernels) const;
-  void measure(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels);
-  void pack(const float* rows, const std::vector<int32_t>& ids, const Kernels& kernels);
+  Ids list_codes(int64_t count) const;
+  std::vector<Ids> split(const Ids& ids, const double* half_residual_norms) const;
+  Buffer<double> add_segment(const Ids& ids);
+  void measure(PackedCodebook* segment, const Ids& ids);
   template <typename T>
   T* take(int64_t count);
 
-  PackedCodebook packed_{};
+  const Kernels& kernels_;
+  int64_t depth_;
+  const float* rows_ = nullptr;  // while packing
+  std::vector<PackedCodebook> segments_;
   std::vector<Piece> pieces_, spare_;
   int64_t bytes_ = 0;
 };

@@ -14,14 +14,16 @@ namespace semhitok::cpu {
 static constexpr int64_t kGroupCodes = 16;      // codes that the int8 pass keeps or drops together
 static constexpr int64_t kUnitCodes = 128;      // codes that the fp32 pass keeps or drops together
 static constexpr int64_t kMaxInt8Depth = 512;   // deeper codes go to the fp32 pass at once
+static constexpr int64_t kMaxSegments = 4;
 static constexpr int64_t kVectorDoubles = 8;    // rows of doubles are padded to this many
 
-// A codebook ready to search. Only usable codes are in it, each distinct one once, in ascending order of id: a code
-// with NaN or Inf never wins, a duplicate never wins against its first. The tail of the last superblock repeats the
-// last code, id included. r = c - mean is what the int8 pass sees: codes lose a common offset without a change of
-// winner, as |r| bounds its rounding.
+// A codebook ready to search, or one of the segments it is searched in. Only usable codes are in it, each distinct one
+// once, in ascending order of id: a code with NaN or Inf never wins, a duplicate never wins against its first. The tail
+// of the last superblock repeats the last code, id included. r = c - mean is what the int8 pass sees: codes lose a
+// common offset without a change of winner, as |r| bounds its rounding.
 struct PackedCodebook {
-  int64_t codes;          // listed; 0 when none is usable
+  int64_t codes;          // listed
+  int64_t first_group;    // of the groups of all segments, its first
   int64_t padded;         // codes listed, in whole superblocks
   int64_t depth, steps;   // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
   bool int8;              // whether the int8 arrays below are there
@@ -56,8 +58,9 @@ struct SearchProbe {
   double bound_scale;  // 1, or less to show that the bound is needed
   bool fp32_first;     // skip the int8 pass
   int64_t* rescored;   // [tokens] codes scored exactly
-  double* approximate; // [tokens][groups or units] the greatest score of each as the first pass sees it
-  double* bound;       // [tokens][groups or units] how far from the exact one that may be
+  int64_t groups;      // of all segments
+  double* approximate; // [tokens][groups, or units] the greatest score of each as the first pass sees it
+  double* bound;       // [tokens][groups, or units] how far from the exact one that may be
 };
 
 struct Kernels {
@@ -78,8 +81,8 @@ struct Kernels {
   void (*pack_parts)(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
   int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned, the first 64 zero before the first search
   // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
-  void (*search)(const PackedCodebook& codebook, const Rows& z, Metric metric, int64_t first, int64_t count,
-                 const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);
+  void (*search)(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
+                 int64_t count, const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
   // scratch is 2 * round_up(depth, 16) floats.
   void (*subcode)(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,

@@ -30,7 +30,7 @@ void* allocate_aligned(int64_t bytes) {
   return p;
 }
 
-CodeSearch::CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, {}, {}, {}}) {}
+CodeSearch::CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, nullptr, 0, nullptr, nullptr}) {}
 
 CodeSearch::~CodeSearch() = default;
 
@@ -76,8 +76,10 @@ Buffer<char> CodeSearch::scratch() const {
 void CodeSearch::run(int64_t first, int64_t count, char* scratch, void* scores, int64_t* ids) const {
   if (!problem_.wide) {
     float* out = static_cast<float*>(scores);
-    if (codebook_->packed().codes > 0) {
-      kernels_->search(codebook_->packed(), problem_.z, problem_.metric, first, count, probe_, scratch, out, ids);
+    const auto& segments = codebook_->segments();
+    if (!segments.empty()) {
+      kernels_->search(segments.data(), static_cast<int64_t>(segments.size()), problem_.z, problem_.metric, first, count,
+                       probe_, scratch, out, ids);
     } else {
       std::fill_n(out, count, std::numeric_limits<float>::quiet_NaN());
       std::fill_n(ids, count, 0);
@@ -125,18 +127,16 @@ void nearest_code(const NearestCode& problem) {
 }
 
 void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe) {
-  if (probe.approximate != nullptr) {  // tokens without a first pass have no bound
-    const int64_t count = problem.tokens * probe_groups(problem, kernels, probe);
-    std::fill_n(probe.approximate, count, 0.0);
-    std::fill_n(probe.bound, count, std::numeric_limits<double>::infinity());
-  }
   if (problem.tokens > 0) search_all(problem, CodeSearch(problem, kernels, probe));
 }
 
-int64_t probe_groups(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe) {
+std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels) {
+  std::vector<int64_t> order;
   const auto codebook = prepare(problem.codebook, problem.codes, problem.depth, kernels);
-  const PackedCodebook& packed = codebook->packed();
-  return packed.padded / (packed.int8 && !probe.fp32_first ? kGroupCodes : kUnitCodes);
+  for (const PackedCodebook& segment : codebook->segments()) {
+    order.insert(order.end(), segment.ids, segment.ids + segment.padded);
+  }
+  return order;
 }
 
 }  // namespace semhitok::cpu

@@ -36,6 +36,7 @@ constexpr int64_t kRetryBlocks = 15;      // blocks that a pass sits out
 constexpr double kEps64 = 1e-15, kEps32 = 0x1p-24;
 constexpr double kLargest32 = 1e38;       // scores below this have no fp32 overflow on their way
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
+constexpr int64_t kUnitGroups = kUnitCodes / kGroupCodes;
 constexpr int kGroupVectors = static_cast<int>(kGroupCodes) / kDoubles;
 static_assert(kTokenBlock % kTile == 0 && kTile <= 8, "a block of tokens is whole tiles");
 static_assert(kSlots % kAccLanes == 0 && kSlots % kLanes == 0 && kSlots % 64 == 0, "a stretch is whole vectors");
@@ -55,7 +56,7 @@ struct Token {
 };
 
 struct Scratch {
-  int64_t* waiting; // [2] blocks still to come before the int8 and the fp32 pass are tried again
+  int64_t* waiting; // [kMaxSegments][2] blocks before a segment's int8 and fp32 pass are tried again
   double* x;        // [kTokenBlock][padded depth]
   double* shifted;  // [kTile][padded depth]
   float* row;       // [depth]
@@ -74,7 +75,7 @@ int64_t lay_out(int64_t depth, char* base, Scratch* out) {
     at += round_up(bytes, 64);
     return p;
   };
-  out->waiting = reinterpret_cast<int64_t*>(take(64));
+  out->waiting = reinterpret_cast<int64_t*>(take(kMaxSegments * 2 * 8));
   out->x = reinterpret_cast<double*>(take(kTokenBlock * padded * 8));
   out->shifted = reinterpret_cast<double*>(take(kTile * padded * 8));
   out->row = reinterpret_cast<float*>(take(padded * 4));
@@ -379,6 +380,9 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
   const bool sorted = l2 || book.mean_norm > 0.0;
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind != Kind::kInt8) continue;
+    DoubleVec along{};
+    for (int64_t d = 0; d < padded; d += kDoubles) along += load(scratch.x + t * padded + d) * load(book.mean + d);
+    tokens[t].along = sum(along);
     int64_t at = searched++;
     for (; sorted && at > 0 && tokens[order[at - 1]].norm > tokens[t].norm; --at) order[at] = order[at - 1];
     order[at] = static_cast<int32_t>(t);
@@ -402,7 +406,7 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
     const int64_t first_group = s * kAccLanes;
     for (int64_t t = 0; probe.approximate != nullptr && t < searched; ++t) {
       const Token& token = tokens[order[t]];
-      const int64_t row = (first + order[t]) * (book.padded / kGroupCodes) + first_group;
+      const int64_t row = (first + order[t]) * probe.groups + book.first_group + first_group;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t group = first_group + g;
         probe.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
@@ -441,7 +445,6 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
 
 void settle_fp32(const PackedCodebook& book, bool l2, const double* x, const float* maxima, int64_t first_unit,
                  int64_t slots, float most, double scale, int32_t* list, Token* token) {
-  constexpr int64_t kUnitGroups = kUnitCodes / kGroupCodes;
   const double bound = fp32_bound(book, l2, *token, scale);
   const auto rounded_down = [](double value) {
     return static_cast<float>(value - __builtin_fabs(value) * 0x1p-23 - 0x1p-140);
@@ -502,7 +505,7 @@ void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const Searc
       const bool first_pass = probe.fp32_first || !book.int8;
       if (probe.approximate != nullptr && first_pass) {
         for (int64_t n = 0; n < here; ++n) {
-          const int64_t to = (first + order[t]) * units + u + n;
+          const int64_t to = ((first + order[t]) * probe.groups + book.first_group) / kUnitGroups + u + n;
           float most = kLeast;
           for (int l = 0; l < kLanes; ++l) {
             const float m = maxima[t * kStride + n * kLanes + l];
@@ -536,10 +539,9 @@ void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scra
   }
 }
 
-// Reads a token, measures it and says how it is to be searched.
-void read_token(const PackedCodebook& book, bool l2, bool int8, const Rows& z, int64_t index, float* row, double* x,
-                Token* token) {
-  const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
+// Reads a token and measures it.
+void read_token(const Rows& z, int64_t index, int64_t depth, float* row, double* x, Token* token) {
+  const int64_t padded = round_up(depth, kVectorDoubles);
   const float* values = row;
   if (z.dtype == Dtype::kFloat32) {
     values = static_cast<const float*>(z.data) + index * depth;
@@ -550,62 +552,39 @@ void read_token(const PackedCodebook& book, bool l2, bool int8, const Rows& z, i
   for (; d + kDoubles <= depth; d += kDoubles) store(x + d, widen(values + d));
   for (; d < depth; ++d) x[d] = values[d];
   for (; d < padded; ++d) x[d] = 0.0;
-  DoubleVec square{}, along{};
-  for (d = 0; d < padded; d += kDoubles) {
-    const DoubleVec v = load(x + d);
-    square += v * v;
-    along += v * load(book.mean + d);
-  }
-  const double size = sum(square);
+  DoubleVec square{};
+  for (d = 0; d < padded; d += kDoubles) square += load(x + d) * load(x + d);
   *token = Token{};
   token->best = -kInfinity, token->id = INT32_MAX;
-  token->norm = __builtin_sqrt(size), token->along = sum(along);
-  if (!(size < kInfinity)) {
-    token->kind = Kind::kDone;
-  } else if (size == 0.0 && !l2) {
-    token->kind = Kind::kDone;  // every score is 0
-    token->best = 0.0, token->id = book.ids[0];
-  } else if (int8) {
-    token->kind = Kind::kInt8;
-  } else {
-    token->kind = Kind::kFp32;
-  }
+  token->norm = __builtin_sqrt(sum(square));
 }
 
-}  // namespace
-
-int64_t search_scratch(int64_t depth) {
-  Scratch scratch;
-  return lay_out(depth, nullptr, &scratch);
-}
-
-void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t first, int64_t count,
-            const SearchProbe& probe, void* memory, float* scores, int64_t* ids) {
-  const bool l2 = metric == Metric::kL2;
-  const int64_t padded = round_up(book.depth, kVectorDoubles);
-  Scratch scratch;
-  lay_out(book.depth, static_cast<char*>(memory), &scratch);
-  // A pass that settled less than half of a block sits out the next ones: their data are likely of the same kind.
+// One segment, for all tokens not done. waiting: its two counters of blocks that a pass sits out, because it settled
+// less than half of an earlier one: the next ones are likely of the same kind.
+void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const SearchProbe& probe,
+                    const Scratch& scratch, int64_t* waiting, Token* tokens) {
   const auto sits_out = [&](int pass) {
-    return probe.approximate == nullptr && scratch.waiting[pass] > 0 && --scratch.waiting[pass] >= 0;
+    return probe.approximate == nullptr && waiting[pass] > 0 && --waiting[pass] >= 0;
   };
   const auto judge = [&](int pass, int64_t unsettled) {
-    if (2 * unsettled > count) scratch.waiting[pass] = kRetryBlocks;
+    if (2 * unsettled > count) waiting[pass] = kRetryBlocks;
   };
-  const bool int8 = book.int8 && !probe.fp32_first && !sits_out(0);
-  Token tokens[kTokenBlock];
-  for (int64_t t = 0; t < count; ++t) {
-    read_token(book, l2, int8, z, first + t, scratch.row, scratch.x + t * padded, tokens + t);
-  }
-#if SEMHITOK_INT8
-  if (int8) search_int8(book, l2, count, probe, first, scratch, tokens);
-#endif
   const auto count_of = [&](Kind kind) {
     int64_t of = 0;
     for (int64_t t = 0; t < count; ++t) of += tokens[t].kind == kind;
     return of;
   };
-  if (int8) judge(0, count_of(Kind::kFp32));
+
+  const bool int8 = book.int8 && !probe.fp32_first && !sits_out(0);
+  for (int64_t t = 0; t < count; ++t) {
+    if (tokens[t].kind != Kind::kDone) tokens[t].kind = int8 ? Kind::kInt8 : Kind::kFp32;
+  }
+#if SEMHITOK_INT8
+  if (int8) {
+    search_int8(book, l2, count, probe, first, scratch, tokens);
+    judge(0, count_of(Kind::kFp32));
+  }
+#endif
   const bool fp32 = count_of(Kind::kFp32) > 0 && !sits_out(1);
   for (int64_t t = 0; t < count; ++t) {
     const double reach = tokens[t].norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
@@ -616,6 +595,34 @@ void search(const PackedCodebook& book, const Rows& z, Metric metric, int64_t fi
     judge(1, count_of(Kind::kExact));
   }
   search_exact(book, l2, count, scratch, tokens);
+}
+
+}  // namespace
+
+int64_t search_scratch(int64_t depth) {
+  Scratch scratch;
+  return lay_out(depth, nullptr, &scratch);
+}
+
+void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
+            int64_t count, const SearchProbe& probe, void* memory, float* scores, int64_t* ids) {
+  const bool l2 = metric == Metric::kL2;
+  const int64_t depth = segments[0].depth, padded = round_up(depth, kVectorDoubles);
+  Scratch scratch;
+  lay_out(depth, static_cast<char*>(memory), &scratch);
+  int32_t lowest = segments[0].ids[0];
+  for (int64_t s = 1; s < segment_count; ++s) lowest = segments[s].ids[0] < lowest ? segments[s].ids[0] : lowest;
+
+  Token tokens[kTokenBlock];
+  for (int64_t t = 0; t < count; ++t) {
+    Token& token = tokens[t];
+    read_token(z, first + t, depth, scratch.row, scratch.x + t * padded, &token);
+    token.kind = token.norm < kInfinity ? Kind::kInt8 : Kind::kDone;
+    if (token.norm == 0.0 && !l2) token.kind = Kind::kDone, token.best = 0.0, token.id = lowest;  // all scores are 0
+  }
+  for (int64_t s = 0; s < segment_count; ++s) {
+    search_segment(segments[s], l2, first, count, probe, scratch, scratch.waiting + 2 * s, tokens);
+  }
   for (int64_t t = 0; t < count; ++t) {
     const Token& token = tokens[t];
     const bool found = token.best > -kInfinity;
