@@ -91,6 +91,65 @@ def test_hier_quantize_needs_little_memory() -> None:
     assert int(answer(MEASURE.format(op="reference.hier_quantize"))) >= 512 * MIB
 
 
+LARGE = """
+import torch
+from semhitok import ops
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+torch.set_num_threads(2)
+z, codebook = torch.rand(65536, 32), torch.rand(16384, 32)
+{prepare}
+ops.nearest_code(z[:256], codebook, "{metric}")  # packs the codebook, starts the threads
+before = status("VmRSS")
+outputs = ops.nearest_code(z, codebook, "{metric}")
+print(status("VmHWM") - before - sum(o.nbytes for o in outputs))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_nearest_code_needs_little_memory(metric: str) -> None:
+    """N = 65,536, K = 16,384: at most 8 MiB and 1 MiB a thread beyond outputs and the packed codebook."""
+    assert int(answer(LARGE.format(metric=metric, prepare=""))) <= 10 * MIB
+    # Also where the int8 pass settles nothing: two clusters of nearly equal codes.
+    hard = "codebook = torch.rand(2, 32)[torch.arange(16384) % 2] + 1e-6 * codebook; z = z[:2048]"
+    assert int(answer(LARGE.format(metric=metric, prepare=hard))) <= 10 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_codebooks_that_change_do_not_pile_up() -> None:
+    """Five hundred versions of one codebook, as in training, and two hundred codebooks, each used once."""
+    code = """
+import torch
+from semhitok import ops
+
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+z, codebook = torch.rand(8, 32), torch.rand(16384, 32)
+def versions(count):
+    for _ in range(count):
+        ops.nearest_code(z, codebook.mul_(1.001))
+def others(count):
+    for _ in range(count):
+        ops.nearest_code(z, torch.rand(16384, 32))
+versions(10)
+before = resident()
+versions(500)
+print(resident() - before)
+others(20)
+before = resident()
+others(200)
+print(resident() - before)
+"""
+    same, other = map(int, answer(code).split())
+    assert same <= 8 * MIB and other <= 16 * MIB
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or _C.build_info()["cuda"] is None, reason="no CUDA device or kernels"

@@ -142,11 +142,41 @@ inline uint64_t reaching(const Acc* values, Acc threshold) {
 }
 #endif
 
+// Whether one of 64 values reaches the threshold: one comparison for all.
+inline bool any_reaching(const float* values, float threshold) {
+#if defined(__AVX2__)
+  Vec most = load(values);
+  for (int i = kLanes; i < 64; i += kLanes) most = larger(most, load(values + i));
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)most, _mm512_set1_ps(threshold), _CMP_GE_OQ) != 0;
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)most, _mm256_set1_ps(threshold), _CMP_GE_OQ)) != 0;
+#endif
+#else
+  (void)values, (void)threshold;
+  return true;
+#endif
+}
+
+#if SEMHITOK_INT8
+inline bool any_reaching(const Acc* values, Acc threshold) {
+  AccVec most = load(values);
+  for (int i = kAccLanes; i < 64; i += kAccLanes) most = larger(most, load(values + i));
+  const AccVec reached = most >= splat(threshold);
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)reached, (__m512i)reached) != 0;
+#else
+  return _mm256_movemask_epi8((__m256i)reached) != 0;
+#endif
+}
+#endif
+
 // The slots whose maximum reaches the threshold, in ascending order; slots is a multiple of 64.
 template <typename T>
 inline int64_t scan(const T* maxima, int64_t slots, T threshold, int32_t* list) {
   int64_t count = 0;
   for (int64_t s = 0; s < slots; s += 64) {
+    if (!any_reaching(maxima + s, threshold)) continue;
     for (uint64_t bits = reaching(maxima + s, threshold); bits != 0; bits &= bits - 1) {
       list[count++] = static_cast<int32_t>(s + __builtin_ctzll(bits));
     }
@@ -431,10 +461,8 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
       if (t >= searched) continue;
       found[t % kAhead].first = -1;
       if (tokens[order[t]].kind != Kind::kInt8) continue;
-      Acc most = kLeast;
-      for (int l = 0; l < kAccLanes; ++l) most = top[t][l] > most ? top[t][l] : most;
-      find(book, tokens[order[t]], maxima + t * kStride, first_group, round_up(groups, 64), most, probe.bound_scale,
-           scratch.list, found + t % kAhead);
+      find(book, tokens[order[t]], maxima + t * kStride, first_group, round_up(groups, 64), greatest(top[t]),
+           probe.bound_scale, scratch.list, found + t % kAhead);
     }
   }
 }
@@ -515,10 +543,8 @@ void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const Searc
         }
       }
       if (token.kind != Kind::kFp32) continue;
-      float most = kLeast;
-      for (int l = 0; l < kLanes; ++l) most = top[t][l] > most ? top[t][l] : most;
-      settle_fp32(book, l2, scratch.x + order[t] * padded, maxima + t * kStride, u, slots, most, probe.bound_scale,
-                  scratch.list, &token);
+      settle_fp32(book, l2, scratch.x + order[t] * padded, maxima + t * kStride, u, slots, greatest(top[t]),
+                  probe.bound_scale, scratch.list, &token);
     }
   }
 }

@@ -82,15 +82,22 @@ inline DoubleVec splat(double x) { return DoubleVec{} + x; }
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 // To the nearest integer, ties to even; for magnitudes below 2^51.
 inline DoubleVec nearest(DoubleVec v) { return (v + 0x1.8p52) - 0x1.8p52; }
+// Reductions over lanes halve the vector: no chain of as many steps as lanes.
 inline double sum(DoubleVec v) {
-  double total = 0.0;
-  for (int l = 0; l < kDoubles; ++l) total += v[l];
-  return total;
+  double lanes[kDoubles];
+  store(lanes, v);
+  for (int half = kDoubles / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  return lanes[0];
 }
 inline double greatest(DoubleVec v) {
-  double most = v[0];
-  for (int l = 1; l < kDoubles; ++l) most = v[l] > most ? v[l] : most;
-  return most;
+  double lanes[kDoubles];
+  store(lanes, v);
+  for (int half = kDoubles / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
+  }
+  return lanes[0];
 }
 inline DoubleVec widen(const float* p) {
 #if defined(__AVX512F__)
@@ -125,6 +132,33 @@ inline AccVec load(const Acc* p) {
 inline void store(Acc* p, AccVec v) { __builtin_memcpy(p, &v, sizeof v); }
 inline AccVec splat(Acc x) { return AccVec{} + x; }
 inline AccVec larger(AccVec a, AccVec b) { return a > b ? a : b; }
+#if defined(__AVX2__)
+inline Acc greatest(AccVec v) {
+  __m256i parts[kVectorBytes / 32];
+  __builtin_memcpy(parts, &v, sizeof v);
+  if (sizeof(Acc) == 4) {
+    __m256i w = parts[0];
+    for (int i = 1; i < kVectorBytes / 32; ++i) w = _mm256_max_epi32(w, parts[i]);
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    return static_cast<Acc>(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1))));
+  }
+  __m256i w = parts[0];
+  for (int i = 1; i < kVectorBytes / 32; ++i) w = _mm256_max_epi16(w, parts[i]);
+  // The least of the unsigned 32767 - x is the greatest x.
+  const __m128i m = _mm_max_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(INT16_MAX), m));
+  return static_cast<Acc>(INT16_MAX - static_cast<uint16_t>(_mm_cvtsi128_si32(least)));
+}
+#endif
+inline float greatest(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
+  }
+  return lanes[0];
+}
 
 }  // namespace
 }  // namespace semhitok::cpu::SEMHITOK_ISA
