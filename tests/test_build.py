@@ -183,7 +183,9 @@ def test_cpu_build_from_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert not re.search(r" [WVu] ", symbols), f"{item.name} shares {symbols}"
     # The inner loop of the int8 pass must keep its tile in registers: code vectors that GCC puts on the stack and loads
     # again for every token cost a third of its speed.
-    for item in folder.glob("CMakeFiles/simd_avx512_vnni.dir/**/int8_pass_simd.cpp.o") if shutil.which("objdump") else ():
+    for item in (
+        folder.glob("CMakeFiles/simd_avx512_vnni.dir/**/int8_pass_simd.cpp.o") if shutil.which("objdump") else ()
+    ):
         text = subprocess.run(["objdump", "-dC", str(item)], capture_output=True, text=True, check=True).stdout
         body = text[text.index("superblock_maxima(") :]
         loop = body[body.index("vpdpbusd") : body.rindex("vpdpbusd")]
