@@ -49,8 +49,8 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
 
     Equivalent to: `(z @ codebook.T + bias).max(-1)`.
 
-    On the CPU a codebook is packed for the search when it is first seen and kept while it holds the same values; nothing
-    needs to be told when it changes.
+    On the CPU a codebook is packed for the search when first seen and kept while it holds the same values: nobody needs
+    to say when it changes.
     """
     return _ops.nearest_code(z, codebook, metric)
 
