@@ -10,9 +10,9 @@
 //
 // - Score: z.c ("ip") or z.c - |c|^2/2 ("l2": the same winner as the least distance). The lowest index wins among equal
 //   scores. A NaN score never wins; a code with NaN or Inf never wins.
-// - nearest_code, and the semantic stage of hier_quantize, on the CPU with inputs of at most float32: ids and scores are
-//   those of fp64 arithmetic, scores rounded to fp32 at the end, on every instruction set. Everywhere else of the
-//   arithmetic named below.
+// - nearest_code and the semantic stage of hier_quantize on the CPU, with inputs of at most float32: ids and scores are
+//   those of fp64 arithmetic on every instruction set, scores rounded to fp32 at the end. Elsewhere they are those of
+//   the arithmetic named below.
 // - A token with NaN or Inf, or without any score above -inf: id 0 and score NaN. Ids are always in range.
 // - dtypes: float32, float16, bfloat16, float64, each tensor its own. Scores and search in fp32, or in fp64 as soon as
 //   one floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of its rows.
@@ -279,8 +279,8 @@ NearestCode probe_problem(const Tensor& z, const Tensor& codebook, const std::st
   return p;
 }
 
-// rescored [N] counts the codes whose exact scores were computed. A bound_scale below 1 may give wrong ids: that is what
-// tests show with it.
+// rescored [N] counts the codes whose exact scores were computed. A bound_scale below 1 may give wrong ids: that is
+// what tests show with it.
 std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Tensor& codebook,
                                                       const std::string& metric, const std::string& capability,
                                                       const std::string& first_pass, double bound_scale) {

@@ -107,8 +107,8 @@ int64_t Codebook::groups() const {
   return segments_.empty() ? 0 : segments_.back().first_group + segments_.back().padded / kGroupCodes;
 }
 
-// The ids by distance from the mean, farthest first; one part when they are alike. norms: -distance^2/2 of each id, null
-// without an int8 pass.
+// The ids by distance from the mean, farthest first; one part when they are alike. norms: -distance^2/2 of each id,
+// null without an int8 pass.
 std::vector<Codebook::Ids> Codebook::split(const Ids& ids, const double* norms) const {
   std::vector<Ids> parts(1);
   const int64_t count = static_cast<int64_t>(ids.size());

@@ -1,8 +1,8 @@
 // Packing a codebook and digesting its bytes, one instruction set.
 //
 // A code is usable when it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
-// rows transposed by groups of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that bound
-// what rounding loses, all measured in fp64 and rounded up. Codes sit in lanes there, so no sum is horizontal.
+// rows transposed by groups of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that
+// bound what rounding loses, all measured in fp64 and rounded up. Codes sit in lanes there, so no sum is horizontal.
 // half_norm64 enters exact scores, so its order of summation is the same everywhere: ascending depth, even and odd
 // apart. Products of two fp32 numbers are exact in fp64, so FMA or not makes no difference.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
@@ -159,7 +159,8 @@ void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, u
 }
 
 // Sums and range of rows ids[0 .. count), per dimension.
-void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low, float* high) {
+void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
+             float* high) {
   for (int64_t d = 0; d < depth; d += kLanes) {
     const int64_t here = depth - d < kLanes ? depth - d : kLanes;
     DoubleVec even{}, odd{};
@@ -213,8 +214,8 @@ void pack_parts(const PackedCodebook& book, int64_t s, const PackedParts& parts)
   }
 }
 
-// Every word is keyed by its place, its halves are multiplied, and the word itself is added to the accumulator beside, so
-// that a product that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
+// Every word is keyed by its place, its halves are multiplied, and the word itself is added to the accumulator beside,
+// so that a product that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
 void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   constexpr int kStripes = 4;  // independent accumulators
   constexpr int64_t kStripeBytes = static_cast<int64_t>(kStripes) * kVectorBytes;

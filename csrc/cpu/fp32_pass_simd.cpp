@@ -53,8 +53,8 @@ void fp32_pass(const PackedCodebook& codebook, bool l2, int64_t first_unit, int6
     const int64_t first = (first_unit + u) * kUnitCodes;
     for (int64_t tile = 0; tile < tile_count; ++tile) {
       Vec best[kTile];
-      unit_maxima(tiles + tile * depth * kTile, codebook.rows + first * depth, l2 ? codebook.half_norm + first : nullptr,
-                  depth, best);
+      const float* bias = l2 ? codebook.half_norm + first : nullptr;
+      unit_maxima(tiles + tile * depth * kTile, codebook.rows + first * depth, bias, depth, best);
       for (int r = 0; r < kTile; ++r) {
         const int64_t t = tile * kTile + r;
         store(maxima + t * stride + u * kLanes, best[r]);

@@ -70,16 +70,20 @@ inline AccVec dot(AccVec acc, Bytes token, Bytes code) {
 }
 
 // maxima[r * stride ..] = those of the superblock's groups for token r of the tile; top[r] follows. A function of its
-// own: inlined, GCC keeps the code vectors on the stack and loads them again for every token.
+// own: inlined, GCC keeps the code vectors on the stack and loads them again for every token. kSteps: the number of
+// steps where it is known, 0 otherwise; known, short loops unroll.
+template <int kSteps>
 __attribute__((noinline)) void superblock_maxima(const uint8_t* __restrict x, const int8_t* __restrict codes,
-                                                 const Acc* __restrict start, int64_t steps, Acc* __restrict maxima,
+                                                 const Acc* __restrict start, int64_t any_steps, Acc* __restrict maxima,
                                                  int64_t stride, AccVec* __restrict top) {
+  const int64_t steps = kSteps > 0 ? kSteps : any_steps;
   AccVec best[kTile];
   for (int v = 0; v < kSuperVectors; v += 2) {
     AccVec acc0[kTile], acc1[kTile];
     const AccVec start0 = load(start + v * kAccLanes), start1 = load(start + (v + 1) * kAccLanes);
     for (int r = 0; r < kTile; ++r) acc0[r] = start0, acc1[r] = start1;
     const uint8_t* xs = x;
+    if (kSteps > 0) __asm__("" : "+r"(xs));  // or all broadcasts are hoisted, and spill
     for (int64_t s = 0; s < steps; ++s, codes += 2 * kVectorBytes, xs += kStepBytes) {
       const Bytes c0 = load_bytes(codes), c1 = load_bytes(codes + kVectorBytes);
       for (int r = 0; r < kTile; ++r) {
@@ -99,42 +103,59 @@ __attribute__((noinline)) void superblock_maxima(const uint8_t* __restrict x, co
   }
 }
 
-// The accumulators' start with a tile's bias: the codes' offset plus the bias, truncated to an integer.
-inline void biased_start(const PackedCodebook& codebook, int64_t superblock, TileBias bias, Acc* start) {
+// Bias truncated to integers, for kLanes codes.
+inline IntVec whole_bias(const float* mean, const float* norm, SpanBias bias) {
+  Vec part = load(norm) * bias.norm;
+  if (bias.mean != 0.0f) part += load(mean) * bias.mean;
+  return __builtin_convertvector(part, IntVec);
+}
+
+// The accumulators' start with a span's bias: the codes' offset plus the bias.
+inline void biased_start(const PackedCodebook& codebook, int64_t superblock, SpanBias bias, Acc* start) {
   const int64_t first = superblock * kSuperblock;
   const Acc* offset = static_cast<const Acc*>(codebook.offset) + first;
   const float* mean = codebook.mean_part + first;
   const float* norm = codebook.norm_part + first;
-  for (int64_t n = 0; n < kSuperblock; n += kLanes) {
-    Vec part = load(norm + n) * bias.norm;
-    if (bias.mean != 0.0f) part += load(mean + n) * bias.mean;
-    const IntVec whole = __builtin_convertvector(part, IntVec);
-    typedef Acc Narrow __attribute__((vector_size(kLanes * sizeof(Acc))));
-    Narrow from;
-    __builtin_memcpy(&from, offset + n, sizeof from);
-    from += __builtin_convertvector(whole, Narrow);
-    __builtin_memcpy(start + n, &from, sizeof from);
+  for (int64_t n = 0; n < kSuperblock; n += kAccLanes) {
+    AccVec whole;
+    const IntVec low = whole_bias(mean + n, norm + n, bias);
+    if (sizeof(Acc) == 4) {
+      __builtin_memcpy(&whole, &low, sizeof whole);
+    } else {
+      const IntVec high = whole_bias(mean + n + kLanes, norm + n + kLanes, bias);
+#if defined(__AVX512F__)
+      const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+      const __m512i packed = _mm512_packs_epi32((__m512i)low, (__m512i)high);
+      whole = (AccVec)_mm512_maskz_permutexvar_epi64(0xFF, order, packed);
+#else
+      whole = (AccVec)_mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)low, (__m256i)high), 0xD8);
+#endif
+    }
+    store(start + n, load(offset + n) + whole);
   }
 }
 
 }  // namespace
 
 void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t superblocks, const uint8_t* tiles,
-               int64_t tile_count, const TileBias* bias, Acc* maxima, int64_t stride, AccVec* top) {
+               int64_t tile_count, const SpanBias* bias, Acc* maxima, int64_t stride, AccVec* top) {
   const int64_t steps = codebook.steps, tile_bytes = steps * kStepBytes;
   const int64_t superblock_bytes = kSuperVectors * steps * kVectorBytes;
+  const bool unroll = kRegisters == 32 && kStepDims == 4;
+  const auto maxima_of = unroll && steps == 2   ? superblock_maxima<2>
+                         : unroll && steps == 4 ? superblock_maxima<4>
+                                                : superblock_maxima<0>;
   alignas(64) Acc biased[kSuperblock];
   for (int64_t s = 0; s < superblocks; ++s) {
     const int64_t block = first_superblock + s;
     const int8_t* codes = codebook.quantised + block * superblock_bytes;
+    const Acc* start = static_cast<const Acc*>(codebook.offset) + block * kSuperblock;
     for (int64_t tile = 0; tile < tile_count; ++tile) {
-      const Acc* start = static_cast<const Acc*>(codebook.offset) + block * kSuperblock;
-      if (bias[tile].mean != 0.0f || bias[tile].norm != 0.0f) {
-        biased_start(codebook, block, bias[tile], biased);
-        start = biased;
-      }
-      superblock_maxima(tiles + tile * tile_bytes, codes, start, steps, maxima + tile * kTile * stride + s * kAccLanes,
-                        stride, top + tile * kTile);
+      const SpanBias& own = bias[tile * kTile / kSpan];
+      const bool is_biased = own.mean != 0.0f || own.norm != 0.0f;
+      if (is_biased && tile * kTile % kSpan == 0) biased_start(codebook, block, own, biased);
+      maxima_of(tiles + tile * tile_bytes, codes, is_biased ? biased : start, steps,
+                maxima + tile * kTile * stride + s * kAccLanes, stride, top + tile * kTile);
     }
   }
 }

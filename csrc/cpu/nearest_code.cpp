@@ -30,7 +30,8 @@ void* allocate_aligned(int64_t bytes) {
   return p;
 }
 
-CodeSearch::CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {1.0, false, nullptr, 0, nullptr, nullptr}) {}
+CodeSearch::CodeSearch(const NearestCode& problem)
+    : CodeSearch(problem, kernels(), {1.0, false, nullptr, 0, nullptr, nullptr}) {}
 
 CodeSearch::~CodeSearch() = default;
 
@@ -78,8 +79,8 @@ void CodeSearch::run(int64_t first, int64_t count, char* scratch, void* scores, 
     float* out = static_cast<float*>(scores);
     const auto& segments = codebook_->segments();
     if (!segments.empty()) {
-      kernels_->search(segments.data(), static_cast<int64_t>(segments.size()), problem_.z, problem_.metric, first, count,
-                       probe_, scratch, out, ids);
+      kernels_->search(segments.data(), static_cast<int64_t>(segments.size()), problem_.z, problem_.metric, first,
+                       count, probe_, scratch, out, ids);
     } else {
       std::fill_n(out, count, std::numeric_limits<float>::quiet_NaN());
       std::fill_n(ids, count, 0);

@@ -10,7 +10,7 @@
 //     |x'| |r - r^| + |x' - x^| |r^| + fixed                  (Cauchy-Schwarz on x'.r - x^.r^; ^ = as quantised)
 // where fixed covers the bias' rounding and that of fp64. Only groups whose approximation plus bound reaches the best
 // exact score found are scored exactly, the most promising first; every other code is proven to lose. mean.r and
-// -|r|^2/2 vary over codes and enter as a bias, which tokens of a tile share, and with it one scale.
+// -|r|^2/2 vary over codes and enter as a bias, which tokens of a span share, and with it one scale.
 // Tokens for which the int8 bound keeps too many groups go through the fp32 pass (bound: its rounding); those whose
 // fp32 scores could overflow are scored exactly throughout.
 //
@@ -38,7 +38,7 @@ constexpr double kLargest32 = 1e38;       // scores below this have no fp32 over
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr int64_t kUnitGroups = kUnitCodes / kGroupCodes;
 constexpr int kGroupVectors = static_cast<int>(kGroupCodes) / kDoubles;
-static_assert(kTokenBlock % kTile == 0 && kTile <= 8, "a block of tokens is whole tiles");
+static_assert(kTokenBlock % kSpan == 0 && kSpan % kTile == 0 && 8 % kTile == 0, "a block of tokens is whole tiles");
 static_assert(kSlots % kAccLanes == 0 && kSlots % kLanes == 0 && kSlots % 64 == 0, "a stretch is whole vectors");
 static_assert(kSuperblock % kUnitCodes == 0, "a codebook padded to superblocks is whole units");
 
@@ -58,7 +58,7 @@ struct Token {
 struct Scratch {
   int64_t* waiting; // [kMaxSegments][2] blocks before a segment's int8 and fp32 pass are tried again
   double* x;        // [kTokenBlock][padded depth]
-  double* shifted;  // [kTile][padded depth]
+  double* shifted;  // [kSpan][padded depth]
   float* row;       // [depth]
   uint8_t* tiles;   // int8 or fp32 tiles
   char* maxima;     // [kTokenBlock][kStride] of Acc or float
@@ -77,7 +77,7 @@ int64_t lay_out(int64_t depth, char* base, Scratch* out) {
   };
   out->waiting = reinterpret_cast<int64_t*>(take(kMaxSegments * 2 * 8));
   out->x = reinterpret_cast<double*>(take(kTokenBlock * padded * 8));
-  out->shifted = reinterpret_cast<double*>(take(kTile * padded * 8));
+  out->shifted = reinterpret_cast<double*>(take(kSpan * padded * 8));
   out->row = reinterpret_cast<float*>(take(padded * 4));
   out->tiles = reinterpret_cast<uint8_t*>(take(kTokenBlock * padded * 4));
   out->maxima = take(kTokenBlock * kStride * 4);
@@ -132,7 +132,8 @@ inline uint64_t reaching(const Acc* values, Acc threshold) {
     const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));
     for (int i = 0; i < 64; i += 32) {
       const __m256i* p = reinterpret_cast<const __m256i*>(values + i);
-      const __m256i a = _mm256_cmpgt_epi16(t, _mm256_loadu_si256(p)), b = _mm256_cmpgt_epi16(t, _mm256_loadu_si256(p + 1));
+      const __m256i a = _mm256_cmpgt_epi16(t, _mm256_loadu_si256(p));
+      const __m256i b = _mm256_cmpgt_epi16(t, _mm256_loadu_si256(p + 1));
       const __m256i less = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xD8);
       bits |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(less))) << i;
     }
@@ -192,7 +193,7 @@ template <int kTokens, int kAtOnce>
 inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* const x[kTokens],
                     Token* const tokens[kTokens]) {
   static_assert(kGroupVectors % kAtOnce == 0, "whole vectors");
-  DoubleVec scores_of[kTokens][kGroupVectors];
+  DoubleVec scores[kTokens][kGroupVectors];
   for (int first = 0; first < kGroupVectors; first += kAtOnce) {
     const float* c = book.rows + group * kGroupCodes * book.depth + first * kDoubles;
     DoubleVec even[kTokens][kAtOnce], odd[kTokens][kAtOnce];
@@ -215,7 +216,7 @@ inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const do
       for (int r = 0; r < kTokens; ++r) even[r][v] += x[r][d] * widen(c + v * kDoubles);
     }
     for (int v = 0; v < kAtOnce; ++v) {
-      for (int r = 0; r < kTokens; ++r) scores_of[r][first + v] = even[r][v] + odd[r][v];
+      for (int r = 0; r < kTokens; ++r) scores[r][first + v] = even[r][v] + odd[r][v];
     }
   }
   const int32_t* ids = book.ids + group * kGroupCodes;
@@ -224,17 +225,16 @@ inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const do
     token->rescored += kGroupCodes;
     uint32_t bits = 0;
     for (int v = 0; v < kGroupVectors; ++v) {
-      bits |= beating(scores_of[r][v], token->best, ids[0] < token->id) << (v * kDoubles);
+      bits |= beating(scores[r][v], token->best, ids[0] < token->id) << (v * kDoubles);
     }
     if (bits == 0) continue;
-    double scores[kGroupCodes];
-    for (int v = 0; v < kGroupVectors; ++v) store(scores + v * kDoubles, scores_of[r][v]);
-    for (; bits != 0; bits &= bits - 1) {
-      const int n = __builtin_ctz(bits);
-      if (scores[n] > token->best || (scores[n] == token->best && ids[n] < token->id)) {
-        token->best = scores[n], token->id = ids[n];
-      }
-    }
+    DoubleVec most = scores[r][0];
+    for (int v = 1; v < kGroupVectors; ++v) most = larger(most, scores[r][v]);
+    const double best = greatest(most);
+    uint32_t winners = 0;
+    for (int v = 0; v < kGroupVectors; ++v) winners |= beating(scores[r][v], best, true) << (v * kDoubles);
+    const int32_t id = ids[__builtin_ctz(winners)];  // ids ascend within a group
+    if (best > token->best || id < token->id) token->best = best, token->id = id;
   }
 }
 
@@ -256,29 +256,31 @@ inline double fp32_bound(const PackedCodebook& book, bool l2, const Token& token
 
 #if SEMHITOK_INT8
 
-// Quantises the tokens of a tile (-1: none) and sets what certifies them.
-void quantise_tile(const PackedCodebook& book, bool l2, const int32_t* members, Token* tokens, const Scratch& scratch,
-                   uint8_t* tile, TileBias* bias) {
+// Quantises the tokens of a span (-1: none) into its tiles and sets what certifies them.
+void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, Token* tokens, const Scratch& scratch,
+                   uint8_t* tiles, SpanBias* bias) {
   const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
   double along = 0.0, size = 0.0;
   int count = 0;
-  for (int r = 0; r < kTile; ++r) {
+  for (int r = 0; r < kSpan; ++r) {
     if (members[r] < 0) continue;
     const Token& token = tokens[members[r]];
     along += token.along, size += token.norm * token.norm, ++count;
   }
-  // How much of the mean the tile's tokens hold; for the inner product only where taking it out is worth a bias.
-  const double mean2 = book.mean_norm * book.mean_norm;
-  double alpha = mean2 > 0.0 && count > 0 ? along / (count * mean2) : 0.0;
-  if (!(__builtin_fabs(alpha) < 1e30) || (!l2 && alpha * along < kWorthShifting * size)) alpha = 0.0;
+  // How much of the mean the span's tokens hold, where taking just that out is worth its bias. With plain = 0 (inner
+  // product) or 1 (l2) there is none for it; gain is what alpha takes from the sum of |x'|^2 compared with plain.
+  const double mean2 = book.mean_norm * book.mean_norm, plain = l2 ? 1.0 : 0.0;
+  double alpha = mean2 > 0.0 && count > 0 ? along / (count * mean2) : plain;
+  const double gain = count * mean2 * (alpha - plain) * (alpha - plain);
+  if (!(__builtin_fabs(alpha) < 1e30) || gain < kWorthShifting * size) alpha = plain;
   const bool biased = l2 || alpha != 0.0;
   const double mean_factor = biased ? (l2 ? alpha - 1.0 : alpha) : 0.0;
   const double reach = biased ? __builtin_fabs(mean_factor) * book.mean_size + (l2 ? book.norm_size : 0.0) : 0.0;
 
   // 16-bit sums must fit: |q(x)| <= |x'| / step + sqrt(depth) / 2.
   const double loose = book.max_quantised * 0.5 * __builtin_sqrt(static_cast<double>(depth)) + 2.0;
-  double step[kTile], widest = 0.0;
-  for (int r = 0; r < kTile; ++r) {
+  double step[kSpan], widest = 0.0;
+  for (int r = 0; r < kSpan; ++r) {
     step[r] = 1.0;
     if (members[r] < 0) continue;
     const double* x = scratch.x + members[r] * padded;
@@ -304,8 +306,8 @@ void quantise_tile(const PackedCodebook& book, bool l2, const int32_t* members, 
   bias->norm = l2 ? static_cast<float>(book.norm_size / widest) : 0.0f;
   const double bias_error =
       biased ? 1.0 + 0x1p-21 * (__builtin_fabs(static_cast<double>(bias->mean)) + bias->norm) : 0.0;
-  for (int r = 0; r < kTile; ++r) {
-    uint8_t* out = tile + r * kStepDims;
+  for (int r = 0; r < kSpan; ++r) {
+    uint8_t* out = tiles + (r / kTile * book.steps * kTile + r % kTile) * kStepDims;
     if (members[r] < 0) {
       for (int64_t s = 0; s < book.steps; ++s) __builtin_memset(out + s * kTile * kStepDims, kTokenOffset, kStepDims);
       continue;
@@ -355,8 +357,8 @@ inline double margin_of(const PackedCodebook& book, const Token& token, double s
   return bound_of(token, book.residual, book.norm, scale) / token.unit + 1.0;
 }
 
-void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_group, int64_t slots, Acc most,
-          double scale, int32_t* list, Found* found) {
+void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_group, int64_t slots,
+          Acc most, double scale, int32_t* list, Found* found) {
   const double margin = margin_of(book, token, scale);
   double low = most - 2.0 * margin;
   const double reach = (token.best - token.base) / token.unit - margin;
@@ -379,14 +381,15 @@ void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int
 }
 
 // Scores what was found. Leaves tokens that would need too many groups to the fp32 pass.
-void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_group, int64_t groups,
-            double scale, int32_t* long_list, const Found& found, Token* token) {
+void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_group,
+            int64_t groups, double scale, int32_t* long_list, const Found& found, Token* token) {
   const int32_t* list = found.list;
   int64_t count = found.count;
   rescore(book, l2, first_group + found.first, x, token);
+  if (count == 1) return;
+  const Acc threshold = threshold_of((token->best - token->base) / token->unit - margin_of(book, *token, scale));
   if (count > kShortList) {
-    const double reach = (token->best - token->base) / token->unit - margin_of(book, *token, scale);
-    count = scan(maxima, round_up(groups, 64), threshold_of(reach), long_list);
+    count = scan(maxima, round_up(groups, 64), threshold, long_list);
     list = long_list;
     if (count > kShortList && count > groups * 3 / 8) {
       token->kind = Kind::kFp32;
@@ -395,7 +398,7 @@ void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* max
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t slot = list[i], group = first_group + slot;
-    if (slot == found.first) continue;
+    if (slot == found.first || maxima[slot] < threshold) continue;
     const double own = bound_of(*token, book.group_residual[group], book.group_norm[group], scale);
     if (token->base + token->unit * maxima[slot] + own >= token->best) rescore(book, l2, group, x, token);
   }
@@ -404,7 +407,7 @@ void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* max
 void search_int8(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
                  const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
-  // A tile shares a scale when it has a bias: put tokens of one size together.
+  // A span shares a scale when it has a bias: put tokens of one size together.
   int32_t order[kTokenBlock];
   int64_t searched = 0;
   const bool sorted = l2 || book.mean_norm > 0.0;
@@ -419,10 +422,10 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
   }
   if (searched == 0) return;
   const int64_t tile_count = ceil_div(searched, kTile), tile_bytes = book.steps * kTile * kStepDims;
-  for (int64_t t = searched; t < tile_count * kTile; ++t) order[t] = -1;
-  TileBias bias[kTokenBlock / kTile];
-  for (int64_t tile = 0; tile < tile_count; ++tile) {
-    quantise_tile(book, l2, order + tile * kTile, tokens, scratch, scratch.tiles + tile * tile_bytes, bias + tile);
+  for (int64_t t = searched; t < round_up(searched, kSpan); ++t) order[t] = -1;
+  SpanBias bias[kTokenBlock / kSpan];
+  for (int64_t t = 0; t < searched; t += kSpan) {
+    quantise_span(book, l2, order + t, tokens, scratch, scratch.tiles + t / kTile * tile_bytes, bias + t / kSpan);
   }
 
   Acc* maxima = reinterpret_cast<Acc*>(scratch.maxima);

@@ -20,15 +20,16 @@ void pack_parts(const PackedCodebook& codebook, int64_t s, const PackedParts& pa
 void subcode(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,
              float* scores, int64_t* ids);
 
-// What a tile's bias is made of: mean * mean_part + norm * norm_part, in accumulator units; none when both are 0.
-struct TileBias {
+// Tokens that share a bias: mean * mean_part + norm * norm_part, in accumulator units; none when both are 0.
+constexpr int kSpan = 16;
+struct SpanBias {
   float mean, norm;
 };
 
 #if SEMHITOK_INT8
 // tiles: [tile][step][kTileTokens][kStepDims] bytes.
 void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t superblocks, const uint8_t* tiles,
-               int64_t tile_count, const TileBias* bias, Acc* maxima, int64_t stride, AccVec* top);
+               int64_t tile_count, const SpanBias* bias, Acc* maxima, int64_t stride, AccVec* top);
 #endif
 
 // tiles: [tile][depth][kTileTokens]; l2 adds half_norm.

@@ -92,12 +92,17 @@ inline double sum(DoubleVec v) {
   return lanes[0];
 }
 inline double greatest(DoubleVec v) {
-  double lanes[kDoubles];
-  store(lanes, v);
-  for (int half = kDoubles / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
-  }
-  return lanes[0];
+#if defined(__AVX2__)
+  __m256d parts[kVectorBytes / 32];
+  __builtin_memcpy(parts, &v, sizeof v);
+  const __m256d w = _mm256_max_pd(parts[0], parts[kVectorBytes / 32 - 1]);
+  const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(w), _mm256_extractf128_pd(w, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+#else
+  double most = v[0];
+  for (int l = 1; l < kDoubles; ++l) most = v[l] > most ? v[l] : most;
+  return most;
+#endif
 }
 inline DoubleVec widen(const float* p) {
 #if defined(__AVX512F__)
