@@ -10,9 +10,9 @@
 //
 // - Score: z.c ("ip") or z.c - |c|^2/2 ("l2": the same winner as the least distance). The lowest index wins among equal
 //   scores. A NaN score never wins; a code with NaN or Inf never wins.
-// - nearest_code and the semantic stage of hier_quantize on the CPU, with inputs of at most float32: ids and scores are
-//   those of fp64 arithmetic on every instruction set, scores rounded to fp32 at the end. Elsewhere they are those of
-//   the arithmetic named below.
+// - On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those
+//   of sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction
+//   set.
 // - A token with NaN or Inf, or without any score above -inf: id 0 and score NaN. Ids are always in range.
 // - dtypes: float32, float16, bfloat16, float64, each tensor its own. Scores and search in fp32, or in fp64 as soon as
 //   one floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of its rows.

@@ -6,8 +6,8 @@ The contract, the same on every backend (csrc/ops.cpp states and checks it):
   The lowest index wins among equal scores; NaN never wins.
 - float32, float16, bfloat16 and float64, each tensor its own. The search runs in fp32 whatever the autocast state, or
   in fp64 as soon as one input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
-- On the CPU nearest_code and the semantic stage of hier_quantize give the ids of fp64 arithmetic for inputs of at most
-  float32, on every instruction set; other stages and devices those of the arithmetic above.
+- On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those of
+  sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction set.
 - A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
 - Any leading dimensions and strides; no tokens gives empty outputs.
 - Ids out of range cannot raise without waiting for the device; each op says what they give.

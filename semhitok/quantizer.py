@@ -193,16 +193,17 @@ class HierarchicalQuantizer(nn.Module):
         stays where it is while its weight fades, so that it follows the next ones the faster.
         z_pix [..., Dp], codes [...] the flat ids of the same step.
         """
-        shape = self.pix_codebook.shape
-        z, codes = z_pix.float().reshape(-1, shape[-1]), codes.reshape(-1)
-        sums, counts = ops.segment_sum(z, codes, self.weights.numel())
-        n = counts.view(shape[:2]).float()
-        self.weights.lerp_(n, 1 - self.decay)
-        rate = (1 - self.decay) / self.weights.clamp_min(torch.finfo(torch.float32).tiny)
-        pull = sums.view(shape) - n.unsqueeze(-1) * self.pix_codebook
-        self.pix_codebook.copy_(
-            torch.where(n.unsqueeze(-1) > 0, self.pix_codebook + rate.unsqueeze(-1) * pull, self.pix_codebook)
-        )
+        K, m, dim = self.pix_codebook.shape
+        z, codes = z_pix.float().reshape(-1, dim), codes.reshape(-1)
+        sums, counts = ops.segment_sum(z, codes, K * m)
+        n = counts.float()
+        self.weights.lerp_(n.view(K, m), 1 - self.decay)
+        rate = (1 - self.decay) / self.weights.view(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        # A row a token, not a sub-code: there are far fewer. The tokens of one sub-code all write the same row.
+        book = self.pix_codebook.view(K * m, dim)
+        old = book[codes]
+        pull = sums[codes] - n[codes].unsqueeze(-1) * old
+        book[codes] = old + rate[codes].unsqueeze(-1) * pull
 
     @torch.no_grad()
     def restart(self, z_pix: Tensor, codes: Tensor, window: int, *, generator: Generator) -> Tensor:
@@ -220,7 +221,7 @@ class HierarchicalQuantizer(nn.Module):
         self.misses.copy_(torch.where(used > 0, 0, self.misses + group))
         dead = (self.misses >= window) & (group > 0)
         pick = _tokens_of_groups(codes // m, group.squeeze(1), m, generator)
-        self.pix_codebook.copy_(torch.where(dead.unsqueeze(-1), z[pick], self.pix_codebook))
+        torch.where(dead.unsqueeze(-1), z[pick], self.pix_codebook, out=self.pix_codebook)
         self.weights.masked_fill_(dead, 1)
         self.misses.masked_fill_(dead, 0)
         return dead.sum()

@@ -40,15 +40,33 @@ def answer(code: str, **environment: str) -> str:
 @pytest.mark.parametrize("capability", _C.build_info()["cpu"]["found"])
 def test_ops_on_every_instruction_set(capability: str) -> None:
     if capability == _C.build_info()["cpu"]["used"]:
-        pytest.skip("test_ops.py itself runs on this one")
+        pytest.skip("the tests themselves run on this one")
+    files = ["tests/test_ops.py", "tests/test_ops_subcode.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", "not error", "tests/test_ops.py"],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", "not error", *files],
         env={**os.environ, "SEMHITOK_CPU_CAPABILITY": capability, "HYPOTHESIS_STORAGE_DIRECTORY": os.devnull},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_sub_codes_have_the_same_bits_on_every_instruction_set() -> None:
+    digest = """
+import hashlib, torch
+from op_checks import randn
+from semhitok import ops
+digest = hashlib.sha256()
+for n, k, m, d, dtype in [(500, 40, 12, 32, "float32"), (300, 9, 70, 8, "bfloat16"), (300, 9, 5, 19, "float16")]:
+    z, codes = randn(n, d, seed=1) * 1e3, randn(k, m, d, seed=2, dtype=getattr(torch, dtype))
+    for metric in ("ip", "l2"):
+        for output in ops.nearest_subcode(z, codes, torch.arange(n) % k, metric):
+            digest.update(bytes(output.view(torch.uint8).tolist()))
+print(digest.hexdigest())
+"""
+    found = _C.build_info()["cpu"]["found"]
+    assert len({answer(digest, SEMHITOK_CPU_CAPABILITY=capability) for capability in found}) == 1
 
 
 def test_capability_is_chosen_by_the_environment() -> None:
@@ -89,6 +107,66 @@ def test_hier_quantize_needs_little_memory() -> None:
     """N = 4096, K = 16,384, D = 32, m = 12, Dp = 32: < 64 MiB beyond inputs and outputs; one N x K matrix is 256."""
     assert int(answer(MEASURE.format(op="ops.hier_quantize"))) < 64 * MIB
     assert int(answer(MEASURE.format(op="reference.hier_quantize"))) >= 512 * MIB
+
+
+# 16,384 tokens, K = 16,384 codes with m = 12 sub-codes of 32 values. Scores would be 1 GiB, a mask of bools 256 MiB;
+# fp32 of the sub-codebooks' size is 24 MiB and of the tokens' 2.
+STEP = """
+import torch
+from semhitok import ops
+from semhitok.quantizer import HierarchicalQuantizer
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+{step}
+torch.set_num_threads(2)
+step(*setup(64, 64))  # what is allocated once and for all
+n = k = 16384
+arguments = setup(n, k)
+before = status("VmRSS")
+step(*arguments)
+{more}
+print(status("VmHWM") - before)
+"""
+TRAIN = """
+def setup(n, k):
+    z_sem, z_pix = torch.nn.functional.normalize(torch.randn(n, 32), dim=-1), torch.randn(n, 32, requires_grad=True)
+    return z_sem, z_pix, HierarchicalQuantizer(k, 12, 32, 32)
+
+def step(z_sem, z_pix, quantizer):
+    q_sem, q_pix, codes, commitment = quantizer(z_sem, z_pix)
+    loss = q_sem.square().mean() + q_pix.square().mean() + commitment
+    (gradient,) = torch.autograd.grad(loss, z_pix)
+    assert gradient.any()
+    quantizer.update(z_pix.detach(), codes)
+    quantizer.restart(z_pix.detach(), codes, 10**6, generator=torch.Generator())
+    quantizer.semantic.update(z_sem, codes // 12)
+"""
+LEARN = """
+def setup(n, k):
+    codebooks = torch.randn(k, 32, requires_grad=True), torch.randn(k, 12, 32, requires_grad=True)
+    return torch.randn(n, 32), torch.randn(n, 32), *codebooks
+
+def step(z_sem, z_pix, sem, pix):
+    scores, ids = ops.nearest_code(z_sem, sem, "l2")
+    sub_scores, _ = ops.nearest_subcode(z_pix, pix, ids)
+    gradients = torch.autograd.grad(scores.sum() + sub_scores.sum(), (sem, pix))
+    assert gradients[0].any() and gradients[1].any()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("step", [TRAIN, LEARN], ids=["train", "learn codebooks"])
+def test_a_training_step_needs_little_memory(step: str) -> None:
+    """Forward, losses, backward, moving averages and restarts, or gradients of both codebooks.
+
+    At most one tensor of the sub-codebooks' size lives at a time beside what the tokens need; three would be 72 MiB.
+    """
+    assert int(answer(STEP.format(step=step, more=""))) < 72 * MIB
+    mask = "torch.ones(n, k, dtype=torch.bool)"  # the least that N x K can be: the measurement sees it
+    assert int(answer(STEP.format(step=step, more=mask))) > 192 * MIB
 
 
 LARGE = """

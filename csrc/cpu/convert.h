@@ -7,6 +7,9 @@
 #include <cstring>
 
 #include "../problem.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace semhitok::cpu {
 namespace {
@@ -25,14 +28,15 @@ namespace {
 
 [[maybe_unused]] inline float from_bfloat16(uint16_t h) { return float_from_bits(static_cast<uint32_t>(h) << 16); }
 
-// Exact and branch-free: rescale the exponent by a multiplication (this keeps Inf and NaN), or, for subnormals, place
-// the mantissa under 0.5 and subtract it.
+// Exact, and free of branches so that loops over it are vectorised: rescale the exponent by a multiplication (this
+// keeps Inf and NaN), or, for subnormals, place the mantissa under 0.5 and subtract it.
 [[maybe_unused]] inline float from_float16(uint16_t h) {
   const uint32_t sign = (static_cast<uint32_t>(h) & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(h) << 17;
-  const float normal = float_from_bits((magnitude >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-  const float subnormal = float_from_bits((magnitude >> 17) | (126u << 23)) - 0.5f;
-  return float_from_bits(sign | bits_from_float(magnitude < (1u << 27) ? subnormal : normal));
+  const uint32_t normal = bits_from_float(float_from_bits((magnitude >> 4) + (0xE0u << 23)) * 0x1.0p-112f);
+  const uint32_t subnormal = bits_from_float(float_from_bits((magnitude >> 17) | (126u << 23)) - 0.5f);
+  const uint32_t is_subnormal = 0u - static_cast<uint32_t>(magnitude < (1u << 27));
+  return float_from_bits(sign | (subnormal & is_subnormal) | (normal & ~is_subnormal));
 }
 
 // out[i] = elements first .. first + count of a tensor.
@@ -46,7 +50,16 @@ template <typename T>
     }
     case Dtype::kFloat16: {
       const uint16_t* in = static_cast<const uint16_t*>(rows.data) + first;
-      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(from_float16(in[i]));
+      int64_t i = 0;
+#if defined(__AVX512F__)
+      if constexpr (sizeof(T) == sizeof(float)) {
+        for (; i + 16 <= count; i += 16) {
+          const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
+          _mm512_storeu_ps(out + i, _mm512_maskz_cvtph_ps(0xFFFF, halves));
+        }
+      }
+#endif
+      for (; i < count; ++i) out[i] = static_cast<T>(from_float16(in[i]));
       return;
     }
     case Dtype::kBFloat16: {

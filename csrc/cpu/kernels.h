@@ -63,6 +63,12 @@ struct SearchProbe {
   double* bound;       // [tokens][groups, or units] how far from the exact one that may be
 };
 
+// What a search for sub-codes holds: a token in fp64 and kSubcodeRows codes in fp32, rows padded to kSubcodePadding.
+[[maybe_unused]] static constexpr int64_t kSubcodePadding = 16, kSubcodeRows = 64;
+[[maybe_unused]] static constexpr int64_t subcode_floats(int64_t depth) {
+  return (2 + kSubcodeRows) * round_up(depth, kSubcodePadding);
+}
+
 struct Kernels {
   int64_t token_block;  // most tokens a call of search takes
   int64_t superblock;   // codes are padded to a multiple of this
@@ -84,7 +90,7 @@ struct Kernels {
   void (*search)(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
                  int64_t count, const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
-  // scratch is 2 * round_up(depth, 16) floats.
+  // scratch is subcode_floats(depth) floats.
   void (*subcode)(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,
                   float* scores, int64_t* ids);
 };

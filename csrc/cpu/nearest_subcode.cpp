@@ -10,8 +10,6 @@
 namespace semhitok::cpu {
 namespace {
 
-constexpr int64_t kRowPadding = 16;
-
 void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, double* x,
                   double* scores, int64_t* ids) {
   double* code = x + p.depth;
@@ -38,7 +36,8 @@ void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const i
 }  // namespace
 
 int64_t subcode_scratch(const NearestSubcode& problem) {
-  return 2 * ceil_div(problem.depth, kRowPadding) * kRowPadding * (problem.wide ? 8 : 4);
+  return problem.wide ? 2 * problem.depth * static_cast<int64_t>(sizeof(double))
+                      : subcode_floats(problem.depth) * static_cast<int64_t>(sizeof(float));
 }
 
 void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
@@ -51,11 +50,15 @@ void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, co
 }
 
 void nearest_subcode(const NearestSubcode& problem) {
-  const int64_t work = std::max<int64_t>(problem.subcodes * problem.depth, 1);
-  parallel_for(0, problem.tokens, ceil_div(kInlineWork, work), [&](int64_t begin, int64_t end) {
+  const int64_t block = ceil_div(kInlineWork, problem.subcodes * problem.depth);
+  const int64_t score_size = problem.wide ? 8 : 4;
+  parallel_blocks(ceil_div(problem.tokens, block), 1, [&](const auto& next) {
     const auto scratch = allocate<char>(subcode_scratch(problem));
-    subcode_run(problem, begin, end - begin, problem.group + begin, scratch.get(),
-                static_cast<char*>(problem.scores) + begin * (problem.wide ? 8 : 4), problem.ids + begin);
+    for (int64_t b = next(); b >= 0; b = next()) {
+      const int64_t first = b * block, count = std::min(block, problem.tokens - first);
+      subcode_run(problem, first, count, problem.group + first, scratch.get(),
+                  static_cast<char*>(problem.scores) + first * score_size, problem.ids + first);
+    }
   });
 }
 

@@ -1,93 +1,199 @@
 // Nearest sub-code, fp32, one instruction set: each token searches the one sub-codebook its group names.
 //
-// Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]]; the lowest j of the greatest score wins. id 0
-// and score NaN for a group out of range, a token with NaN or Inf, or no score above -inf.
+// Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]], summed in fp64 and rounded to fp32 once; the
+// lowest j of the greatest score wins. id 0 and score NaN for a group out of range, a token with NaN or Inf, or no
+// score above -inf. Scores and ids have the same bits on every instruction set.
 //
-// Plan. No packing: a sub-codebook is one contiguous row of subcodes * depth values, read once. Lanes run over the
-// depth in two accumulators, one for z.c and one for |c|^2; a horizontal sum ends each sub-code. Rows of tokens ahead
-// are prefetched, because their addresses are random in a table larger than the caches.
-// Cost: tokens * subcodes * depth FMAs twice over, tokens * subcodes * depth values read.
+// Plan. No packing: a sub-codebook is one contiguous row of subcodes * depth values, read once. The sum over the depth
+// runs in kSumLanes lanes and ends in a fixed tree, whatever the registers hold. Products of two fp32 values are exact
+// in fp64, so it does not matter where they are fused into the sum; and no sum of finite ones overflows, so NaN or Inf
+// in the token or the code shows in the total and needs no test of its own. kTile sub-codes are summed together and
+// their lanes added by one transposition. Rows of tokens ahead are prefetched, into the second level: the first has too
+// few slots for lines on their way, and the addresses are random in a table larger than the caches.
+// Cost: tokens * subcodes * depth values read, converted to fp64 and multiplied once (ip) or twice (l2).
 #include "convert.h"
 #include "kernels.h"
 #include "simd.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define SEMHITOK_SHUFFLE(v, a, b, c, d) __builtin_shufflevector(v, v, a, b, c, d)
+#else
+#define SEMHITOK_SHUFFLE(v, a, b, c, d) __builtin_shuffle(v, TileIds{a, b, c, d})
+#endif
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kPrefetchTokens = 3;
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kWide = kLanes / 2;  // doubles in a register
+constexpr int kSumLanes = 8;
+constexpr int kParts = kSumLanes / kWide;
+constexpr int kTile = 4;
+constexpr int64_t kMostCodes = 1 << 30;  // a search counts sub-codes in 32 bits
+constexpr int64_t kPrefetchTokens = 8;
+constexpr int64_t kPrefetchBytes = 16384;  // a row's; what follows is long enough for the hardware's own prefetcher
 constexpr int64_t kLineBytes = 64;
-static_assert(16 % kLanes == 0, "scratch rows are padded to 16 floats");
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+static_assert(kSumLanes % kWide == 0, "the lanes of a sum are whole registers");
+static_assert(kSubcodePadding % kSumLanes == 0, "padded rows are whole sums");
 
-inline float sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
+typedef double WideVec __attribute__((vector_size(kWide * sizeof(double))));
+typedef float NarrowVec __attribute__((vector_size(kWide * sizeof(float))));
+typedef float TileVec __attribute__((vector_size(kTile * sizeof(float))));
+typedef int32_t TileIds __attribute__((vector_size(kTile * sizeof(int32_t))));
+
+inline WideVec widened(const float* p) {
+#if defined(__AVX512F__)
+  // GCC 12 splits the conversion below in two, and warns inside the form without a mask.
+  return _mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));
+#else
+  NarrowVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, WideVec);
+#endif
 }
 
-inline void prefetch_row(const char* row, int64_t bytes) {
-  bytes = bytes < kPrefetchBytes ? bytes : kPrefetchBytes;
-  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(row + b);
+inline WideVec load_wide(const double* p) {
+  WideVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// For every s the sum over the lanes of lanes[.][s], added as the tree (l, l + 4), (l, l + 2), (l, l + 1) and rounded;
+// NaN if it is not finite before rounding.
+inline TileVec add_lanes(const WideVec lanes[kParts][kTile]) {
+#if defined(__AVX2__)
+  __m256d four[kTile];
+  for (int s = 0; s < kTile; ++s) {
+#if defined(__AVX512F__)
+    four[s] = _mm512_maskz_extractf64x4_pd(0xF, lanes[0][s], 0) + _mm512_maskz_extractf64x4_pd(0xF, lanes[0][s], 1);
+#else
+    four[s] = lanes[0][s] + lanes[1][s];
+#endif
+  }
+  const __m256d even = _mm256_permute2f128_pd(four[0], four[2], 0x20) + _mm256_permute2f128_pd(four[0], four[2], 0x31);
+  const __m256d odd = _mm256_permute2f128_pd(four[1], four[3], 0x20) + _mm256_permute2f128_pd(four[1], four[3], 0x31);
+  const __m256d total = _mm256_unpacklo_pd(even, odd) + _mm256_unpackhi_pd(even, odd);
+  return _mm256_cvtpd_ps(total + (total - total));
+#else
+  static_assert(kParts == 4, "registers of two doubles");
+  WideVec two[kTile];
+  for (int s = 0; s < kTile; ++s) two[s] = (lanes[0][s] + lanes[2][s]) + (lanes[1][s] + lanes[3][s]);
+  NarrowVec scores[2];
+  for (int pair = 0; pair < 2; ++pair) {
+    const WideVec a = two[2 * pair], b = two[2 * pair + 1];
+    const WideVec total = WideVec{a[0], b[0]} + WideVec{a[1], b[1]};
+    scores[pair] = __builtin_convertvector(total + (total - total), NarrowVec);
+  }
+  return TileVec{scores[0][0], scores[0][1], scores[1][0], scores[1][1]};
+#endif
+}
+
+// The first of count codes, stride values apart, with the greatest score, and that score; 0 and -inf if none is above
+// -inf. x is stride values long, a multiple of kSumLanes.
+template <bool kL2>
+inline int32_t best_code(const double* x, const float* codes, int64_t stride, int32_t count, float* score) {
+  TileVec best = TileVec{} - kInfinity;
+  TileIds best_id{}, id{0, 1, 2, 3};
+  for (int32_t j = 0; j < count; j += kTile, id += kTile) {
+    const float* code[kTile];
+    // Past the end the last code stands in: it comes later than itself, so it cannot win.
+    for (int s = 0; s < kTile; ++s) code[s] = codes + (j + s < count ? j + s : count - 1) * stride;
+    WideVec lanes[kParts][kTile];
+    for (int part = 0; part < kParts; ++part) {
+      WideVec dot[kTile]{}, norm[kTile]{};
+      for (int64_t d = part * kWide; d < stride; d += kSumLanes) {
+        const WideVec xd = load_wide(x + d);
+        for (int s = 0; s < kTile; ++s) {
+          const WideVec c = widened(code[s] + d);
+          dot[s] += xd * c;
+          if (kL2) norm[s] += c * c;
+        }
+      }
+      for (int s = 0; s < kTile; ++s) lanes[part][s] = kL2 ? dot[s] - 0.5 * norm[s] : dot[s];
+    }
+    const TileVec scores = add_lanes(lanes);
+    const TileIds wins = scores > best;
+    best = wins ? scores : best;
+    best_id = wins ? id : best_id;
+  }
+  // Across the lanes: the greatest score, then the least id that has it.
+  const TileVec other = SEMHITOK_SHUFFLE(best, 2, 3, 0, 1), pair = best > other ? best : other;
+  const TileVec next = SEMHITOK_SHUFFLE(pair, 1, 0, 3, 2), top = pair > next ? pair : next;
+  const TileIds mine = best == top ? best_id : TileIds{} + INT32_MAX, others = SEMHITOK_SHUFFLE(mine, 2, 3, 0, 1);
+  const TileIds least = mine < others ? mine : others;
+  *score = top[0];
+  return least[0] < least[1] ? least[0] : least[1];
+}
+
+// Always inline: GCC 12 takes a function that only prefetches for one without effect and drops its calls.
+__attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(row + b, 0, 2);
+}
+
+// rows[j] = sub-code first + j as fp32, `padded` values apart. Apart from the loop below, which it would swell.
+__attribute__((noinline)) void read_codes(const NearestSubcode& p, int64_t first, int64_t count, int64_t padded,
+                                          float* rows) {
+  if (padded == p.depth) {
+    read(p.sub_codebooks, first * p.depth, count * p.depth, rows);
+  } else {
+    for (int64_t j = 0; j < count; ++j) read(p.sub_codebooks, (first + j) * p.depth, p.depth, rows + j * padded);
+  }
+}
+
+template <bool kL2>
+void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, float* scratch, float* scores,
+            int64_t* ids) {
+  const int64_t depth = p.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
+  const int64_t row_bytes = p.subcodes * depth * element_size(p.sub_codebooks.dtype);
+  const int64_t ahead_bytes = row_bytes < kPrefetchBytes ? row_bytes : kPrefetchBytes;
+  const char* table = static_cast<const char*>(p.sub_codebooks.data);
+  // Where fp32 codes are whole sums they are read in place, elsewhere from a padded copy of a few at a time.
+  const bool direct = p.sub_codebooks.dtype == Dtype::kFloat32 && depth == padded;
+  const int64_t most = direct ? kMostCodes : kSubcodeRows;
+  double* x = reinterpret_cast<double*>(scratch);
+  float* rows = scratch + 2 * padded;
+  for (int64_t d = 0; d < padded; ++d) x[d] = 0.0;
+  for (int64_t d = 0; padded != depth && d < kSubcodeRows * padded; ++d) rows[d] = 0.0f;
+
+  const auto known = [&](int64_t g) { return g >= 0 && g < p.groups; };
+  for (int64_t t = -kPrefetchTokens; t < count; ++t) {
+    const int64_t ahead = t + kPrefetchTokens;
+    if (ahead < count && known(group[ahead])) prefetch_row(table + group[ahead] * row_bytes, ahead_bytes);
+    if (t < 0) continue;
+    float best = -kInfinity;
+    int64_t id = 0;
+    if (known(group[t])) {
+      read(p.z, (first + t) * depth, depth, x);
+      for (int64_t j = 0; j < p.subcodes; j += most) {
+        const int64_t code = group[t] * p.subcodes + j, n = p.subcodes - j < most ? p.subcodes - j : most;
+        const float* codes = rows;
+        if (direct) {
+          codes = static_cast<const float*>(p.sub_codebooks.data) + code * depth;
+        } else {
+          read_codes(p, code, n, padded, rows);
+        }
+        float score;
+        const int32_t winner = best_code<kL2>(x, codes, padded, static_cast<int32_t>(n), &score);
+        if (score > best) best = score, id = j + winner;
+      }
+    }
+    scores[t] = best > -kInfinity ? best : kNaN;
+    ids[t] = id;
+  }
 }
 
 }  // namespace
 
 void subcode(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, float* scratch, float* scores,
              int64_t* ids) {
-  constexpr float kInfinity = __builtin_inff();
-  const int64_t depth = p.depth, whole = depth / kLanes * kLanes, padded = (depth + 15) / 16 * 16;
-  const int64_t row_bytes = p.subcodes * depth * element_size(p.sub_codebooks.dtype);
-  const char* table = static_cast<const char*>(p.sub_codebooks.data);
-  const bool direct = p.sub_codebooks.dtype == Dtype::kFloat32;
-  float* x = scratch;
-  float* row = scratch + padded;
-  for (int64_t d = 0; d < padded; ++d) x[d] = row[d] = 0.0f;
-
-  for (int64_t t = 0; t < count; ++t) {
-    if (t + kPrefetchTokens < count) {
-      const int64_t ahead = group[t + kPrefetchTokens];
-      if (ahead >= 0 && ahead < p.groups) prefetch_row(table + ahead * row_bytes, row_bytes);
-    }
-    const int64_t g = group[t];
-    read(p.z, (first + t) * depth, depth, x);
-    float poison = 0.0f;  // NaN as soon as one component is NaN or Inf
-    for (int64_t d = 0; d < depth; ++d) poison += x[d] * 0.0f;
-
-    float best = -kInfinity;
-    int64_t id = 0;
-    if (poison == 0.0f && g >= 0 && g < p.groups) {
-      for (int64_t j = 0; j < p.subcodes; ++j) {
-        const int64_t offset = (g * p.subcodes + j) * depth;
-        const float* c = row;
-        if (direct) {
-          c = static_cast<const float*>(p.sub_codebooks.data) + offset;
-        } else {
-          read(p.sub_codebooks, offset, depth, row);
-        }
-        Vec dot{}, norm{}, bad{};
-        for (int64_t d = 0; d < whole; d += kLanes) {
-          const Vec v = load(c + d);
-          dot += load(x + d) * v;
-          norm += v * v;
-          bad += v * 0.0f;
-        }
-        if (whole < depth) {
-          Vec v{};
-          __builtin_memcpy(&v, c + whole, (depth - whole) * sizeof(float));
-          dot += load(x + whole) * v;
-          norm += v * v;
-          bad += v * 0.0f;
-        }
-        const float bias = p.metric == Metric::kL2 ? -0.5f * sum(norm) : 0.0f;
-        const float score = sum(dot) + bias + sum(bad);
-        if (score > best) best = score, id = j;
-      }
-    }
-    scores[t] = best > -kInfinity ? best : __builtin_nanf("");
-    ids[t] = id;
+  if (p.metric == Metric::kL2) {
+    search<true>(p, first, count, group, scratch, scores, ids);
+  } else {
+    search<false>(p, first, count, group, scratch, scores, ids);
   }
 }
 
