@@ -250,7 +250,7 @@ def test_a_smaller_fp32_bound_is_wrong() -> None:
 def test_few_codes_are_scored_exactly(metric: str, capability: str) -> None:
     """What keeps the search fast on data that defeat a plain 8-bit rounding."""
     for kind in ("random", "clustered", "common mean", "collapsed 1e-2", "collapsed 1e-5", "codes twice", "dead codes",
-                 "one code", "tiny", "huge"):  # fmt: skip
+                 "one code", "two clusters", "outlier codes", "tiny", "huge"):  # fmt: skip
         z, codebook = kinds(200, 8192, 32)[kind]
         rescored = probe(z, codebook, metric, capability, "int8")[2].float().mean()
         assert rescored < 0.03 * 8192, f"{kind}: {rescored}"

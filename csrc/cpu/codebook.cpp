@@ -7,14 +7,15 @@
 //
 // Packing: one pass finds unusable and repeated codes, one the mean and the range, one writes (codebook_simd.cpp), each
 // in parallel. Only codes that can win are kept: a code with NaN or Inf cannot, nor can a copy of an earlier one. Codes
-// of very different distance from the mean become segments, each with a mean and scale of its own: one scale for all
-// would leave nothing of the small ones.
+// of very different distance from the mean, or in a few tight clusters, become segments, each with a mean and scale of
+// its own: one scale for all would leave nothing of what tells the close ones apart.
 #include "codebook.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <mutex>
 
 #include "convert.h"
@@ -29,6 +30,7 @@ constexpr int64_t kKeptBytes = 256 << 20;     // of all of them together
 constexpr double kInflate = 1.0 + 1e-6;       // more than rounding takes from a norm
 constexpr int64_t kCodeMax = 127;
 constexpr double kSegmentRatio = 8.0;         // between the largest distances from the mean of two segments
+constexpr size_t kClusterSample = 256;         // codes looked at before all are
 constexpr int64_t kSegmentShare = 32;         // a segment, but the first, has at least this part of the codes
 constexpr int64_t kSegmentBlocks = 8;         // and a codebook of fewer superblocks has one segment
 
@@ -107,12 +109,11 @@ int64_t Codebook::groups() const {
   return segments_.empty() ? 0 : segments_.back().first_group + segments_.back().padded / kGroupCodes;
 }
 
-// The ids by distance from the mean, farthest first; one part when they are alike. norms: -distance^2/2 of each id,
-// null without an int8 pass.
+// The ids in parts to be searched apart: bands of distance from the mean, farthest first, or a few tight clusters; one
+// part where codes are alike. norms: -distance^2/2 of each id, null without an int8 pass.
 std::vector<Codebook::Ids> Codebook::split(const Ids& ids, const double* norms) const {
-  std::vector<Ids> parts(1);
   const int64_t count = static_cast<int64_t>(ids.size());
-  if (norms == nullptr || count < kSegmentBlocks * kernels_.superblock) return parts;
+  if (norms == nullptr || count < kSegmentBlocks * kernels_.superblock) return {ids};
   const double most = -*std::min_element(norms, norms + count);
   const auto band_of = [&](double norm) {
     const double ratio = std::sqrt(most / std::max(-norm, most * 1e-30));
@@ -125,9 +126,47 @@ std::vector<Codebook::Ids> Codebook::split(const Ids& ids, const double* norms) 
   for (int64_t band = 1; band < kMaxSegments; ++band) {
     part_of[band] = part_of[band - 1] + (counts[band] * kSegmentShare >= count);
   }
-  parts.resize(part_of[kMaxSegments - 1] + 1);
-  if (parts.size() == 1) return parts;
+  if (part_of[kMaxSegments - 1] == 0) return clusters(ids, std::sqrt(2.0 * most) / kSegmentRatio);
+  std::vector<Ids> parts(part_of[kMaxSegments - 1] + 1);
   for (int64_t n = 0; n < count; ++n) parts[part_of[band_of(norms[n])]].push_back(ids[n]);
+  return parts;
+}
+
+// At most kMaxSegments clusters with every code within `radius` of its cluster's centre, or all ids. Centres are chosen
+// farthest first from a sample, which costs next to nothing where there are no such clusters.
+std::vector<Codebook::Ids> Codebook::clusters(const Ids& ids, double radius) const {
+  const auto distance2 = [&](int32_t a, int32_t b) {
+    double total = 0.0;
+    for (int64_t d = 0; d < depth_; ++d) {
+      const double difference = static_cast<double>(rows_[a * depth_ + d]) - rows_[b * depth_ + d];
+      total += difference * difference;
+    }
+    return total;
+  };
+  const size_t stride = (ids.size() / kClusterSample) | 1;  // odd, or it might see every other cluster only
+  Ids sample, centres{ids[0]};
+  for (size_t n = 0; n < ids.size(); n += stride) sample.push_back(ids[n]);
+  std::vector<double> nearest(sample.size(), std::numeric_limits<double>::infinity());
+  while (true) {
+    for (size_t n = 0; n < sample.size(); ++n) {
+      nearest[n] = std::min(nearest[n], distance2(sample[n], centres.back()));
+    }
+    const auto farthest = std::max_element(nearest.begin(), nearest.end());
+    if (*farthest <= radius * radius) break;
+    if (centres.size() == kMaxSegments) return {ids};
+    centres.push_back(sample[farthest - nearest.begin()]);
+  }
+  std::vector<Ids> parts(centres.size());
+  for (const int32_t id : ids) {
+    size_t part = 0;
+    double least = distance2(id, centres[0]);
+    for (size_t c = 1; c < centres.size(); ++c) {
+      const double other = distance2(id, centres[c]);
+      if (other < least) least = other, part = c;
+    }
+    if (least > radius * radius) return {ids};
+    parts[part].push_back(id);
+  }
   return parts;
 }
 

@@ -27,6 +27,7 @@ class Codebook {
 
   Ids list_codes(int64_t count) const;
   std::vector<Ids> split(const Ids& ids, const double* half_residual_norms) const;
+  std::vector<Ids> clusters(const Ids& ids, double radius) const;
   Buffer<double> add_segment(const Ids& ids);
   void measure(PackedCodebook* segment, const Ids& ids);
   template <typename T>

@@ -106,7 +106,9 @@ inline double greatest(DoubleVec v) {
 }
 inline DoubleVec widen(const float* p) {
 #if defined(__AVX512F__)
-  return (DoubleVec)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));  // GCC's own conversion takes three instructions
+  return (DoubleVec)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));  // GCC converts the halves apart
+#elif defined(__AVX2__)
+  return (DoubleVec)_mm256_cvtps_pd(_mm_loadu_ps(p));
 #else
   HalfVec v;
   __builtin_memcpy(&v, p, sizeof v);
