@@ -1,0 +1,97 @@
+// The fp32 stage of a search, one instruction set: for tokens without an int8 pass, or that it left. The bound is the
+// rounding of fp32; tokens for which even that keeps most of the codes are left to be scored exactly throughout.
+#include "search_simd.h"
+
+namespace semhitok::cpu::SEMHITOK_ISA {
+namespace {
+
+constexpr int64_t kShortList = 48;  // slots that are no reason to give up, however few there are
+constexpr double kEps32 = 0x1p-24;
+
+// The fp32 pass' bound: rounding of each of its steps, and results below the normal range.
+inline double fp32_bound(const PackedCodebook& book, bool l2, const Token& token, double scale) {
+  const double reach = token.norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
+  return scale * static_cast<double>(book.depth + 3) * (kEps32 * kRelative * reach + 0x1p-125);
+}
+
+void settle_fp32(const PackedCodebook& book, bool l2, const double* x, const float* maxima, int64_t first_unit,
+                 int64_t slots, float most, double scale, int32_t* list, Token* token) {
+  const double bound = fp32_bound(book, l2, *token, scale);
+  const auto rounded_down = [](double value) {
+    return static_cast<float>(value - __builtin_fabs(value) * 0x1p-23 - 0x1p-140);
+  };
+  const auto rescore_unit = [&](int64_t unit) {
+    for (int64_t g = 0; g < kUnitGroups; ++g) rescore(book, l2, (first_unit + unit) * kUnitGroups + g, x, token);
+  };
+  double low = most - 2.0 * bound;
+  if (token->best - bound > low) low = token->best - bound;
+  int64_t count = scan(maxima, slots, rounded_down(low), list);
+  if (count == 0) return;
+  if (count > kShortList && count > slots / 4) {
+    token->kind = Kind::kExact;
+    return;
+  }
+  int64_t first = list[0];
+  for (int64_t i = 1; i < count; ++i) first = maxima[list[i]] > maxima[first] ? list[i] : first;
+  first /= kLanes;
+  rescore_unit(first);
+  for (int64_t i = 0, last = first; i < count; ++i) {
+    const int64_t unit = list[i] / kLanes;
+    if (unit == first || unit == last || maxima[list[i]] + bound < token->best) continue;
+    rescore_unit(unit);
+    last = unit;
+  }
+}
+
+}  // namespace
+
+void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
+                 const Scratch& scratch, Token* tokens) {
+  const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
+  int32_t order[kTokenBlock];
+  int64_t searched = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    if (tokens[t].kind == Kind::kFp32) order[searched++] = static_cast<int32_t>(t);
+  }
+  if (searched == 0) return;
+  const int64_t tile_count = ceil_div(searched, kTile);
+  float* tiles = reinterpret_cast<float*>(scratch.tiles);
+  for (int64_t t = 0; t < tile_count * kTile; ++t) {
+    float* out = tiles + t / kTile * kTile * depth + t % kTile;
+    const double* x = scratch.x + (t < searched ? order[t] * padded : 0);
+    for (int64_t d = 0; d < depth; ++d) out[d * kTile] = t < searched ? static_cast<float>(x[d]) : 0.0f;
+  }
+
+  float* maxima = reinterpret_cast<float*>(scratch.maxima);
+  Vec* top = reinterpret_cast<Vec*>(scratch.top);
+  constexpr float kLeast = -__builtin_inff();
+  const int64_t units = book.padded / kUnitCodes, stretch = kSlots / kLanes;
+  for (int64_t u = 0; u < units; u += stretch) {
+    const int64_t here = units - u < stretch ? units - u : stretch, slots = round_up(here * kLanes, 64);
+    for (int64_t t = 0; t < tile_count * kTile; ++t) {
+      top[t] = splat(kLeast);
+      for (int64_t s = here * kLanes; s < slots; ++s) maxima[t * kStride + s] = kLeast;
+    }
+    fp32_pass(book, l2, u, here, tiles, tile_count, maxima, kStride, top);
+    for (int64_t t = 0; t < searched; ++t) {
+      Token& token = tokens[order[t]];
+      const bool first_pass = probe.fp32_first || !book.int8;
+      if (probe.approximate != nullptr && first_pass) {
+        for (int64_t n = 0; n < here; ++n) {
+          const int64_t to = ((first + order[t]) * probe.groups + book.first_group) / kUnitGroups + u + n;
+          float most = kLeast;
+          for (int l = 0; l < kLanes; ++l) {
+            const float m = maxima[t * kStride + n * kLanes + l];
+            most = m > most ? m : most;
+          }
+          probe.approximate[to] = most, probe.bound[to] = fp32_bound(book, l2, token, 1.0);
+        }
+      }
+      if (token.kind != Kind::kFp32) continue;
+      settle_fp32(book, l2, scratch.x + order[t] * padded, maxima + t * kStride, u, slots, greatest(top[t]),
+                  probe.bound_scale, scratch.list, &token);
+    }
+  }
+}
+
+}  // namespace semhitok::cpu::SEMHITOK_ISA
