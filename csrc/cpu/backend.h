@@ -48,7 +48,7 @@ class CodeSearch {
   int64_t grain() const;                    // blocks worth a thread of their own
   Buffer<char> scratch() const;             // for the calls of run by one thread
   // scores (float, or double when wide) and ids point at the block's first token.
-  void run(int64_t first, int64_t count, char* scratch, void* scores, int64_t* ids) const;
+  void run(int64_t first, int64_t count, const RowsAhead& ahead, char* scratch, void* scores, int64_t* ids) const;
 
  private:
   NearestCode problem_;

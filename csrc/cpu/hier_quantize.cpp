@@ -1,32 +1,52 @@
 // Hierarchical quantisation on the CPU, both stages and the gather fused per block of tokens.
 //
 // codes = i * subcodes + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in sub-codebook i;
-// q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x depth exists: a
-// block's ids stay on the stack, and its rows are copied while its codes are still in the cache.
+// q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x depth exists.
+//
+// Plan. The sub-codebooks are a table of megabytes read at random. So a block's second stage waits until the semantic
+// search of the next block is done, which brings the block's sub-codebooks into the cache while it computes; the rows
+// are gathered while they are still there.
 // Cost: that of nearest_code + nearest_subcode, the packed semantic codebook as scratch.
 #include <algorithm>
+#include <utility>
 
 #include "backend.h"
 
 namespace semhitok::cpu {
+namespace {
+
+constexpr int64_t kMostAhead = 4096;  // bytes of a row worth bringing in before it is needed
+
+}  // namespace
 
 void hier_quantize(const HierQuantize& problem) {
   const int64_t tokens = problem.sem.tokens;
   if (tokens == 0) return;
   const CodeSearch search(problem.sem);
   const int64_t block = search.block();
+  const int64_t row_bytes = problem.pix.subcodes * problem.pix.depth * element_size(problem.pix.sub_codebooks.dtype);
+  const char* table = static_cast<const char*>(problem.pix.sub_codebooks.data);
+  const auto tokens_of = [&](int64_t b) { return std::min(block, tokens - b * block); };
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
     const auto search_scratch = search.scratch();
     const auto sub_scratch = allocate<char>(subcode_scratch(problem.pix));
     const auto scores = allocate<double>(block);  // float or double; nobody reads them
-    const auto groups = allocate<int64_t>(block);
-    for (int64_t b = next(); b >= 0; b = next()) {
-      const int64_t first = b * block, count = std::min(block, tokens - first);
-      int64_t* codes = problem.codes + first;
-      search.run(first, count, search_scratch.get(), scores.get(), groups.get());
-      subcode_run(problem.pix, first, count, groups.get(), sub_scratch.get(), scores.get(), codes);
-      for (int64_t t = 0; t < count; ++t) codes[t] += groups[t] * problem.pix.subcodes;
-      lookup_rows(problem.lookup, first, count);
+    auto groups = allocate<int64_t>(block), searched = allocate<int64_t>(block);
+    int64_t waiting = -1;  // the block whose groups are known
+    for (int64_t b = next(); b >= 0 || waiting >= 0; waiting = b, b = b >= 0 ? next() : -1) {
+      if (b >= 0) {
+        const bool worth = waiting >= 0 && row_bytes <= kMostAhead;
+        const RowsAhead ahead{table, row_bytes, groups.get(), worth ? tokens_of(waiting) : 0};
+        search.run(b * block, tokens_of(b), ahead, search_scratch.get(), scores.get(), searched.get());
+      }
+      if (waiting >= 0) {
+        const int64_t first = waiting * block, count = tokens_of(waiting);
+        int64_t* codes = problem.codes + first;
+        subcode_run(problem.pix, first, count, groups.get(), sub_scratch.get(), scores.get(), codes);
+        for (int64_t t = 0; t < count; ++t) codes[t] += groups[t] * problem.pix.subcodes;
+        lookup_rows(problem.lookup, first, count);
+      }
+      std::swap(groups, searched);
     }
   });
 }

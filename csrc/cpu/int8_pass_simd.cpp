@@ -22,6 +22,7 @@ namespace {
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 constexpr int kStepBytes = kTileTokens * kStepDims;
 constexpr int kTile = kTileTokens;
+constexpr int64_t kLineBytes = 64;
 static_assert(kTile * 3 + 3 <= kRegisters, "the register tile spills");
 
 inline Bytes load_bytes(const void* p) {
@@ -138,7 +139,8 @@ inline void biased_start(const PackedCodebook& codebook, int64_t superblock, Spa
 }  // namespace
 
 void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t superblocks, const uint8_t* tiles,
-               int64_t tile_count, const SpanBias* bias, Acc* maxima, int64_t stride, AccVec* top) {
+               int64_t tile_count, const SpanBias* bias, const RowsAhead& ahead, Acc* maxima, int64_t stride,
+               AccVec* top) {
   const int64_t steps = codebook.steps, tile_bytes = steps * kStepBytes;
   const int64_t superblock_bytes = kSuperVectors * steps * kVectorBytes;
   const bool unroll = kRegisters == 32 && kStepDims == 4;
@@ -150,6 +152,10 @@ void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t
     const int64_t block = first_superblock + s;
     const int8_t* codes = codebook.quantised + block * superblock_bytes;
     const Acc* start = static_cast<const Acc*>(codebook.offset) + block * kSuperblock;
+    for (int64_t r = ahead.count * s / superblocks; r < ahead.count * (s + 1) / superblocks; ++r) {
+      const char* row = ahead.table + ahead.rows[r] * ahead.row_bytes;
+      for (int64_t b = 0; b < ahead.row_bytes; b += kLineBytes) __builtin_prefetch(row + b, 0, 2);
+    }
     for (int64_t tile = 0; tile < tile_count; ++tile) {
       const SpanBias& own = bias[tile * kTile / kSpan];
       const bool is_biased = own.mean != 0.0f || own.norm != 0.0f;

@@ -69,6 +69,14 @@ struct SearchProbe {
   return (2 + kSubcodeRows) * round_up(depth, kSubcodePadding);
 }
 
+// Rows of a table to bring into the cache while a search computes: those the stage after it will read.
+struct RowsAhead {
+  const char* table;
+  int64_t row_bytes;
+  const int64_t* rows;  // [count]
+  int64_t count;
+};
+
 struct Kernels {
   int64_t token_block;  // most tokens a call of search takes
   int64_t superblock;   // codes are padded to a multiple of this
@@ -88,7 +96,8 @@ struct Kernels {
   int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned, the first 64 zero before the first search
   // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
   void (*search)(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
-                 int64_t count, const SearchProbe& probe, void* scratch, float* scores, int64_t* ids);
+                 int64_t count, const RowsAhead& ahead, const SearchProbe& probe, void* scratch, float* scores,
+                 int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
   // scratch is subcode_floats(depth) floats.
   void (*subcode)(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,

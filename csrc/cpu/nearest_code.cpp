@@ -74,13 +74,14 @@ Buffer<char> CodeSearch::scratch() const {
   return scratch;
 }
 
-void CodeSearch::run(int64_t first, int64_t count, char* scratch, void* scores, int64_t* ids) const {
+void CodeSearch::run(int64_t first, int64_t count, const RowsAhead& ahead, char* scratch, void* scores,
+                     int64_t* ids) const {
   if (!problem_.wide) {
     float* out = static_cast<float*>(scores);
     const auto& segments = codebook_->segments();
     if (!segments.empty()) {
       kernels_->search(segments.data(), static_cast<int64_t>(segments.size()), problem_.z, problem_.metric, first,
-                       count, probe_, scratch, out, ids);
+                       count, ahead, probe_, scratch, out, ids);
     } else {
       std::fill_n(out, count, std::numeric_limits<float>::quiet_NaN());
       std::fill_n(ids, count, 0);
@@ -115,7 +116,7 @@ void search_all(const NearestCode& problem, const CodeSearch& search) {
     const auto scratch = search.scratch();
     for (int64_t b = next(); b >= 0; b = next()) {
       const int64_t first = b * search.block(), count = std::min(search.block(), problem.tokens - first);
-      search.run(first, count, scratch.get(), static_cast<char*>(problem.scores) + first * score_size,
+      search.run(first, count, {}, scratch.get(), static_cast<char*>(problem.scores) + first * score_size,
                  problem.ids + first);
     }
   });

@@ -64,8 +64,8 @@ void read_token(const Rows& z, int64_t index, int64_t depth, float* row, double*
 
 // One segment, for all tokens not done. waiting: its two counters of blocks that a pass sits out, because it settled
 // less than half of an earlier one: the next ones are likely of the same kind.
-void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const SearchProbe& probe,
-                    const Scratch& scratch, int64_t* waiting, Token* tokens) {
+void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const RowsAhead& ahead,
+                    const SearchProbe& probe, const Scratch& scratch, int64_t* waiting, Token* tokens) {
   const auto sits_out = [&](int pass) {
     return probe.approximate == nullptr && waiting[pass] > 0 && --waiting[pass] >= 0;
   };
@@ -82,9 +82,11 @@ void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t 
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind != Kind::kDone) tokens[t].kind = int8 ? Kind::kInt8 : Kind::kFp32;
   }
-#if SEMHITOK_INT8
+#if !SEMHITOK_INT8
+  (void)ahead;
+#else
   if (int8) {
-    search_int8(book, l2, count, probe, first, scratch, tokens);
+    search_int8(book, l2, count, ahead, probe, first, scratch, tokens);
     judge(0, count_of(Kind::kFp32));
   }
 #endif
@@ -108,7 +110,8 @@ int64_t search_scratch(int64_t depth) {
 }
 
 void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
-            int64_t count, const SearchProbe& probe, void* memory, float* scores, int64_t* ids) {
+            int64_t count, const RowsAhead& ahead, const SearchProbe& probe, void* memory, float* scores,
+            int64_t* ids) {
   const bool l2 = metric == Metric::kL2;
   const int64_t depth = segments[0].depth, padded = round_up(depth, kVectorDoubles);
   Scratch scratch;
@@ -124,7 +127,8 @@ void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z
     if (token.norm == 0.0 && !l2) token.kind = Kind::kDone, token.best = 0.0, token.id = lowest;  // all scores are 0
   }
   for (int64_t s = 0; s < segment_count; ++s) {
-    search_segment(segments[s], l2, first, count, probe, scratch, scratch.waiting + 2 * s, tokens);
+    search_segment(segments[s], l2, first, count, s == 0 ? ahead : RowsAhead{}, probe, scratch, scratch.waiting + 2 * s,
+                   tokens);
   }
   for (int64_t t = 0; t < count; ++t) {
     const Token& token = tokens[t];

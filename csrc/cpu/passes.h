@@ -29,7 +29,8 @@ struct SpanBias {
 #if SEMHITOK_INT8
 // tiles: [tile][step][kTileTokens][kStepDims] bytes.
 void int8_pass(const PackedCodebook& codebook, int64_t first_superblock, int64_t superblocks, const uint8_t* tiles,
-               int64_t tile_count, const SpanBias* bias, Acc* maxima, int64_t stride, AccVec* top);
+               int64_t tile_count, const SpanBias* bias, const RowsAhead& ahead, Acc* maxima, int64_t stride,
+               AccVec* top);
 #endif
 
 // tiles: [tile][depth][kTileTokens]; l2 adds half_norm.

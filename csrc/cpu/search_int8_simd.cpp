@@ -15,6 +15,7 @@ constexpr int64_t kShortList = 48;  // slots kept without a second look
 constexpr int64_t kAhead = 3;       // tokens looked at before one is scored
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr double kEps64 = 1e-15;
+constexpr int64_t kLineBytes = 64;
 
 // Quantises the tokens of a span (-1: none) into its tiles and sets what certifies them.
 void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, Token* tokens, const Scratch& scratch,
@@ -166,8 +167,8 @@ void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* max
 
 }  // namespace
 
-void search_int8(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
-                 const Scratch& scratch, Token* tokens) {
+void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead, const SearchProbe& probe,
+                 int64_t first, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
   // A span shares a scale when it has a bias: put tokens of one size together.
   int32_t order[kTokenBlock];
@@ -197,7 +198,7 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const Searc
   for (int64_t s = 0; s < superblocks; s += stretch) {
     const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, groups = here * kAccLanes;
     for (int64_t t = 0; t < tile_count * kTile; ++t) top[t] = splat(kLeast);
-    int8_pass(book, s, here, scratch.tiles, tile_count, bias, maxima, kStride, top);
+    int8_pass(book, s, here, scratch.tiles, tile_count, bias, s == 0 ? ahead : RowsAhead{}, maxima, kStride, top);
     const int64_t first_group = s * kAccLanes;
     for (int64_t t = 0; probe.approximate != nullptr && t < searched; ++t) {
       const Token& token = tokens[order[t]];

@@ -1,4 +1,4 @@
-// What the parts of a search share, one instruction set: tokens and their certificates, scratch, the look through maxima,
+// What the stages of a search share, one instruction set: tokens and certificates, scratch, the look through maxima,
 // exact scores. The plan stands in nearest_code_simd.cpp.
 #pragma once
 
@@ -9,7 +9,6 @@ namespace semhitok::cpu::SEMHITOK_ISA {
 constexpr int64_t kTokenBlock = 64;
 constexpr int64_t kSlots = 1024;         // maxima of a token kept at a time
 constexpr int64_t kStride = kSlots + 32; // apart, so that rows of maxima do not meet in one cache set
-constexpr int64_t kLineBytes = 64;
 constexpr int kTile = kTileTokens;
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
@@ -228,8 +227,8 @@ inline double bound_of(const Token& token, double residual, double norm, double 
 }  // namespace
 
 // The int8 and the fp32 pass for the tokens of their kind, each settled or left to the next kind; first is the block's.
-void search_int8(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
-                 const Scratch& scratch, Token* tokens);
+void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead, const SearchProbe& probe,
+                 int64_t first, const Scratch& scratch, Token* tokens);
 void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
                  const Scratch& scratch, Token* tokens);
 
