@@ -1,7 +1,7 @@
 # make env     the virtual environment .venv: pinned versions, the extension built
 # make demo    train the tiny tokenizer on real photographs; results in demo_output/
 # make test    lint, types, tests
-# make bench   time the ops against their references
+# make bench   time the ops against PyTorch and other libraries (several minutes)
 # make clean   remove what was built (.venv stays)
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv.
