@@ -1,12 +1,21 @@
-// What the kernels share: reading any of the four dtypes, warp reductions, and scratch cut into aligned pieces.
+// What the kernels share: launching, reading any of the four dtypes, warp reductions, scratch cut into aligned pieces.
+//
+// SEMHITOK_EMULATED: the tests also compile the kernels for the CPU, to run them where there is no GPU; what CUDA's
+// compiler gives them then comes from tests/cuda.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "../problem.h"
+
+#ifdef SEMHITOK_EMULATED
+#include "emulator.h"  // and its launch(), dynamic_shared()
+#endif
 
 namespace semhitok::cuda {
 
@@ -54,6 +63,28 @@ class Pieces {
   char* base_;
   int64_t used_ = 0;
 };
+
+#ifndef SEMHITOK_EMULATED
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), also where a block takes more than 48 KiB.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(std::forward<Arguments>(arguments)...);
+  return cudaGetLastError();
+}
+
+// The shared memory a launch asked for.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+}
+#endif
 
 // Blocks for a kernel that gives a warp to each of count items.
 inline unsigned warp_blocks(int64_t count) { return static_cast<unsigned>(ceil_div(count, kWarpsPerBlock)); }

@@ -40,8 +40,7 @@ int64_t hier_lookup_scratch(const HierLookup&) { return 0; }
 
 cudaError_t hier_lookup(const HierLookup& p, void*, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
-  lookup_kernel<<<warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(lookup_kernel, warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream, p);
 }
 
 }  // namespace semhitok::cuda

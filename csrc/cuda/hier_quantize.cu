@@ -43,8 +43,9 @@ cudaError_t hier_quantize(const HierQuantize& problem, void* scratch, cudaStream
   cudaError_t error = nearest_code(p.sem, static_cast<char*>(scratch) + used, stream);
   if (error == cudaSuccess) error = nearest_subcode(p.pix, nullptr, stream);
   if (error != cudaSuccess) return error;
-  flatten_kernel<<<static_cast<unsigned>(ceil_div(p.sem.tokens, kThreads)), kThreads, 0, stream>>>(p);
-  return hier_lookup(p.lookup, nullptr, stream);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.sem.tokens, kThreads));
+  error = launch(flatten_kernel, blocks, kThreads, 0, stream, p);
+  return error == cudaSuccess ? hier_lookup(p.lookup, nullptr, stream) : error;
 }
 
 }  // namespace semhitok::cuda

@@ -193,10 +193,11 @@ cudaError_t launch(const NearestCode& p, void* base, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   const Scratch<T> scratch = cut<T>(p, base);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, kTile<T>)), static_cast<unsigned>(scratch.splits));
-  bias_kernel<T><<<warp_blocks(p.codes), kWarpsPerBlock * kWarp, 0, stream>>>(p, scratch.bias);
-  search_kernel<T><<<grid, kThreads, 0, stream>>>(p, scratch);
-  merge_kernel<T><<<warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream>>>(p, scratch);
-  return cudaGetLastError();
+  const int threads = kWarpsPerBlock * kWarp;
+  cudaError_t error = launch(bias_kernel<T>, warp_blocks(p.codes), threads, 0, stream, p, scratch.bias);
+  if (error == cudaSuccess) error = launch(search_kernel<T>, grid, kThreads, 0, stream, p, scratch);
+  if (error == cudaSuccess) error = launch(merge_kernel<T>, warp_blocks(p.tokens), threads, 0, stream, p, scratch);
+  return error;
 }
 
 }  // namespace

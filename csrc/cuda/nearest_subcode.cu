@@ -49,12 +49,8 @@ int64_t nearest_subcode_scratch(const NearestSubcode&) { return 0; }
 
 cudaError_t nearest_subcode(const NearestSubcode& p, void*, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
-  if (p.wide) {
-    subcode_kernel<double><<<warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream>>>(p);
-  } else {
-    subcode_kernel<float><<<warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const auto kernel = p.wide ? subcode_kernel<double> : subcode_kernel<float>;
+  return launch(kernel, warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream, p);
 }
 
 }  // namespace semhitok::cuda

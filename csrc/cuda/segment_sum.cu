@@ -100,12 +100,12 @@ cudaError_t segment_sum(const SegmentSum& p, void* base, cudaStream_t stream) {
   cudaError_t error = cut(p, base, &scratch);
   if (error != cudaSuccess) return error;
   if (p.rows > 0) {
-    keys_kernel<<<static_cast<unsigned>(ceil_div(p.rows, kThreads)), kThreads, 0, stream>>>(p, scratch);
-    error = sort(p, scratch, stream);
+    const auto blocks = static_cast<unsigned>(ceil_div(p.rows, kThreads));
+    error = launch(keys_kernel, blocks, kThreads, 0, stream, p, scratch);
+    if (error == cudaSuccess) error = sort(p, scratch, stream);
     if (error != cudaSuccess) return error;
   }
-  sum_kernel<<<warp_blocks(p.segments), kWarpsPerBlock * kWarp, 0, stream>>>(p, scratch);
-  return cudaGetLastError();
+  return launch(sum_kernel, warp_blocks(p.segments), kWarpsPerBlock * kWarp, 0, stream, p, scratch);
 }
 
 }  // namespace semhitok::cuda
