@@ -16,7 +16,8 @@ MOST_REGISTERS = 168  # a block of 256 threads of the largest kernel still fits 
 
 def test_kernels_mirror_the_cpu() -> None:
     cpu = {p.stem for p in (ROOT / "csrc/cpu").glob("*.cpp")}
-    assert {p.stem for p in KERNELS} <= cpu and len(KERNELS) == 5
+    ops = {"nearest_code", "nearest_subcode", "hier_quantize", "hier_lookup", "segment_sum"}
+    assert ops <= {p.stem for p in KERNELS} and ops <= cpu
 
 
 @pytest.mark.slow
@@ -38,7 +39,7 @@ def test_no_spills(source: Path, architecture: str, tmp_path: Path) -> None:
         re.S,
     )
     ours = [entry for entry in report if "semhitok" in entry[0]]
-    assert ours, done.stderr
+    assert ours or "__global__" not in source.read_text(), done.stderr
     for name, stack, stores, loads, registers in ours:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} uses local memory: {stack} {stores} {loads}"
         assert int(registers) <= MOST_REGISTERS, f"{name} uses {registers} registers"
