@@ -259,9 +259,8 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {scores, ids};
 }
 
-// nearest_code for tests and benchmarks, CPU only, z [N, D]: on a named instruction set, with a named first pass.
-NearestCode probe_problem(const Tensor& z, const Tensor& codebook, const std::string& metric,
-                          const cpu::Kernels& kernels, const std::string& first_pass) {
+// nearest_code for tests and benchmarks, z [N, D], nothing in float64: by a named search.
+NearestCode probe_problem(const Tensor& z, const Tensor& codebook, const std::string& metric) {
   NearestCode p{};
   p.metric = parse_metric("metric", metric);
   p.z.dtype = float_dtype("z", z);
@@ -270,12 +269,21 @@ NearestCode probe_problem(const Tensor& z, const Tensor& codebook, const std::st
   check(p.codebook.dtype != Dtype::kFloat64, "codebook: expected float32, float16 or bfloat16, got float64");
   check_dims("codebook", codebook, 2, "[K, D]");
   check(z.dim() == 2, "z: expected 2 dimensions [N, D], got ", z.dim());
+  check_count("codebook", "codes", codebook.size(0));
   check_tokens("z", z, "codebook", codebook);
+  check_device("codebook", codebook, "z", z);
+  p.tokens = z.size(0), p.codes = codebook.size(0), p.depth = codebook.size(1);
+  return p;
+}
+
+// On the CPU: a named instruction set, with a named first pass.
+NearestCode cpu_probe_problem(const Tensor& z, const Tensor& codebook, const std::string& metric,
+                              const cpu::Kernels& kernels, const std::string& first_pass) {
+  const NearestCode p = probe_problem(z, codebook, metric);
   check(first_pass.empty() || first_pass == "int8" || first_pass == "fp32",
         "first_pass: expected \"int8\", \"fp32\" or \"\", got \"", first_pass, "\"");
   check(first_pass != "int8" || (kernels.step > 0 && codebook.size(1) <= cpu::kMaxInt8Depth),
         "first_pass: expected \"fp32\", as there is no int8 pass here, got \"int8\"");
-  p.tokens = z.size(0), p.codes = codebook.size(0), p.depth = codebook.size(1);
   return p;
 }
 
@@ -285,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Ten
                                                       const std::string& metric, const std::string& capability,
                                                       const std::string& first_pass, double bound_scale) {
   const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
-  NearestCode p = probe_problem(z, codebook, metric, kernels, first_pass);
+  NearestCode p = cpu_probe_problem(z, codebook, metric, kernels, first_pass);
   const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
   Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);
   Tensor rescored = new_tensor(z, {p.tokens}, ScalarType::Long);
@@ -302,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Te
                                                        const std::string& metric, const std::string& capability,
                                                        const std::string& first_pass) {
   const cpu::Kernels& kernels = cpu::kernels_named(capability.c_str());
-  NearestCode p = probe_problem(z, codebook, metric, kernels, first_pass);
+  NearestCode p = cpu_probe_problem(z, codebook, metric, kernels, first_pass);
   const Tensor z_rows = torch::stable::contiguous(z), code_rows = torch::stable::contiguous(codebook);
   p.z.data = z_rows.data_ptr(), p.codebook.data = code_rows.data_ptr();
   const std::vector<int64_t> order = cpu::packed_order(p, kernels);
@@ -322,6 +330,35 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Te
   cpu::nearest_code_probe(p, kernels, {1.0, fp32, nullptr, all_groups, seen, within});
   return {approximate, bound, codes};
 }
+
+#if SEMHITOK_WITH_CUDA
+// The same on CUDA: capability names the search ("simt", "mma", "wgmma", "certified", or "" for the one that
+// nearest_code would choose). rescored [N]: -1 for a token without a certificate, 0 where the search has none.
+std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, const Tensor& codebook,
+                                                           const std::string& metric, const std::string& capability,
+                                                           const std::string& first_pass, double bound_scale) {
+  cuda::NearestCodeProbe probe{probe_problem(z, codebook, metric), cuda::Search::kSimt, bound_scale, nullptr};
+  NearestCode& p = probe.problem;
+  check(first_pass.empty(), "first_pass: expected \"\" on CUDA, got \"", first_pass, "\"");
+  {
+    const CudaDevice device(z.get_device_index());
+    const std::vector<std::string> names{"simt", "mma", "wgmma", "certified"};  // in the order of cuda::Search
+    const auto name = std::find(names.begin(), names.end(), capability);
+    check(capability.empty() || name != names.end(),
+          "capability: expected \"simt\", \"mma\", \"wgmma\", \"certified\" or \"\", got \"", capability, "\"");
+    probe.search = capability.empty() ? cuda::chosen_search(p) : static_cast<cuda::Search>(name - names.begin());
+    check(cuda::search_can_run(probe.search, p), "capability: expected a search that this device and build have for D = ",
+          p.depth, ", got \"", capability, "\"");
+  }
+  const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
+  Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);
+  Tensor rescored = torch::stable::new_zeros(z, {p.tokens}, ScalarType::Long);
+  p.z.data = z_rows.data_ptr(), p.codebook.data = codes.data_ptr();
+  p.scores = scores.data_ptr(), p.ids = ids_out(ids), probe.rescored = ids_out(rescored);
+  run_cuda(probe, z, &cuda::nearest_code_probe_scratch, &cuda::nearest_code_probe);
+  return {scores, ids, rescored};
+}
+#endif
 
 std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_codebooks, const Tensor& group,
                                            const std::string& metric) {
@@ -477,6 +514,11 @@ STABLE_TORCH_LIBRARY_IMPL(semhitok, CPU, m) {
   m.impl("nearest_code_probe", TORCH_BOX(&nearest_code_probe));
   m.impl("nearest_code_bounds", TORCH_BOX(&nearest_code_bounds));
 }
-STABLE_TORCH_LIBRARY_IMPL(semhitok, CUDA, m) { SEMHITOK_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(semhitok, CUDA, m) {
+  SEMHITOK_IMPLEMENT(m);
+#if SEMHITOK_WITH_CUDA
+  m.impl("nearest_code_probe", TORCH_BOX(&nearest_code_probe_cuda));
+#endif
+}
 
 }  // namespace semhitok

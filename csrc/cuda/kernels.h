@@ -11,6 +11,24 @@ namespace semhitok::cuda {
 int64_t nearest_code_scratch(const NearestCode& problem);  // bytes
 cudaError_t nearest_code(const NearestCode& problem, void* scratch, cudaStream_t stream);
 
+// search.h says what they are.
+enum class Search : int32_t { kSimt, kMma, kWgmma, kCertified };
+
+Search chosen_search(const NearestCode& problem);  // nearest_code's on the current device
+bool search_can_run(Search search, const NearestCode& problem);
+
+// nearest_code by a named search. bound_scale: below 1 the certificate is no longer sound, which is what tests show with
+// it. rescored [tokens] or null: how many codes of a token were scored exactly, -1 where it went without a certificate;
+// only the certified search writes it.
+struct NearestCodeProbe {
+  NearestCode problem;
+  Search search;
+  double bound_scale;
+  int64_t* rescored;
+};
+int64_t nearest_code_probe_scratch(const NearestCodeProbe& probe);
+cudaError_t nearest_code_probe(const NearestCodeProbe& probe, void* scratch, cudaStream_t stream);
+
 int64_t nearest_subcode_scratch(const NearestSubcode& problem);
 cudaError_t nearest_subcode(const NearestSubcode& problem, void* scratch, cudaStream_t stream);
 

@@ -1,0 +1,80 @@
+// The certified search: int8 scores from the tensor cores, and what they prove.
+//
+// Code c is kept as r^ = s_c q, the rounding of r = c - mean to int8 with one scale for the codebook; token x as
+// x^ = s_x q with its own. The integer A = q_x.q_c gives s_x s_c A = x^.r^, and
+//   |x.r - x^.r^| <= |x| max|r - r^| + |x - x^| max|r^| = bound(x),
+// so that with any exact score L a code can win only if s_x s_c A >= L - x.mean - bound(x).
+//
+// "l2": x.c - |c|^2/2 = y.r + b + x.mean - |mean|^2/2 of y = x - mean and b = -|r|^2/2, so y takes the place of x. Columns
+// beyond the depth hold b: B = rint((b - mean b) / (tau s_c)) dealt out to `columns` of them, against n in each of a
+// token, whose s_x is tau / n. Their products add up to b - mean b but for half of tau s_c. A token too long for that
+// has n = 0 and all of b in its bound.
+//
+// The codes of a tile that one lane of wgmma sees for a token are a slice: 32 codes, 8j + 2t and 8j + 2t + 1 of lane t.
+// The search keeps the best kKeys slices of each lane by their greatest A; if the last kept cannot win, no slice that
+// was dropped can, and the token is certain once the codes of the others that can win are scored in fp64.
+#pragma once
+
+#include <type_traits>
+
+#include "codebook.cuh"
+
+namespace semhitok::cuda {
+
+constexpr int kInt8StepDepth = 32;  // of one MMA
+constexpr int kLargestInt8 = 127;
+constexpr int kLeastBiasColumns = 8;
+constexpr int kMostInt8Steps = (kMaxTensorDepth + kLeastBiasColumns + kInt8StepDepth - 1) / kInt8StepDepth;
+constexpr int kSliceLanes = 4;
+constexpr int kSliceCodes = kTileCodes / kSliceLanes;
+constexpr int kKeys = 3;
+constexpr int kInt8TileTokens = 256;
+
+inline int int8_steps(const NearestCode& p) {
+  const int64_t depth = p.depth + (p.metric == Metric::kL2 ? kLeastBiasColumns : 0);
+  return static_cast<int>((depth + kInt8StepDepth - 1) / kInt8StepDepth);
+}
+__host__ __device__ constexpr int int8_tile_bytes(int steps) { return steps * kInt8StepDepth * kTileCodes; }
+
+// A key is A * 2^bits + the tile's place in its split: as many bits as A leaves.
+__host__ __device__ constexpr int key_tile_bits(int steps) { return steps <= 2 ? 11 : steps <= 4 ? 10 : 9; }
+static_assert((int64_t{kMostInt8Steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1)
+                      << key_tile_bits(kMostInt8Steps) <= int64_t{1} << 31,
+              "a key fits into 32 bits");
+static_assert((int64_t{4} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(4) <= int64_t{1} << 31,
+              "a key fits into 32 bits");
+static_assert((int64_t{2} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(2) <= int64_t{1} << 31,
+              "a key fits into 32 bits");
+
+enum class TokenState : int32_t { kCertifiable, kNoCertificate, kNotFinite };
+
+struct TokenInfo {
+  double offset;          // what A leaves out of a score: x.mean ("l2": - |mean|^2/2 + mean b)
+  double inverse_scale;   // 1 / (s_x s_c)
+  float norm, residual;   // |x| and |x - x^| ("l2": of y)
+  float dropped_bias;     // what the bound has for b where n = 0
+  TokenState state;
+};
+
+struct CertifiedScratch {
+  CodebookStats* stats;
+  double* partial;
+  char* codes;        // packed tiles
+  char* tokens;       // [row tiles * kInt8TileTokens][steps * kInt8StepDepth]
+  TokenInfo* info;    // [tokens]
+  int32_t* keys;      // [splits][row tiles * kInt8TileTokens][kSliceLanes][kKeys], descending
+  int32_t* list;      // [tokens]: those without a certificate, stats->uncertified of them
+  Shares shares;
+  int32_t blocks;
+  int64_t bytes;
+};
+
+// From the codebook and the tokens to their int8 rows.
+cudaError_t pack_int8(const NearestCode& problem, const CertifiedScratch& scratch, cudaStream_t stream);
+// From the int8 rows to the keys.
+cudaError_t search_int8(const NearestCode& problem, const CertifiedScratch& scratch, cudaStream_t stream);
+// From the keys to scores, ids and the list of tokens without a certificate.
+cudaError_t certify(const NearestCode& problem, const CertifiedScratch& scratch, double bound_scale, int64_t* rescored,
+                    cudaStream_t stream);
+
+}  // namespace semhitok::cuda
