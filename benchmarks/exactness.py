@@ -1,6 +1,6 @@
 """Does nearest_code find the exact winner? On a million tokens of many kinds, on every instruction set of this CPU.
 
-    python benchmarks/exactness.py [--tokens 1000000]
+    python benchmarks/exactness.py [--tokens 1000000] [--device cuda]      (see cuda_exactness.py)
 
 A wrong id is one other than that of the greatest score in exact arithmetic, the lowest index among equal scores (see
 exact.py). Random data alone would prove little, as a first pass whose error bound is three times too small passes it;
@@ -250,10 +250,17 @@ def check(case: Case, n: int) -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of all cases together")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     if arguments.tokens < len(CASES):
         parser.error(f"--tokens: expected at least {len(CASES)}, one a case, got {arguments.tokens}")
     n = -(-arguments.tokens // len(CASES))
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: this PyTorch finds no CUDA device")
+        import cuda_exactness
+
+        return cuda_exactness.run(CASES, n)
     titles = list(engines())
     widths = {title: max(len(title), 5) for title in titles}
     start, total = time.perf_counter(), dict.fromkeys(titles, 0)

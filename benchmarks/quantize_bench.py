@@ -1,6 +1,7 @@
 """nearest_code and hier_quantize against what one would use instead, every id checked against exact arithmetic.
 
-    python benchmarks/quantize_bench.py [--quick] [--threads 1] [--device cpu|cuda] [--dtype float32] [--out DIR]
+    python benchmarks/quantize_bench.py [--quick] [--threads 1] [--dtype float32] [--out DIR]
+    python benchmarks/quantize_bench.py --device cuda [--quick | --full] [--out DIR]      (see cuda_bench.py)
 
 Every round gives ours and each contestant a turn in this process, in random order, so that a busy machine disturbs all
 alike; medians of the rounds are printed. "x NAME" is the contestant's time over ours: CPU time on one CPU thread, wall
@@ -21,8 +22,8 @@ missing shows "-". In float16 and bfloat16 PyTorch rounds its scores to that dty
 
 GOP/s are multiplications and additions of the plain search, over the same time as the ratios; the roofline is the fp32
 rate of the device (best of 200 torch matmuls), which a low-precision first pass may exceed. "codes" is how many codes
-a token had scored in float64. "wrong" counts ids other than the float64 winner of lowest index; for sub-codes, and on
-CUDA, ids whose score falls short of the best by more than fp32 rounding. "MiB" is the peak beyond inputs and outputs.
+a token had scored in float64. "wrong" counts ids other than the float64 winner of lowest index; for sub-codes, ids
+whose score falls short of the best by more than fp32 rounding. "MiB" is the peak beyond inputs and outputs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import math
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +111,7 @@ def make_chunked(z: Tensor, codebook: Tensor) -> Call:
         return lambda: search(tokens, scores, with_values)
 
     trials = [(rows, with_values) for rows in CHUNKS for with_values in (False, True)]
-    return call(z, *min(trials, key=lambda trial: trial_time(call(z[:PIECE], *trial), z.device)))
+    return call(z, *min(trials, key=lambda trial: trial_time(call(z[:PIECE], *trial))))
 
 
 def make_faiss(z: Tensor, codebook: Tensor) -> Call:
@@ -129,7 +131,7 @@ def make_sklearn(z: Tensor, codebook: Tensor) -> Call:
     model = KMeans(1, n_init=1).fit(codes[:1])
     model.cluster_centers_ = codes  # all that predict looks at: fitting K clusters would take long
     calls: list[Call] = [lambda: pairwise_distances_argmin(tokens, codes), lambda: model.predict(tokens)]
-    return min(calls, key=lambda call: trial_time(call, z.device))
+    return min(calls, key=trial_time)
 
 
 def make_vq(z: Tensor, codebook: Tensor) -> Call:
@@ -142,8 +144,10 @@ def make_vq(z: Tensor, codebook: Tensor) -> Call:
 
 
 Maker = Callable[[Tensor, Tensor], Call]
-ON_CUDA: dict[str, Maker] = {"torch": make_torch, "chunked": make_chunked, "cdist": make_cdist, "vq": make_vq}
-ON_CPU: dict[str, Maker] = {"own fp32": make_own_fp32, **ON_CUDA, "faiss": make_faiss, "sklearn": make_sklearn}
+MAKERS: dict[str, Maker] = {
+    "own fp32": make_own_fp32, "torch": make_torch, "chunked": make_chunked, "cdist": make_cdist, "vq": make_vq,
+    "faiss": make_faiss, "sklearn": make_sklearn,
+}  # fmt: skip
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "vq": "vector-quantize-pytorch"}
 
 
@@ -156,9 +160,8 @@ def version(package: str) -> str | None:
 
 def nearest_contestants(z: Tensor, codebook: Tensor) -> dict[str, Call | None]:
     """name -> what to time, None where a package is missing."""
-    makers = ON_CPU if z.device.type == "cpu" else ON_CUDA
-    missing = {name for name in makers if name in PACKAGES and version(PACKAGES[name]) is None}
-    calls = {name: None if name in missing else maker(z, codebook) for name, maker in makers.items()}
+    missing = {name for name, package in PACKAGES.items() if version(package) is None}
+    calls = {name: None if name in missing else maker(z, codebook) for name, maker in MAKERS.items()}
     return {"ours": make_ours(z, codebook), **calls}
 
 
@@ -173,46 +176,39 @@ def hier_contestants(z_sem: Tensor, z_pix: Tensor, sem: Tensor, pix: Tensor) -> 
 # ---- measuring ----
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(call: Call, device: torch.device, times: int = 1) -> tuple[float, float]:
+def seconds(call: Call, times: int = 1) -> tuple[float, float]:
     """(wall, CPU) seconds a call; the second counts all threads of this process."""
-    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         call()
-    synchronize(device)
     return (time.perf_counter() - wall) / times, (time.process_time() - cpu) / times
 
 
-def trial_time(call: Call, device: torch.device) -> float:
+def trial_time(call: Call) -> float:
     call()
-    return min(seconds(call, device)[0] for _ in range(2))
+    return min(seconds(call)[0] for _ in range(2))
 
 
-def race(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def race(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
     """name -> medians of wall_ms and cpu_ms."""
-    turns = {name: math.ceil(TURN / trial_time(call, device)) for name, call in calls.items()}
+    turns = {name: math.ceil(TURN / trial_time(call)) for name, call in calls.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     order = random.Random(0)  # or ours would always find the caches as the same contestant left them
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
-            times[name].append(seconds(calls[name], device, turns[name]))
+            times[name].append(seconds(calls[name], turns[name]))
     gc.enable()
     medians = {name: [1e3 * statistics.median(clock) for clock in zip(*t, strict=True)] for name, t in times.items()}
     return {name: {"wall_ms": wall, "cpu_ms": cpu} for name, (wall, cpu) in medians.items()}
 
 
-def roofline(device: torch.device) -> float:
+def roofline() -> float:
     """Multiply-adds at two operations each, in operations per second: the best of many runs of a matmul."""
-    n = 4096 if device.type == "cuda" else 512
-    a, b, out = (torch.rand(n, n, device=device) for _ in range(3))
-    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=out), device)[0] for _ in range(200))
+    n = 512
+    a, b, out = (torch.rand(n, n) for _ in range(3))
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=out))[0] for _ in range(200))
 
 
 def resident(key: str) -> int:
@@ -222,16 +218,9 @@ def resident(key: str) -> int:
     raise KeyError(key)
 
 
-def extra_mib(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
-    """Peak MiB beyond what was there before and what is returned; on the CPU by the peak of the resident size."""
+def extra_mib(call: Callable[[], tuple[Tensor, ...]]) -> float:
+    """Peak MiB beyond what was there before and what is returned, by the peak of the resident size."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        outputs = call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / MIB
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier must not serve this call unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -247,20 +236,13 @@ def extra_mib(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> f
 
 def wrong_codes(z: Tensor, codebook: Tensor, ids: Tensor) -> int:
     """How many of nearest_code's ids [N] ("ip") are wrong."""
-    if z.device.type == "cpu":
-        return count_wrong(z, codebook, "ip", ids, exact_winners(z, codebook))[0]
-    return sum(
-        short_of_best(
-            piece @ codebook.double().T, i, piece.norm(dim=1) * codebook.double().norm(dim=1).max(), z.shape[1]
-        )
-        for piece, i in zip(z.double().split(512), ids.split(512), strict=True)
-    )
+    return count_wrong(z, codebook, "ip", ids, exact_winners(z, codebook))[0]
 
 
 def wrong_sub_codes(z: Tensor, sub_codebooks: Tensor, group: Tensor, ids: Tensor) -> int:
     """How many of nearest_subcode's ids [N] ("l2") are wrong: group[N] names the sub-codebooks [K, m, D]."""
     wrong = 0
-    for rows in torch.arange(len(z), device=z.device).split(512):
+    for rows in torch.arange(len(z)).split(512):
         x, sub = z[rows].double(), sub_codebooks[group[rows]].double()
         scores = torch.einsum("nd,nmd->nm", x, sub) - sub.square().sum(-1) / 2
         largest = sub.norm(dim=-1).amax(-1)
@@ -277,26 +259,24 @@ def short_of_best(scores: Tensor, ids: Tensor, size: Tensor, depth: int) -> int:
 # ---- one line of a table ----
 
 
-def bench(op: str, shape: Shape, dtype: torch.dtype, device: torch.device, clock: str, peak: float) -> Record:
+def bench(op: str, shape: Shape, dtype: torch.dtype, clock: str, peak: float) -> Record:
     (n, k, d), m = shape, SUB_CODES
     torch.manual_seed(0)
-    z, codebook = torch.randn(n, d).to(device, dtype), torch.randn(k, d).to(device, dtype)
+    z, codebook = torch.randn(n, d).to(dtype), torch.randn(k, d).to(dtype)
     if op == "nearest_code":
         calls, operations = nearest_contestants(z, codebook), 2.0 * n * k * d
         wrong = wrong_codes(z, codebook, ops.nearest_code(z, codebook)[1])
-        memory = extra_mib(lambda: ops.nearest_code(z, codebook), device)
+        memory = extra_mib(lambda: ops.nearest_code(z, codebook))
     else:
-        z_pix, pix = torch.randn(n, d).to(device, dtype), torch.randn(k, m, d).to(device, dtype)
+        z_pix, pix = torch.randn(n, d).to(dtype), torch.randn(k, m, d).to(dtype)
         calls, operations = hier_contestants(z, z_pix, codebook, pix), 2.0 * n * (k + m) * d
         codes = ops.hier_quantize(z, z_pix, codebook, pix)[2]
         wrong = wrong_codes(z, codebook, codes // m) + wrong_sub_codes(z_pix, pix, codes // m, codes % m)
-        memory = extra_mib(lambda: ops.hier_quantize(z, z_pix, codebook, pix), device)
-    times = race({name: call for name, call in calls.items() if call}, 3 if n * k > 2**28 else 5, device)
+        memory = extra_mib(lambda: ops.hier_quantize(z, z_pix, codebook, pix))
+    times = race({name: call for name, call in calls.items() if call}, 3 if n * k > 2**28 else 5)
     ours = times["ours"][clock]
     ratios = {name: times[name][clock] / ours if name in times else None for name in calls if name != "ours"}
-    scored = None  # the probe exists on the CPU alone
-    if device.type == "cpu":
-        scored = torch.ops.semhitok.nearest_code_probe(z, codebook)[2].double().mean().item()
+    scored = torch.ops.semhitok.nearest_code_probe(z, codebook)[2].double().mean().item()
     return {
         "op": op, "N": n, "K": k, "D": d, **({} if op == "nearest_code" else {"m": m, "Dp": d}),
         "dtype": str(dtype).removeprefix("torch."), "times": times, "x": ratios,
@@ -318,7 +298,7 @@ def cells(record: Record) -> list[tuple[str, str]]:
         columns += [("hier/nearest", f"{1 / ratios.pop('nearest'):.2f}", 12)]
     columns += [(f"x {name}", "-" if x is None else f"{x:.1f}", len(name) + 2) for name, x in ratios.items()]
     scored = record["codes scored in float64 per token"]
-    columns += [("|", "|", 1), ("codes", "-" if scored is None else f"{scored:.1f}", 5)]
+    columns += [("|", "|", 1), ("codes", f"{scored:.1f}", 5)]
     columns += [("wrong", str(record["wrong ids"]), 5), ("MiB", f"{record['extra MiB']:.1f}", 5)]
     return [(title.rjust(width), value.rjust(width)) for title, value, width in columns]
 
@@ -340,13 +320,13 @@ def limit_threads(threads: int) -> None:
         threadpool_limits(threads)
 
 
-def header(device: torch.device, threads: int, clock: str, peak: float) -> dict[str, str]:
-    peers = [PACKAGES[name] for name in (ON_CPU if device.type == "cpu" else ON_CUDA) if name in PACKAGES]
+def header(threads: int, clock: str, peak: float) -> dict[str, str]:
+    peers = [PACKAGES[name] for name in MAKERS if name in PACKAGES]
     return {
         "date": datetime.datetime.now().isoformat(" ", "minutes"),
         "semhitok": semhitok.__version__,
         "torch": torch.__version__,
-        "device": "CPU" if device.type == "cpu" else torch.cuda.get_device_name(),
+        "device": "CPU",
         "CPU instruction set": _C.build_info()["cpu"]["used"],
         "threads": str(threads),
         "fp32 roofline": f"{peak / 1e9:.0f} GFLOP/s",
@@ -382,13 +362,25 @@ def shape_of(text: str) -> Shape:
     return sizes[0], sizes[1], sizes[2]
 
 
+def on_cuda(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import cuda_bench
+
+    if arguments.dtype != "float32":
+        parser.error(f"--dtype: expected float32 with --device cuda, got {arguments.dtype}")
+    shapes = arguments.shapes or (cuda_bench.QUICK if arguments.quick else cuda_bench.grid())
+    return cuda_bench.run(shapes, arguments.full, arguments.budget, arguments.ceilings, arguments.out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of ours and of the contestants")
-    parser.add_argument("--quick", action="store_true", help="two shapes a table: under a minute")
+    parser.add_argument("--quick", action="store_true", help="few shapes: under a minute")
     parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="NxKxD", help="these shapes, in both tables")
+    parser.add_argument("--full", action="store_true", help="CUDA: every contestant on every shape")
+    parser.add_argument("--budget", type=float, default=170, metavar="SECONDS", help="CUDA: no new shape after these")
+    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="CUDA: what cuda_ceilings.py --out wrote")
     parser.add_argument("--out", type=Path, help="folder for results.json, table.txt and plot.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -397,12 +389,13 @@ def main() -> None:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
     if arguments.out and not version("matplotlib"):
         parser.error("--out: plot.png needs matplotlib; pip install matplotlib")
+    if arguments.device == "cuda":
+        sys.exit(on_cuda(arguments, parser))
     limit_threads(arguments.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    clock = "cpu_ms" if device.type == "cpu" and arguments.threads == 1 else "wall_ms"
-    peak = roofline(device)
-    about = header(device, arguments.threads, clock, peak)
+    dtype = getattr(torch, arguments.dtype)
+    clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
+    peak = roofline()
+    about = header(arguments.threads, clock, peak)
     records: list[Record] = []
     lines: list[str] = []
 
@@ -416,7 +409,7 @@ def main() -> None:
         for op, shapes in SHAPES.items():
             say(f"\n{op}")
             for place, shape in enumerate(arguments.shapes or shapes[: 2 if arguments.quick else None]):
-                records.append(bench(op, shape, dtype, device, clock, peak))
+                records.append(bench(op, shape, dtype, clock, peak))
                 titles, values = zip(*cells(records[-1]), strict=True)
                 if place == 0:
                     say(" ".join(titles))

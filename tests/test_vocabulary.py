@@ -147,6 +147,7 @@ def test_codebook_hash_sees_values_and_shapes_only():
     assert codebook_hash(sem, changed) != digest
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_codebook_hash_is_the_same_on_a_gpu():
     sem, pix = torch.randn(4, 6), torch.randn(4, 3, 2)

@@ -1,51 +1,50 @@
-// Hierarchical quantisation: the semantic search, the pixel search in the winners' sub-codebooks, flat codes, rows.
+// Hierarchical quantisation: the semantic search, then one launch for all that follows from its winners.
 //
 // codes = i * subcodes + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in sub-codebook i;
-// q_sem and q_pix are copies of the two rows. Four launches in a row on one stream; scratch is 24 bytes a token and
-// that of nearest_code, nothing of size tokens x codes.
+// q_sem and q_pix are copies of the two rows.
+//
+// Plan. nearest_code, then the pixel stage (nearest_subcode.cu) behind it on the stream: it reads the ids, and writes
+// codes and rows. Nobody waits for the device in between. Scratch: 8 bytes a token for the ids and, in fp32, 4 for
+// scores that nobody reads; of the two stages the larger one's, as they do not run at the same time. Nothing of size
+// tokens x codes.
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels.h"
+#include "pixel_stage.h"
 
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+struct Stages {
+  NearestCode sem;
+  PixelStage pix;
+  char* scratch;  // shared by the two
+  int64_t bytes;
+};
 
-__global__ void __launch_bounds__(kThreads) flatten_kernel(HierQuantize p) {
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (token < p.sem.tokens) p.codes[token] = p.sem.ids[token] * p.pix.subcodes + p.pix.ids[token];
-}
-
-// The two searches with their outputs in scratch; returns the bytes used before nearest_code's own scratch.
-int64_t cut(const HierQuantize& p, void* base, NearestCode* sem, NearestSubcode* pix) {
+Stages cut(const HierQuantize& p, void* base) {
   Pieces pieces(base);
-  *sem = p.sem;
-  *pix = p.pix;
-  sem->ids = pieces.take<int64_t>(p.sem.tokens);
-  pix->ids = pieces.take<int64_t>(p.sem.tokens);
-  sem->scores = pix->scores = pieces.take<double>(p.sem.tokens);  // nobody reads them
-  pix->group = sem->ids;
-  return pieces.used();
+  Stages s{p.sem, {p.pix, p.codes, p.lookup}, nullptr, 0};
+  s.sem.ids = pieces.take<int64_t>(p.sem.tokens);
+  s.sem.scores = p.sem.wide ? static_cast<void*>(pieces.take<double>(p.sem.tokens)) : pieces.take<float>(p.sem.tokens);
+  s.pix.search.group = s.sem.ids;
+  s.pix.search.scores = nullptr;
+  s.pix.search.ids = nullptr;
+  s.scratch = pieces.take<char>(std::max(nearest_code_scratch(s.sem), pixel_stage_scratch(s.pix)));
+  s.bytes = pieces.used();
+  return s;
 }
 
 }  // namespace
 
-int64_t hier_quantize_scratch(const HierQuantize& p) {
-  NearestCode sem;
-  NearestSubcode pix;
-  return cut(p, nullptr, &sem, &pix) + nearest_code_scratch(p.sem);
-}
+int64_t hier_quantize_scratch(const HierQuantize& p) { return cut(p, nullptr).bytes; }
 
-cudaError_t hier_quantize(const HierQuantize& problem, void* scratch, cudaStream_t stream) {
-  if (problem.sem.tokens == 0) return cudaSuccess;
-  HierQuantize p = problem;
-  const int64_t used = cut(problem, scratch, &p.sem, &p.pix);
-  cudaError_t error = nearest_code(p.sem, static_cast<char*>(scratch) + used, stream);
-  if (error == cudaSuccess) error = nearest_subcode(p.pix, nullptr, stream);
-  if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(ceil_div(p.sem.tokens, kThreads));
-  error = launch(flatten_kernel, blocks, kThreads, 0, stream, p);
-  return error == cudaSuccess ? hier_lookup(p.lookup, nullptr, stream) : error;
+cudaError_t hier_quantize(const HierQuantize& p, void* scratch, cudaStream_t stream) {
+  if (p.sem.tokens == 0) return cudaSuccess;
+  const Stages s = cut(p, scratch);
+  const cudaError_t error = nearest_code(s.sem, s.scratch, stream);
+  return error == cudaSuccess ? pixel_stage(s.pix, s.scratch, stream) : error;
 }
 
 }  // namespace semhitok::cuda

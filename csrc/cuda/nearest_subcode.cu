@@ -1,56 +1,297 @@
-// Nearest sub-code: each token searches the one sub-codebook its group names.
+// The pixel stage: each token searches the one sub-codebook its group names; alone (nearest_subcode), or followed by
+// what hier_quantize writes for the token. One kernel for both, so that they agree bit for bit.
 //
 // Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]]; the lowest j of the greatest score wins. id 0
 // and score NaN for a group out of range, a token with NaN or Inf, or no score above -inf.
 //
-// Plan. A warp a token, lanes along the depth; z.c, |c|^2 and the test for NaN and Inf are summed across the warp by a
-// fixed butterfly, so every lane has the same score and nothing needs merging.
-// Cost: tokens * subcodes * depth values read in rows, three warp sums a sub-code.
+// Arithmetic. score = sum_d c_d (z_d + h c_d), h = -1/2 for l2 and 0 for ip: two FMAs a value and one sum, where a dot
+// product, a norm and a test for NaN and Inf would be three. z_d + h c_d is rounded once, so the error is that of the
+// plain form: at most (depth + 2) eps/2 sum |c_d| |z_d + h c_d|. An Inf or NaN in c makes the second factor NaN (ip) or
+// the product -Inf or NaN (l2), and the sum never +Inf: the code cannot win. fp64 would not be free: its conversions
+// alone take as long as a third of the reading below, and far longer on GPUs with few units for them.
+//
+// Plan. A group of kLanes lanes a token, a lane holding 16 bytes of every code: 8 lanes, so 4 tokens a warp, at 32 fp32
+// values. kBatch codes at a time: kBatch loads in flight a lane, then a butterfly that halves the scores a lane holds
+// with every step, so that 4 codes cost 4 shuffles over 8 lanes instead of 12. Each lane keeps the best of the codes
+// that end with it; they meet once, by (score descending, id ascending). Tables whose rows are not whole pieces, of
+// more than 32 pieces, or of fp64, and all of fp64 arithmetic, are read value by value (Scalar), same plan.
+//
+// Sub-codebooks of more than kLargeRow bytes are read by many tokens from beyond L2, and the tokens are taken in the
+// order of their groups: one group's are then in one warp, whose lanes' equal addresses are one read, and in one block
+// and its neighbours, which find them in L1 and L2. So a sub-codebook comes from memory once, however the tokens are
+// shared out among the groups, with no block that waits for the largest group.
+//
+// Cost, tokens 65,536, subcodes 12, depth 32, fp32, H200: reads 1.5 KiB of sub-codes a token from L2 (the table is 25
+// MB) = 100 MB, z 8 MB, winners' rows 8 to 16 MB, writes 17 MB: 24 us at 5.5 TB/s. Issue: about 500 instructions for 4
+// tokens (72 a batch of 4 codes), 9 us. In flight: 4 x 512 bytes a warp, 40 warps an SM: 80 KB, where 5.5 TB/s x 1 us
+// needs 42. With large sub-codebooks, subcodes 64, depth 64: the table of 268 MB read once 56 us, issue 40 us, sort 20
+// us, where tokens as they come would read 1.1 GB. Scratch: none, or 16 bytes a token and the sort's.
 #include "device.cuh"
 #include "kernels.h"
+#include "pixel_stage.h"
+#include "rows.cuh"
+#include "sort.h"
 
 namespace semhitok::cuda {
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp) subcode_kernel(NearestSubcode p) {
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (token >= p.tokens) return;
-  const int lane = threadIdx.x % kWarp;
-  T poison = 0;
-  for (int64_t d = lane; d < p.depth; d += kWarp) poison += read<T>(p.z, token * p.depth + d) * T(0);
-  const int64_t group = p.group[token];
-  const bool usable = __all_sync(kAllLanes, poison == T(0)) && group >= 0 && group < p.groups;
+constexpr int kThreads = 256;
+constexpr int kBatch = 4;
+constexpr int64_t kLargeRow = 8192;  // bytes of a sub-codebook
+constexpr int64_t kMostIds = (int64_t{1} << 31) - 1 - kBatch;
+
+// What a lane knows of its token, and its part of the scores. One piece of 16 bytes of every code; kWhole: every lane
+// has one, so that the codes of a batch lie at constant distances.
+template <Dtype kDtype, int kLanes, bool kWhole>
+class Vector {
+ public:
+  using Score = float;
+  using Id = int32_t;
+  static constexpr int kBlocks = kDtype == Dtype::kFloat32 ? 5 : 4;  // an SM: up to 48 or 64 registers a thread
+
+  __device__ Vector(const NearestSubcode& p, int64_t token, int64_t group, int lane, float half)
+      : lane_(lane), ragged_(static_cast<int>(p.depth / kValues)), half_(half) {
+    codes_ = static_cast<const uint4*>(p.sub_codebooks.data) + group * p.subcodes * pieces() + lane;
+    const int64_t first = token * p.depth + lane * kValues;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) z_[i] = 0.0f;
+    if (!mine()) return;
+    if (p.z.dtype == Dtype::kFloat32 && in_pieces(p.z.data)) {
+#pragma unroll
+      for (int i = 0; i < kValues; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(p.z.data) + first + i);
+        z_[i] = four.x, z_[i + 1] = four.y, z_[i + 2] = four.z, z_[i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) z_[i] = read<float>(p.z, first + i);
+    }
+  }
+
+  __device__ bool finite() const {
+    float poison = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) poison += z_[i] * 0.0f;
+    return poison == 0.0f;
+  }
+
+  // part[u] = start + this lane's share of the score of code j + u; past the last code that one stands in.
+  __device__ void score(int32_t j, int32_t last, float start, float (&part)[kBatch]) const {
+    const uint4* code = codes_ + j * pieces();
+    uint4 piece[kBatch]{};
+    if (mine() && last - j >= kBatch - 1) {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) piece[u] = code[u * pieces()];
+    } else if (mine()) {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) piece[u] = code[min(u, last - j) * pieces()];
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      float c[kValues];
+      unpack<kDtype>(piece[u], c);
+      part[u] = start;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) part[u] += c[i] * (z_[i] + half_ * c[i]);
+    }
+  }
+
+ private:
+  static constexpr int kValues = kPieceValues<kDtype>;
+  __device__ int pieces() const { return kWhole ? kLanes : ragged_; }
+  __device__ bool mine() const { return kWhole || lane_ < ragged_; }
+
+  const uint4* codes_;
+  int lane_, ragged_;
+  float half_, z_[kValues];
+};
+
+// The same of any dtypes and depth, in fp32 or fp64.
+template <typename T, int kLanes>
+class Scalar {
+ public:
+  using Score = T;
+  using Id = int64_t;
+  static constexpr int kBlocks = 2;
+
+  __device__ Scalar(const NearestSubcode& p, int64_t token, int64_t group, int lane, T half)
+      : codes_(p.sub_codebooks), z_(p.z), depth_(p.depth), code_(group * p.subcodes * p.depth), token_(token * p.depth),
+        lane_(lane), half_(half) {}
+
+  __device__ bool finite() const {
+    T poison = 0;
+    for (int64_t d = lane_; d < depth_; d += kLanes) poison += read<T>(z_, token_ + d) * T(0);
+    return poison == T(0);
+  }
+
+  __device__ void score(int64_t j, int64_t last, T start, T (&part)[kBatch]) const {
+    int64_t code[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) part[u] = start, code[u] = code_ + min(j + u, last) * depth_;
+    for (int64_t d = lane_; d < depth_; d += kLanes) {
+      const T z = read<T>(z_, token_ + d);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const T c = read<T>(codes_, code[u] + d);
+        part[u] += c * (z + half_ * c);
+      }
+    }
+  }
+
+ private:
+  Rows codes_, z_;
+  int64_t depth_, code_, token_;
+  int lane_;
+  T half_;
+};
+
+// Adds up kBatch scores over kLanes lanes. What a lane holds at the end are the codes first .. first + kHeld - 1.
+template <int kLanes>
+constexpr int kHeld = kLanes >= kBatch ? 1 : kBatch / kLanes;
+
+template <int kLanes, typename T>
+__device__ __forceinline__ int add_lanes(int lane, T (&part)[kBatch]) {
+  int first = 0, held = kBatch;
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    if (held > 1) {
+      held /= 2;
+      const bool upper = (lane & offset) != 0;
+#pragma unroll
+      for (int i = 0; i < kBatch / 2; ++i) {
+        if (i < held) {
+          const T given = upper ? part[i] : part[i + held], kept = upper ? part[i + held] : part[i];
+          part[i] = kept + __shfl_xor_sync(kAllLanes, given, offset);
+        }
+      }
+      first += upper ? held : 0;
+    } else {
+      part[0] += __shfl_xor_sync(kAllLanes, part[0], offset);
+    }
+  }
+  return first;
+}
+
+template <typename Lane, int kLanes>
+__global__ void __launch_bounds__(kThreads, Lane::kBlocks)
+    stage_kernel(PixelStage p, const int32_t* order, CodePieces pieces) {
+  using T = typename Lane::Score;
+  using Id = typename Lane::Id;
+  static_assert(kWarp % kLanes == 0 && kThreads % kWarp == 0 && kBatch == 4, "the lanes of a token are in one warp");
+  const int64_t place = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const bool inside = place < p.search.tokens;  // the others repeat the last token, and write nothing
+  const int64_t position = inside ? place : p.search.tokens - 1;
+  const int64_t token = order != nullptr ? order[position] : position;
+  const int64_t named = p.search.group[token];
+  const bool known = named >= 0 && named < p.search.groups;
+  const int64_t group = known ? named : 0;
+
+  const Lane mine(p.search, token, group, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
+  constexpr unsigned kGroup = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
+  const unsigned bad = __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kGroup;
+  const T start = known && bad == 0 ? T(0) : nan_of(T());
 
   T best = -infinity(T());
-  int64_t id = 0;
-  for (int64_t j = 0; usable && j < p.subcodes; ++j) {
-    const int64_t row = (group * p.subcodes + j) * p.depth;
-    T dot = 0, norm = 0, bad = 0;
-    for (int64_t d = lane; d < p.depth; d += kWarp) {
-      const T c = read<T>(p.sub_codebooks, row + d);
-      dot += read<T>(p.z, token * p.depth + d) * c;
-      norm += c * c;
-      bad += c * T(0);
+  Id id = 0;
+  const Id last = static_cast<Id>(p.search.subcodes - 1);
+  for (Id j = 0; j <= last; j += kBatch) {
+    T part[kBatch];
+    mine.score(j, last, start, part);
+    const int first = add_lanes<kLanes>(lane, part);
+#pragma unroll
+    for (int i = 0; i < kHeld<kLanes>; ++i) {  // ascending codes, strictly greater: the lowest id stays
+      if (part[i] > best) best = part[i], id = j + first + i;
     }
-    const T bias = p.metric == Metric::kL2 ? T(-0.5) * warp_sum(norm) : T(0);
-    const T score = warp_sum(dot) + bias + warp_sum(bad);
-    if (score > best) best = score, id = j;
   }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    const T score = __shfl_xor_sync(kAllLanes, best, offset);
+    const Id other = __shfl_xor_sync(kAllLanes, id, offset);
+    if (score > best || (score == best && other < id)) best = score, id = other;
+  }
+
+  if (!inside) return;
   if (lane == 0) {
-    static_cast<T*>(p.scores)[token] = best > -infinity(T()) ? best : nan_of(T());
-    p.ids[token] = id;
+    if (p.search.scores != nullptr) {
+      static_cast<T*>(p.search.scores)[token] = best > -infinity(T()) ? best : nan_of(T());
+    }
+    if (p.search.ids != nullptr) p.search.ids[token] = id;
   }
+  if (p.codes == nullptr) return;
+  const int64_t code = group * p.search.subcodes + id;
+  if (lane == 0) p.codes[token] = code;
+  copy_code(p.lookup, pieces, group, code, token, lane, kLanes);
+}
+
+using Kernel = void (*)(PixelStage, const int32_t*, CodePieces);
+
+template <Dtype kDtype, int kLanes>
+Kernel with_lanes(bool whole) {
+  if constexpr (kLanes > 2) {
+    if (!whole) return stage_kernel<Vector<kDtype, kLanes, false>, kLanes>;
+  }
+  return stage_kernel<Vector<kDtype, kLanes, true>, kLanes>;
+}
+
+template <Dtype kDtype>
+Kernel with_dtype(int lanes, bool whole) {
+  switch (lanes) {
+    case 1: return with_lanes<kDtype, 1>(whole);
+    case 2: return with_lanes<kDtype, 2>(whole);
+    case 4: return with_lanes<kDtype, 4>(whole);
+    case 8: return with_lanes<kDtype, 8>(whole);
+    case 16: return with_lanes<kDtype, 16>(whole);
+    default: return with_lanes<kDtype, 32>(whole);
+  }
+}
+
+// The kernel for a problem, and the lanes it gives to a token.
+Kernel choose(const NearestSubcode& p, int* lanes) {
+  const Rows& codes = p.sub_codebooks;
+  const int64_t pieces = p.depth * element_size(codes.dtype) / kPiece;
+  if (p.wide || pieces > kWarp || !in_pieces(codes.data, codes.dtype, p.depth) || p.subcodes * pieces > kMostIds) {
+    *lanes = p.depth <= 8 ? 8 : kWarp;
+    if (*lanes == 8) return p.wide ? stage_kernel<Scalar<double, 8>, 8> : stage_kernel<Scalar<float, 8>, 8>;
+    return p.wide ? stage_kernel<Scalar<double, kWarp>, kWarp> : stage_kernel<Scalar<float, kWarp>, kWarp>;
+  }
+  *lanes = lanes_for(pieces);
+  const bool whole = *lanes == pieces;
+  if (codes.dtype == Dtype::kFloat32) return with_dtype<Dtype::kFloat32>(*lanes, whole);
+  if (codes.dtype == Dtype::kFloat16) return with_dtype<Dtype::kFloat16>(*lanes, whole);
+  return with_dtype<Dtype::kBFloat16>(*lanes, whole);
+}
+
+// Fewer tokens than groups seldom share one: the sort would cost more than it saves.
+bool by_group(const NearestSubcode& p) {
+  return p.subcodes * p.depth * element_size(p.sub_codebooks.dtype) > kLargeRow && p.tokens >= p.groups;
 }
 
 }  // namespace
 
-int64_t nearest_subcode_scratch(const NearestSubcode&) { return 0; }
+int64_t pixel_stage_scratch(const PixelStage& stage) {
+  return by_group(stage.search) ? sort_rows_scratch(stage.search.tokens, stage.search.groups) : 0;
+}
 
-cudaError_t nearest_subcode(const NearestSubcode& p, void*, cudaStream_t stream) {
+cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t stream) {
+  const NearestSubcode& p = stage.search;
   if (p.tokens == 0) return cudaSuccess;
-  const auto kernel = p.wide ? subcode_kernel<double> : subcode_kernel<float>;
-  return launch(kernel, warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream, p);
+  SortedRows sorted{};
+  if (by_group(p)) {
+    const cudaError_t error = sort_rows(p.group, p.tokens, p.groups, {}, {}, scratch, &sorted, stream);
+    if (error != cudaSuccess) return error;
+  }
+  int lanes;
+  const Kernel kernel = choose(p, &lanes);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.tokens * lanes, kThreads));
+  const CodePieces pieces = stage.codes == nullptr ? CodePieces{} : code_pieces(stage.lookup);
+  return launch(kernel, blocks, kThreads, 0, stream, stage, sorted.rows, pieces);
+}
+
+int64_t nearest_subcode_scratch(const NearestSubcode& p) { return pixel_stage_scratch({p, nullptr, {}}); }
+
+cudaError_t nearest_subcode(const NearestSubcode& p, void* scratch, cudaStream_t stream) {
+  return pixel_stage({p, nullptr, {}}, scratch, stream);
 }
 
 }  // namespace semhitok::cuda

@@ -1,0 +1,134 @@
+"""Times on a GPU: CUDA events around each call, contestants interleaved in random order, medians.
+
+Before every timed call the L2 is flushed by writing a buffer of twice its size, and the device is kept waiting while
+the host queues the call: both outside the events. So every contestant finds its inputs in HBM, and the time is the
+device's, without the host's overhead, unless the call itself makes the host wait.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+Timer = Callable[[Call], float]
+
+HEAD_START = 300_000  # clocks the device waits: some 150 us for the host to queue a call
+LEAST_ROUNDS, MOST_ROUNDS = 3, 30
+OVERHEAD_US = 300.0  # of a timed call beside itself: flush and head start
+GRAPH_CALLS = 20  # in one graph
+MIB = 2**20
+
+
+class EventTimer:
+    """Microseconds of one call on the device."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Call) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return 1e3 * start.elapsed_time(stop)
+
+
+def warm_up(calls: dict[str, Call], timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
+    """(name -> us of the second call, name -> why it failed): compiling, tuning and allocating happen here."""
+    ran, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            timer(call)
+            ran[name] = timer(call)
+        except Exception as error:  # whatever it is, it is that contestant's alone
+            failed[name] = reason(error)
+    return ran, failed
+
+
+def reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def rounds_within(budget_us: float, times_us: Sequence[float]) -> int:
+    one = sum(times_us) + OVERHEAD_US * len(times_us)
+    return min(max(int(budget_us / one), LEAST_ROUNDS), MOST_ROUNDS) if times_us else 0
+
+
+def race(calls: dict[str, Call], budget_us: float, timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
+    """(name -> median us, name -> why it failed): as many rounds as the budget allows, each contestant once a round."""
+    ran, failed = warm_up(calls, timer)
+    times: dict[str, list[float]] = {name: [] for name in ran}
+    order = random.Random(0)  # or one contestant would always follow the same other
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds_within(budget_us, list(ran.values()))):
+            for name in order.sample(list(times), len(times)):
+                try:
+                    times[name].append(timer(calls[name]))
+                except Exception as error:
+                    failed[name] = reason(error)
+                    del times[name]
+    finally:
+        gc.enable()
+    return {name: statistics.median(taken) for name, taken in times.items()}, failed
+
+
+def graph_us(call: Call) -> float:
+    """Device time of a call inside a CUDA graph of several, without the flush: the inputs stay in L2."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+    times = []
+    for _ in range(1 + 10):  # the first warms up
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / GRAPH_CALLS)
+    return statistics.median(times[1:])
+
+
+def extra_mib(call: Callable[[], Sequence[Tensor]]) -> float:
+    """Peak MiB beyond what was there before and what is returned."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / MIB
+
+
+def in_chunks(search: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """search(z) -> ids, on ever smaller pieces of z when the N x K of a piece does not fit the device."""
+    pieces = 1
+    while True:
+        try:
+            size = math.ceil(len(z) / pieces)
+            return search(z) if pieces == 1 else torch.cat([search(piece) for piece in z.split(size)])
+        except torch.OutOfMemoryError:
+            if pieces >= len(z):
+                raise
+        torch.cuda.empty_cache()  # only here: the exception kept what its frames had allocated
+        pieces *= 2

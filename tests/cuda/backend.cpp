@@ -1,0 +1,139 @@
+// The ops of csrc/cuda/kernels.h for ctypes, on the emulator. Scratch is exactly as large as the op asks for, holds NaN
+// at first, and is watched on both sides.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+#include "emulated_ptx.h"
+
+namespace {
+
+using namespace semhitok;
+
+constexpr size_t kGuard = 4096;
+constexpr int kGuardByte = 0xC5;
+constexpr size_t kAlignment = 512;  // as PyTorch allocates
+std::string complaint;
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    const size_t all = (2 * kGuard + bytes_ + kAlignment - 1) / kAlignment * kAlignment;
+    memory_ = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, all));
+    std::memset(memory_, kGuardByte, 2 * kGuard + bytes_);
+    std::memset(memory_ + kGuard, 0xFF, bytes_);
+  }
+  ~Scratch() { std::free(memory_); }
+  void* data() const { return bytes_ == 0 ? nullptr : memory_ + kGuard; }
+  bool intact() const {
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (memory_[i] != kGuardByte || memory_[kGuard + bytes_ + i] != kGuardByte) return false;
+    }
+    return true;
+  }
+
+ private:
+  size_t bytes_;
+  unsigned char* memory_;
+};
+
+template <typename Problem>
+int run(const Problem& problem, int64_t (*scratch_bytes)(const Problem&),
+        cudaError_t (*op)(const Problem&, void*, cudaStream_t)) {
+  complaint.clear();
+  const Scratch scratch(scratch_bytes(problem));
+  const cudaError_t error = op(problem, scratch.data(), nullptr);
+  if (error != cudaSuccess) {
+    complaint = emulator::message();
+  } else if (!scratch.intact()) {
+    complaint = "written outside of the scratch";
+    return cudaErrorIllegalAddress;
+  }
+  return error;
+}
+
+Rows rows(const void* data, int dtype) { return {data, static_cast<Dtype>(dtype)}; }
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void set_seed(uint64_t seed) { emulator::set_seed(seed); }
+EXPORTED void set_device(int major, int minor, int multiprocessors) {
+  emulator::set_device(major, minor, multiprocessors);
+}
+EXPORTED void set_sum(int sum) { emulator::set_sum(static_cast<emulator::Sum>(sum)); }
+EXPORTED const char* message() { return complaint.c_str(); }
+EXPORTED uint64_t launches() { return emulator::launches(); }
+
+EXPORTED int nearest_code(int64_t tokens, int64_t codes, int64_t depth, int metric, int wide, const void* z,
+                          int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
+  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), wide != 0, rows(z, z_dtype),
+                            rows(codebook, codebook_dtype), scores, ids};
+  return run(problem, &cuda::nearest_code_scratch, &cuda::nearest_code);
+}
+
+// search: the number of a cuda::Search; 7 where this one cannot run.
+EXPORTED int nearest_code_probe(int64_t tokens, int64_t codes, int64_t depth, int64_t metric, const void* z,
+                                int64_t z_dtype, const void* codebook, int64_t codebook_dtype, int64_t search,
+                                const double* bound_scale, void* scores, int64_t* ids, int64_t* rescored) {
+  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), false, rows(z, static_cast<int>(z_dtype)),
+                            rows(codebook, static_cast<int>(codebook_dtype)), scores, ids};
+  if (!cuda::search_can_run(static_cast<cuda::Search>(search), problem)) {
+    complaint = "this search cannot run here";
+    return cudaErrorNotSupported;
+  }
+  const cuda::NearestCodeProbe probe{problem, static_cast<cuda::Search>(search), *bound_scale, rescored};
+  return run(probe, &cuda::nearest_code_probe_scratch, &cuda::nearest_code_probe);
+}
+
+EXPORTED int chosen_search(int64_t tokens, int64_t codes, int64_t depth, int64_t wide) {
+  NearestCode problem{};
+  problem.tokens = tokens, problem.codes = codes, problem.depth = depth, problem.wide = wide != 0;
+  return static_cast<int>(cuda::chosen_search(problem));
+}
+
+EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, int64_t depth, int metric, int wide,
+                             const void* z, int z_dtype, const void* sub_codebooks, int sub_codebooks_dtype,
+                             const int64_t* group, void* scores, int64_t* ids) {
+  const NearestSubcode problem{tokens, groups, subcodes, depth, static_cast<Metric>(metric), wide != 0,
+                               rows(z, z_dtype), rows(sub_codebooks, sub_codebooks_dtype), group, scores, ids};
+  return run(problem, &cuda::nearest_subcode_scratch, &cuda::nearest_subcode);
+}
+
+static HierLookup lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
+                         int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
+                         void* q_sem, void* q_pix) {
+  return {tokens, groups, subcodes, static_cast<Dtype>(sem_dtype), static_cast<Dtype>(pix_dtype), sem_depth, pix_depth,
+          codes, sem, pix, q_sem, q_pix};
+}
+
+EXPORTED int hier_lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
+                         int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
+                         void* q_sem, void* q_pix) {
+  const HierLookup problem =
+      lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes, q_sem, q_pix);
+  return run(problem, &cuda::hier_lookup_scratch, &cuda::hier_lookup);
+}
+
+EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int sem_metric, int pix_metric, int wide,
+                           const void* z_sem, int z_sem_dtype, const void* z_pix, int z_pix_dtype, const void* sem,
+                           int sem_dtype, int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth,
+                           int64_t* codes, void* q_sem, void* q_pix) {
+  HierQuantize problem{};
+  problem.sem = {tokens, groups, sem_depth, static_cast<Metric>(sem_metric), wide != 0, rows(z_sem, z_sem_dtype),
+                 rows(sem, sem_dtype), nullptr, nullptr};
+  problem.pix = {tokens, groups, subcodes, pix_depth, static_cast<Metric>(pix_metric), wide != 0,
+                 rows(z_pix, z_pix_dtype), rows(pix, pix_dtype), nullptr, nullptr, nullptr};
+  problem.lookup = lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes, q_sem,
+                          q_pix);
+  problem.codes = codes;
+  return run(problem, &cuda::hier_quantize_scratch, &cuda::hier_quantize);
+}
+
+EXPORTED int segment_sum(int64_t count, int64_t depth, int64_t segments, const void* values, int values_dtype,
+                         const int64_t* ids, void* sums, int64_t* counts) {
+  const SegmentSum problem{count, depth, segments, rows(values, values_dtype), ids, sums, counts};
+  return run(problem, &cuda::segment_sum_scratch, &cuda::segment_sum);
+}
