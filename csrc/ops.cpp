@@ -12,12 +12,13 @@
 //   scores. A NaN score never wins; a code with NaN or Inf never wins.
 // - On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those
 //   of sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction
-//   set.
+//   set. On CUDA scores are as exact as fp32 sums, some of them fp64 sums, and so are the comparisons: ids are those of
+//   fp64 wherever its scores differ by more than fp32 rounding.
 // - A token with NaN or Inf, or without any score above -inf: id 0 and score NaN. Ids are always in range.
 // - dtypes: float32, float16, bfloat16, float64, each tensor its own. Scores and search in fp32, or in fp64 as soon as
 //   one floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of its rows.
-//   sums are float32 (float64 for float64 values), summed in fp64 in row order and rounded once. Ids, groups, codes and
-//   counts are int64.
+//   sums are float32 (float64 for float64 values), summed in fp64 and rounded once: on the CPU in row order, on CUDA in a
+//   fixed order of chunks of the rows sorted by id. Ids, groups, codes and counts are int64.
 // - Shapes: any leading dimensions, none included; N = 0 gives empty outputs; K, m, D >= 1. Any strides. One device.
 // - Ids out of range cannot raise without a device synchronisation, so they have an outcome: nearest_subcode: id 0,
 //   score NaN; hier_lookup: rows of NaN; segment_sum: the row is left out.

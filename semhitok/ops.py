@@ -8,6 +8,7 @@ The contract, the same on every backend (csrc/ops.cpp states and checks it):
   in fp64 as soon as one input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
 - On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those of
   sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction set.
+  On CUDA ids are those of fp64 wherever its scores differ by more than fp32 rounding.
 - A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
 - Any leading dimensions and strides; no tokens gives empty outputs.
 - Ids out of range cannot raise without waiting for the device; each op says what they give.
@@ -128,8 +129,8 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
         ids: [N] int64; rows with an id outside [0, num_segments) are left out.
         num_segments: S >= 0.
     Returns:
-        sums [S, D] (float32, or float64 for float64 values), added in fp64 in row order and rounded once,
-        differentiable in values; counts [S] int64.
+        sums [S, D] (float32, or float64 for float64 values), added in fp64 in a fixed order (on the CPU that
+        of the rows) and rounded once, differentiable in values; counts [S] int64.
     Raises:
         RuntimeError: a wrong dtype, shape or device.
 

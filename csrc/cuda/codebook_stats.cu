@@ -34,8 +34,9 @@ __device__ __forceinline__ double squared_norm(const float (&c)[kPerLane]) {
   return team_sum(sum);
 }
 
-__global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* partial) {
+__global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* partial, CodebookStats* stats) {
   __shared__ double sums[kTeamsPerBlock][kPartial];
+  if (blockIdx.x == 0 && threadIdx.x == 0) *stats = CodebookStats{};
   const int team = threadIdx.x / kTeam, lane = team_lane();
   double sum[kPerLane] = {}, bias = 0.0, count = 0.0;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team; k < p.codes;
@@ -112,8 +113,8 @@ int64_t stats_partial_bytes() { return static_cast<int64_t>(kBlocks) * kPartial 
 
 cudaError_t codebook_stats(const NearestCode& p, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream) {
-  cudaError_t error = cudaMemsetAsync(stats, 0, sizeof(CodebookStats), stream);
-  if (error == cudaSuccess && centre) error = launch(sums_kernel, kBlocks, kThreads, 0, stream, p, partial);
+  const cudaError_t error = centre ? launch(sums_kernel, kBlocks, kThreads, 0, stream, p, partial, stats)
+                                   : cudaMemsetAsync(stats, 0, sizeof(CodebookStats), stream);
   if (error != cudaSuccess) return error;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.codes, kTeamsPerBlock), 4 * kBlocks));
   return launch(extremes_kernel, blocks, kThreads, 0, stream, p, centre, partial, stats);

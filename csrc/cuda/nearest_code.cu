@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kOldestMma = 8;    // compute capability of the first mma.sync used here
 constexpr int kHopper = 9;
-constexpr int64_t kLittleWork = int64_t{1} << 28;  // multiply-adds that take less long than packing a codebook
+constexpr int64_t kLittleWork = int64_t{1} << 29;  // multiply-adds that take less long than packing a codebook
 
 bool can_run(Search search, const NearestCode& p, const Device& device) {
   if (search == Search::kSimt) return true;

@@ -7,8 +7,11 @@
 
 #include "device.cuh"
 
-// Where the code for compute capability 9.0 itself is compiled: a kernel that uses what is marked Hopper below has its
-// body behind this.
+// A kernel that uses what is marked Ampere or Hopper below has its body behind one of these: what is compiled for
+// compute capability 8.0 and later, and for 9.0 itself.
+#if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800) || defined(SEMHITOK_EMULATED)
+#define SEMHITOK_AMPERE 1
+#endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(SEMHITOK_EMULATED)
 #define SEMHITOK_HOPPER 1
 #endif

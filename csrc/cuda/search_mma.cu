@@ -29,16 +29,19 @@ constexpr int kMostStepsOfTwo = 4;
 __host__ __device__ constexpr int row_sets(int steps) { return steps <= kMostStepsOfTwo ? 2 : 1; }
 constexpr int tile_tokens(int steps) { return kWarps * row_sets(steps) * kSetTokens; }
 
+#ifdef SEMHITOK_AMPERE
 template <int kSteps>
 __device__ __forceinline__ void bring_tile(char* shared, const char* tile) {
   static_assert(half_tile_bytes(kSteps) % 16 == 0, "copied by 16 bytes");
   for (int i = threadIdx.x * 16; i < half_tile_bytes(kSteps); i += kThreads * 16) copy_async_16(shared + i, tile + i);
 }
+#endif
 
 template <int kSteps>
 __global__ void __launch_bounds__(kThreads)
     search_mma_kernel(NearestCode p, const CodebookStats* stats, const char* codes, HalfResults results,
                       int32_t blocks) {
+#ifdef SEMHITOK_AMPERE
   constexpr int kTileBytes = half_tile_bytes(kSteps), kRowSets = row_sets(kSteps);
   constexpr int kTokens = kWarps * kRowSets * kSetTokens;
   const Shares shares = share(p.tokens, kTokens, code_tiles(p), blocks);
@@ -114,6 +117,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+#endif
 }
 
 // Two blocks a multiprocessor where shared memory allows it.
