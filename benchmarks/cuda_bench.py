@@ -2,8 +2,8 @@
 instead, on a grid of shapes; then hier_quantize, a training step, and the figures that are promised.
 
 Times are microseconds on the device, each call by CUDA events with the L2 flushed before it (cuda_timing.py), medians
-of interleaved rounds; "graph" is a call in a CUDA graph of twenty, caches warm. "simt", "mma", "wgmma" and "certified"
-are our searches, each forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
+of interleaved rounds; "graph" is a call in a CUDA graph of twenty, caches warm. "simt", "few", "mma", "wgmma" and
+"certified" are our searches, each forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
 
 - torch: `(z @ codebook.T).argmax(1)`, TF32 off; tf32: on; bf16: inputs cast beforehand
 - compile: torch.compile of the same expression, TF32 off
@@ -43,7 +43,7 @@ from cuda_timing import Call, EventTimer, Timer, extra_mib, graph_us, in_chunks,
 from torch import Tensor
 
 import semhitok
-from semhitok import ops
+from semhitok import _C, ops
 
 Shape = tuple[int, int, int]  # N, K, D
 Record = dict[str, Any]
@@ -158,16 +158,6 @@ def uncertified(rescored: Tensor) -> float:
     return 100 * (rescored < 0).double().mean().item()
 
 
-def design_of(scores: Tensor, rescored: Tensor, forced: dict[str, Tensor]) -> str | None:
-    """Which search the op chose: the certified one counts rescored codes, the others have their own rounding.
-
-    scores[N] and rescored[N] of the search left to choose, forced the scores [N] of each path that runs.
-    """
-    if bool((rescored != 0).any()):
-        return "certified"
-    return next((path for path, own in forced.items() if path != "certified" and torch.equal(own, scores)), None)
-
-
 # ---- one line of the table ----
 
 
@@ -189,7 +179,8 @@ def bench(shape: Shape, ran: dict[str, set[Shape]], peers: tuple[str, ...], ceil
             failed[f"{name} in a graph"] = reason(error)
     torch.cuda.synchronize()  # raises where a kernel has broken the device for this process
     if "ours" in times:
-        record |= of_design(shape, times["ours"], chosen(z, codebook, times, record), ceilings)
+        record |= of_design(shape, times["ours"], _C.cuda_search(n, k, d), ceilings)
+        record["uncertified percent"] = uncertified(torch.ops.semhitok.nearest_code_probe(z, codebook)[2])
         record["wrong ids"] = {
             name: wrong_ids(z, codebook, calls[name]().long())
             for name in ("ours", *PATHS, "triton", "torch") if name in times
@@ -198,20 +189,9 @@ def bench(shape: Shape, ran: dict[str, set[Shape]], peers: tuple[str, ...], ceil
     return record
 
 
-def chosen(z: Tensor, codebook: Tensor, times: dict[str, float], record: Record) -> str | None:
-    probe = torch.ops.semhitok.nearest_code_probe
-    try:
-        scores, _, rescored = probe(z, codebook)
-        record["uncertified percent"] = uncertified(rescored)
-        return design_of(scores, rescored, {path: probe(z, codebook, "ip", path)[0] for path in PATHS if path in times})
-    except RuntimeError as error:  # NotImplementedError too: a build without the probe on CUDA
-        record["failed"]["probe"] = reason(error)
-        return None
-
-
-def of_design(shape: Shape, ours_us: float, design: str | None, ceilings: Any) -> Record:
+def of_design(shape: Shape, ours_us: float, design: str, ceilings: Any) -> Record:
     n, k, d = shape
-    least = floor(design, n, k, d, ceilings) if design and ceilings else None
+    least = floor(design, n, k, d, ceilings) if ceilings else None
     return {
         "TFLOP/s": 2 * n * k * d / ours_us / 1e6, "design": design,
         "floor us": least and least.us, "limit": least and least.limit,

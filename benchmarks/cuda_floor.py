@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-PATHS = ("simt", "mma", "wgmma", "certified")  # nearest_code_probe's capabilities on CUDA, simplest first
+PATHS = ("simt", "few", "mma", "wgmma", "certified")  # nearest_code_probe's capabilities on CUDA, simplest first
 
 # certified: 16 three-way maxima for 32 scores, and 6 simpler instructions to keep what they find.
 THREE_WAY_PER_SCORE = 16 / 32
@@ -17,7 +17,13 @@ TWO_WAY_PER_SCORE = 6 / 32
 # The others, for a score: a comparison, and a select each for the score and for its id.
 INSTRUCTIONS_PER_SCORE = 3
 SPLIT_TERMS = 3  # fp16 products that together give an fp32 one
-TOKENS_PER_BLOCK = {"simt": 128, "mma": 256, "wgmma": 192, "certified": 256}  # share a reading of the codebook from L2
+TOKENS_PER_BLOCK = {
+    "simt": 128,
+    "few": 256,
+    "mma": 256,
+    "wgmma": 192,
+    "certified": 256,
+}  # share a reading of the codebook from L2
 FP16_STEP, INT8_STEP = 16, 32  # depth of one tensor-core instruction
 BYTES_OUT = 4 + 8  # a token's score and id
 
@@ -44,8 +50,11 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
         return 2 * scores * products / (mma[instruction] * 1e12)
 
     instruction = {
-        "mma": "mma.sync f16 m16n8k16", "wgmma": "wgmma f16 m64n128k16", "certified": "wgmma s8 m64n128k32"
-    }.get(path)  # fmt: skip
+        "few": "mma.sync f16 m16n8k16",
+        "mma": "mma.sync f16 m16n8k16",
+        "wgmma": "wgmma f16 m64n128k16",
+        "certified": "wgmma s8 m64n128k32",
+    }.get(path)
     if path not in PATHS or (instruction is not None and mma[instruction] is None):
         return None
     if instruction is None:
@@ -56,7 +65,7 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
         times = {"MMA": tensor(instruction, row_bytes), "max": best}
     else:
         depth = padded(d, FP16_STEP)
-        row_bytes = 2 * 2 * depth  # high and low halves
+        row_bytes = 4 * d if path == "few" else 2 * 2 * depth  # as it is, or its high and low halves
         times = {
             "MMA": tensor(instruction, SPLIT_TERMS * depth), "compare": issue("VIMNMX", INSTRUCTIONS_PER_SCORE)
         }  # fmt: skip

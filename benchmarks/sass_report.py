@@ -23,6 +23,7 @@ from pathlib import Path
 # What makes a kernel fast, by a part of its demangled name and the architecture: instructions (an opcode's beginning)
 # that must be in its code. A kernel that is not in the binary breaks its promise too, where its architecture is there.
 PROMISES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("search_few_kernel", "sm_80"): ("HMMA",),
     ("search_mma_kernel", "sm_80"): ("HMMA",),
     ("search_wgmma_kernel", "sm_90a"): ("HGMMA",),
     ("search_int8_kernel", "sm_90a"): ("IGMMA", "VIMNMX3"),

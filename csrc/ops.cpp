@@ -31,6 +31,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -333,8 +334,8 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Te
 }
 
 #if SEMHITOK_WITH_CUDA
-// The same on CUDA: capability names the search ("simt", "mma", "wgmma", "certified", or "" for the one that
-// nearest_code would choose). rescored [N]: -1 for a token without a certificate, 0 where the search has none.
+// The same on CUDA: capability names the search ("simt", "few", "mma", "wgmma", "certified", or "" for the one
+// that nearest_code would choose). rescored [N]: -1 for a token without a certificate, 0 where the search has none.
 std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, const Tensor& codebook,
                                                            const std::string& metric, const std::string& capability,
                                                            const std::string& first_pass, double bound_scale) {
@@ -343,11 +344,12 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, cons
   check(first_pass.empty(), "first_pass: expected \"\" on CUDA, got \"", first_pass, "\"");
   {
     const CudaDevice device(z.get_device_index());
-    const std::vector<std::string> names{"simt", "mma", "wgmma", "certified"};  // in the order of cuda::Search
-    const auto name = std::find(names.begin(), names.end(), capability);
-    check(capability.empty() || name != names.end(),
-          "capability: expected \"simt\", \"mma\", \"wgmma\", \"certified\" or \"\", got \"", capability, "\"");
-    probe.search = capability.empty() ? cuda::chosen_search(p) : static_cast<cuda::Search>(name - names.begin());
+    const auto names = std::begin(cuda::kSearchNames), end = std::end(cuda::kSearchNames);
+    const auto name = std::find(names, end, capability);
+    check(capability.empty() || name != end,
+          "capability: expected \"simt\", \"few\", \"mma\", \"wgmma\", \"certified\" or \"\", got \"", capability,
+          "\"");
+    probe.search = capability.empty() ? cuda::chosen_search(p) : static_cast<cuda::Search>(name - names);
     check(cuda::search_can_run(probe.search, p), "capability: expected a search that this device and build have for D = ",
           p.depth, ", got \"", capability, "\"");
   }

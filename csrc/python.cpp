@@ -7,6 +7,12 @@
 #include "build_config.h"
 #include "cpu/backend.h"
 
+#if SEMHITOK_WITH_CUDA
+#include <stdexcept>
+
+#include "cuda/kernels.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -52,10 +58,30 @@ py::dict build_info() {
   return info;
 }
 
+#if SEMHITOK_WITH_CUDA
+std::string cuda_search(int64_t tokens, int64_t codes, int64_t depth, bool wide, int device) {
+  using namespace semhitok;
+  int previous = 0;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  NearestCode problem{};
+  problem.tokens = tokens, problem.codes = codes, problem.depth = depth, problem.wide = wide;
+  const cuda::Search search = cuda::chosen_search(problem);
+  (void)cudaSetDevice(previous);
+  return cuda::kSearchNames[static_cast<int>(search)];
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of semhitok (torch.ops.semhitok) and what they were built with.";
   m.def("build_info", &build_info,
         "version, cxx, torch_headers, cpu {compiled, found, used}, cuda {toolkit, architectures} or None.");
+#if SEMHITOK_WITH_CUDA
+  m.def("cuda_search", &cuda_search, py::arg("tokens"), py::arg("codes"), py::arg("depth"), py::arg("wide") = false,
+        py::arg("device") = 0,
+        "The name of the search that nearest_code runs for such a problem on a CUDA device (csrc/cuda/search.h).");
+#endif
 }

@@ -1,6 +1,6 @@
 """Every op and every search of nearest_code once, on small odd shapes, against float64: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python tests/cuda_small.py [op|simt|mma|wgmma|certified ...]
+    compute-sanitizer --tool memcheck python tests/cuda_small.py [op|simt|few|mma|wgmma|certified ...]
 
 The references run on the CPU, so that nearly all kernels seen are ours. Exit status 1 when a result is off; a search
 that refuses a shape says so and does not count.
@@ -20,7 +20,7 @@ from op_checks import assert_nearest, randn
 
 from semhitok import ops, reference
 
-PATHS = ("simt", "mma", "wgmma", "certified")
+PATHS = ("simt", "few", "mma", "wgmma", "certified")
 SHAPES = [(1, 1, 1), (3, 129, 7), (65, 300, 33), (130, 513, 16), (257, 1025, 48), (40, 200, 100)]  # N, K, D
 DEVICE = "cuda"
 

@@ -13,12 +13,25 @@ from typing import Any
 
 import pytest
 import setuptools
+import torch
 
 from semhitok import _C, __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
 needs_tools = pytest.mark.skipif(bool(NEEDED), reason=f"not on PATH: {', '.join(NEEDED)}")
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"] is None, reason="this build of semhitok has no CUDA kernels")
+def test_cuda_search_names_a_search() -> None:
+    """What is chosen where is tested on the emulator (test_cuda_searches.py); here, that one may ask."""
+    if torch.cuda.is_available():
+        assert _C.cuda_search(1, 1, 129) == _C.cuda_search(65536, 16384, 64, wide=True) == "simt"
+        with pytest.raises(RuntimeError, match="CUDA"):
+            _C.cuda_search(1, 1, 1, device=torch.cuda.device_count())
+    else:
+        with pytest.raises(RuntimeError, match="CUDA"):
+            _C.cuda_search(1, 1, 1)
 
 
 def test_build_info() -> None:

@@ -183,13 +183,7 @@ def test_a_line_without_our_own_time() -> None:
     assert set(" ".join(values).split()) == {"256", "8192", "8", "|", "-"}
 
 
-def test_design_is_inferred() -> None:
-    scores, other = torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.25 + 2.0**-24])
-    forced = {"simt": other, "mma": scores, "wgmma": other, "certified": scores}
-    assert cuda_bench.design_of(scores, torch.tensor([3, -1]), forced) == "certified"
-    assert cuda_bench.design_of(scores, torch.tensor([0, 0]), forced) == "mma"
-    assert cuda_bench.design_of(other, torch.tensor([0, 0]), forced) == "simt"
-    assert cuda_bench.design_of(scores, torch.tensor([0, 0]), {"simt": other}) is None
+def test_uncertified_is_a_percentage() -> None:
     assert cuda_bench.uncertified(torch.tensor([1, -1, 4, 16])) == 25
 
 

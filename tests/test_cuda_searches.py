@@ -190,8 +190,9 @@ def test_which_search_is_chosen(kernels: emulated.Kernels) -> None:
         kernels.set_device(capability, 132)
         return kernels.chosen_search(n, k, d, wide)
 
-    assert chosen(65536, 16384, 64) == chosen(4096, 8192, 32) == "certified"
-    assert chosen(256, 16384, 32) == chosen(1, 1, 1) == "simt"  # packing the codebook would take longer
+    assert chosen(65536, 16384, 64) == chosen(4096, 16384, 32) == "certified"
+    assert chosen(256, 16384, 32) == chosen(1, 1, 1) == "few"  # packing the codebook would take longer
+    assert chosen(256, 16384, 32, (8, 6)) == "few" and chosen(256, 16384, 32, (7, 5)) == "simt"
     assert chosen(65536, 16384, 64, wide=True) == chosen(65536, 16384, 129) == "simt"
     assert chosen(65536, 16384, 64, (8, 0)) == chosen(65536, 16384, 64, (12, 0)) == "mma"
     assert chosen(65536, 16384, 64, (10, 0)) == chosen(65536, 16384, 64, (9, 1)) == "mma"
@@ -200,7 +201,7 @@ def test_which_search_is_chosen(kernels: emulated.Kernels) -> None:
 
 def test_the_op_takes_the_chosen_search(kernels: emulated.Kernels) -> None:
     kernels.set_device((9, 0), 2)
-    z, codes = randn(1100, 32, seed=15), randn(16384, 32, seed=16)
+    z, codes = randn(2100, 32, seed=15), randn(16384, 32, seed=16)
     assert kernels.chosen_search(len(z), len(codes), 32) == "certified"
     ids = kernels.nearest_code(z, codes, "ip")[1]
     assert torch.equal(ids, ops.nearest_code(z, codes, "ip")[1])

@@ -1,13 +1,14 @@
 // The two ends of a search on fp16 products: packing the codebook, and merging what the splits found.
 //
 // pack: eight lanes a code, a lane a column of eight values. Cost: K * D * 4 bytes read and as many written.
-// merge: a thread a token goes over its splits in ascending order, so the lowest id stays among equal scores.
+// merge: eight lanes a token, which meet by (score descending, id ascending): arrival never decides.
 #include "half_codebook.cuh"
 
 namespace semhitok::cuda {
 namespace {
 
 constexpr int kThreads = kWarpsPerBlock * kWarp;
+constexpr int kMergeBlocks = 8;  // a multiprocessor
 
 __global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats,
                                                              int steps, char* codes) {
@@ -49,14 +50,19 @@ __global__ void __launch_bounds__(kThreads) merge_half_kernel(NearestCode p, Tok
                                                               int tile_tokens, int32_t blocks) {
   const int64_t count = token_count(p, tokens);
   const Shares shares = share(count, tile_tokens, code_tiles(p), blocks);
-  const int64_t rows = int64_t{shares.row_tiles} * tile_tokens;
-  for (int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; place < count;
-       place += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t place = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; place < count;
+       place += static_cast<int64_t>(gridDim.x) * kTeamsPerBlock) {
     Best best;
     best.clear();
-    for (int64_t s = 0; s < shares.splits; ++s) {
-      best.merge(results.scores[s * rows + place], results.ids[s * rows + place]);
+    for (int s = team_lane(); s < shares.splits; s += kTeam) {
+      best.merge(results.scores[place * shares.splits + s], results.ids[place * shares.splits + s]);
     }
+#pragma unroll
+    for (int offset = kTeam / 2; offset > 0; offset /= 2) {
+      const float other = __shfl_xor_sync(team_mask(), best.score, offset, kTeam);
+      best.merge(other, __shfl_xor_sync(team_mask(), best.id, offset, kTeam));
+    }
+    if (team_lane() != 0) continue;
     const int64_t token = tokens.list ? tokens.list[place] : place;
     const bool any = best.score > -infinity(float());
     static_cast<float*>(p.scores)[token] = any ? best.score : nan_of(float());
@@ -66,14 +72,23 @@ __global__ void __launch_bounds__(kThreads) merge_half_kernel(NearestCode p, Tok
 
 }  // namespace
 
+HalfResults cut_results(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
+  HalfResults results;
+  Pieces pieces(base);
+  const int64_t rows = most_shared_rows(p.tokens, tile_tokens, blocks);
+  results.scores = pieces.take<float>(rows);
+  results.ids = pieces.take<int32_t>(rows);
+  results.bytes = pieces.used();
+  return results;
+}
+
 HalfScratch cut_half(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
   HalfScratch s;
   Pieces pieces(base);
-  const int64_t rows = most_shared_rows(p.tokens, tile_tokens, blocks);
   s.stats = pieces.take<CodebookStats>(1);
   s.codes = pieces.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
-  s.results.scores = pieces.take<float>(rows);
-  s.results.ids = pieces.take<int32_t>(rows);
+  char* results = pieces.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
+  s.results = cut_results(p, tile_tokens, blocks, results);
   s.bytes = pieces.used();
   return s;
 }
@@ -87,7 +102,7 @@ cudaError_t pack_half_codebook(const NearestCode& p, TokenList tokens, const Cod
 
 cudaError_t merge_half_results(const NearestCode& p, TokenList tokens, HalfResults results, int tile_tokens,
                                int32_t blocks, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kThreads), blocks));
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kTeamsPerBlock), kMergeBlocks * int64_t{blocks}));
   return launch(merge_half_kernel, grid, kThreads, 0, stream, p, tokens, results, tile_tokens, blocks);
 }
 

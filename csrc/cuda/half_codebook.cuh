@@ -122,11 +122,18 @@ struct Best {
   }
 };
 
-// What a search leaves of its tokens, by split and place: [splits][row_tiles * tile_tokens].
+// What a search leaves of its tokens: [row_tiles * tile_tokens][splits].
 struct HalfResults {
   float* scores;
   int32_t* ids;
+  int64_t bytes;
+
+  __device__ __forceinline__ void put(const Best& best, int64_t place, int split, const Shares& shares) const {
+    scores[place * shares.splits + split] = best.score;
+    ids[place * shares.splits + split] = best.id;
+  }
 };
+HalfResults cut_results(const NearestCode& problem, int tile_tokens, int32_t blocks, void* base);
 
 struct HalfScratch {
   CodebookStats* stats;

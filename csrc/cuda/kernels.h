@@ -12,7 +12,8 @@ int64_t nearest_code_scratch(const NearestCode& problem);  // bytes
 cudaError_t nearest_code(const NearestCode& problem, void* scratch, cudaStream_t stream);
 
 // search.h says what they are.
-enum class Search : int32_t { kSimt, kMma, kWgmma, kCertified };
+enum class Search : int32_t { kSimt, kFew, kMma, kWgmma, kCertified };
+constexpr const char* kSearchNames[] = {"simt", "few", "mma", "wgmma", "certified"};
 
 Search chosen_search(const NearestCode& problem);  // nearest_code's on the current device
 bool search_can_run(Search search, const NearestCode& problem);

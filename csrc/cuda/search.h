@@ -1,7 +1,8 @@
 // The searches behind nearest_code, for each the scratch it needs and its launches on a stream.
 //
 //   simt       fp32 (fp64 when wide) multiply-adds: any GPU, any shape.
-//   mma        mma.sync on three-term fp16 products, as exact as fp32: compute capability 8.0 and later.
+//   few        mma.sync on three-term fp16 products, as exact as fp32, in two launches: compute capability 8.0 and later.
+//   mma        the same from a codebook packed beforehand.
 //   wgmma      the same products on Hopper's own tensor-core instructions: 9.0.
 //   certified  one int8 wgmma pass that proves for nearly every token which few codes can win; those are scored in
 //              fp64, and the tokens without a proof go to wgmma: 9.0.
@@ -29,6 +30,9 @@ struct TokenList {
 
 int64_t simt_search_scratch(const NearestCode& problem);  // bytes
 cudaError_t simt_search(const NearestCode& problem, void* scratch, cudaStream_t stream);
+
+int64_t few_search_scratch(const NearestCode& problem, const Device& device);
+cudaError_t few_search(const NearestCode& problem, const Device& device, void* scratch, cudaStream_t stream);
 
 int64_t mma_shared_bytes(const NearestCode& problem);
 int64_t mma_search_scratch(const NearestCode& problem, const Device& device);

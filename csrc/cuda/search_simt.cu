@@ -1,5 +1,4 @@
-// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU; the oracle of the faster kernels, and the
-// search of a few hundred tokens, where packing the codebook for tensor cores would not pay.
+// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU, any depth; the oracle of the faster kernels.
 //
 // Contract: score(t, k) = bias[k] + sum_d z[t][d] c[k][d], the sum in ascending d with one FMA a step from zero, then
 // the bias; the lowest k of the greatest score wins; NaN never does. A token with NaN or Inf, or without any score

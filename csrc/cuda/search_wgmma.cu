@@ -95,11 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       best[r].merge_lanes_of_row();
-      if (lane % 4 == 0) {
-        const int64_t at = int64_t{split} * shares.row_tiles * kTileTokens + place + 8 * r;
-        results.scores[at] = best[r].score;
-        results.ids[at] = best[r].id;
-      }
+      if (lane % 4 == 0) results.put(best[r], place + 8 * r, split, shares);
     }
   }
 #endif

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # csrc/problem.h
 METRICS = ["ip", "l2"]
-SEARCHES = ["simt", "mma", "wgmma", "certified"]  # csrc/cuda/kernels.h
+SEARCHES = ["simt", "few", "mma", "wgmma", "certified"]  # csrc/cuda/kernels.h
 GUARD = 4096  # bytes of 0xFF, NaN in every dtype, on both sides of each tensor
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DSEMHITOK_EMULATED", "-DSEMHITOK_HAVE_SM90A=1",
          "-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # fmt: skip
