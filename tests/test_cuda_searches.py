@@ -130,6 +130,30 @@ def test_tokens_along_what_rounding_leaves(kernels: emulated.Kernels) -> None:
         assert torch.equal(ids, ops.nearest_code(sign * z, codes, "ip")[1])
 
 
+def test_codes_that_int8_holds_as_they_are(kernels: emulated.Kernels) -> None:
+    """Nothing but the rounding of the tokens is left in the bound."""
+    for seed, d in itertools.product(range(3), (2, 3, 6)):
+        half = (unit(randn(700, d, seed=seed)) * 127).round() / 127
+        half[0] = 0
+        half[0, 0] = 1  # the scale is 1 / 127
+        codes, z = torch.cat([half, -half]), randn(400, d, seed=seed + 10)  # their mean is zero
+        scores, ids, rescored = kernels.nearest_code_probe(z, codes, "ip", "certified")
+        assert_nearest(z, codes, "ip", scores, ids)
+        assert torch.equal(ids, ops.nearest_code(z, codes, "ip")[1]) and (rescored > 0).any()
+
+
+def test_tokens_at_the_mean_of_the_codes(kernels: emulated.Kernels) -> None:
+    """ "l2": nothing but the rounding of the codes' norms is left in the bound; the shortest code is the nearest."""
+    for seed in range(8):
+        half = unit(randn(40, 8, seed=seed)) * (
+            1 + 1e-4 * torch.rand(40, 1, generator=torch.Generator().manual_seed(seed))
+        )
+        half[:5] *= 3
+        codes, z = torch.cat([half, -half]), torch.zeros(3, 8)
+        ids = kernels.nearest_code_probe(z, codes, "l2", "certified")[1]
+        assert torch.equal(ids, ops.nearest_code(z, codes, "l2")[1])
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_not_finite(kernels: emulated.Kernels, metric: str, search: str) -> None:
@@ -208,3 +232,12 @@ def test_the_op_takes_the_chosen_search(kernels: emulated.Kernels) -> None:
     pix = randn(16384, 4, 8, seed=17)
     got = kernels.hier_quantize(z, z[:, :8].contiguous(), codes, pix)[2]
     assert torch.equal(got // 4, ids)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_memory_is_far_from_tokens_times_codes(kernels: emulated.Kernels, capability: tuple[int, int]) -> None:
+    kernels.set_device(capability, 132)
+    for tokens in (1, 256, 2048, 4096, 16384, 65536):
+        for codes, d in [(8192, 8), (16384, 32), (16384, 64), (24576, 64)]:
+            assert kernels.hier_quantize_scratch(tokens, codes, 12, d, 32) < 64 * 2**20
+    assert kernels.hier_quantize_scratch(65536, 16384, 64, 64, 64) < 64 * 2**20  # tokens in the order of their groups

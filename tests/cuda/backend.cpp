@@ -94,6 +94,18 @@ EXPORTED int chosen_search(int64_t tokens, int64_t codes, int64_t depth, int64_t
   return static_cast<int>(cuda::chosen_search(problem));
 }
 
+// Bytes beyond inputs and outputs, fp32.
+EXPORTED int64_t hier_quantize_scratch(int64_t tokens, int64_t groups, int64_t subcodes, int64_t sem_depth,
+                                       int64_t pix_depth) {
+  HierQuantize problem{};
+  problem.sem.tokens = problem.pix.tokens = problem.lookup.tokens = tokens;
+  problem.sem.codes = problem.pix.groups = problem.lookup.groups = groups;
+  problem.sem.depth = problem.lookup.sem_depth = sem_depth;
+  problem.pix.depth = problem.lookup.pix_depth = pix_depth;
+  problem.pix.subcodes = problem.lookup.subcodes = subcodes;
+  return cuda::hier_quantize_scratch(problem);
+}
+
 EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, int64_t depth, int metric, int wide,
                              const void* z, int z_dtype, const void* sub_codebooks, int sub_codebooks_dtype,
                              const int64_t* group, void* scores, int64_t* ids) {

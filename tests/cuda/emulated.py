@@ -102,6 +102,7 @@ class Kernels:
         self.c = ctypes.CDLL(str(library))
         self.c.message.restype = self.c.launch_message.restype = ctypes.c_char_p
         self.c.launches.restype = ctypes.c_uint64
+        self.c.hier_quantize_scratch.restype = ctypes.c_int64
         self.set_seed(1)
 
     def set_seed(self, seed: int) -> None:
@@ -154,6 +155,11 @@ class Kernels:
     def chosen_search(self, tokens: int, codes: int, depth: int, wide: bool = False) -> str:
         """Which search nearest_code would run on the device set."""
         return SEARCHES[self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide)))]
+
+    def hier_quantize_scratch(self, tokens: int, groups: int, subcodes: int, sem_depth: int, pix_depth: int) -> int:
+        """Bytes of device memory beyond inputs and outputs on the device set, all in fp32."""
+        sizes = (tokens, groups, subcodes, sem_depth, pix_depth)
+        return self.c.hier_quantize_scratch(*(ctypes.c_int64(size) for size in sizes))
 
     def nearest_subcode(self, z: Tensor, codes: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
         wide = _is_wide(z, codes)
