@@ -104,6 +104,8 @@ class Kernels:
         self.c.launches.restype = ctypes.c_uint64
         self.c.hier_quantize_scratch.restype = ctypes.c_int64
         self.set_seed(1)
+        self.set_device()  # the library is loaded once for all tests: as another left it, else
+        self.set_truncating_sums(False)
 
     def set_seed(self, seed: int) -> None:
         """Chooses the order in which threads and blocks run and copies arrive."""
