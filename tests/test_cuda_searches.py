@@ -105,6 +105,14 @@ def test_nearly_every_token_gets_a_certificate(kernels: emulated.Kernels) -> Non
         assert (rescored < 0).float().mean() <= 0.06 and rescored.clamp(min=0).float().mean() <= 4, (kind, d, metric)
 
 
+def test_certificates_do_not_depend_on_scale(kernels: emulated.Kernels) -> None:
+    z, codes = randn(200, 32, seed=3), with_norms(randn(1, 1, seed=1), randn(3000, 32, seed=4))[1]
+    first = kernels.nearest_code_probe(z, codes, "ip", "certified")[2]
+    for scale in (2.0**-60, 2.0**-20, 2.0**60):  # powers of two: nothing else is rounded otherwise
+        assert torch.equal(kernels.nearest_code_probe(scale * z, codes, "ip", "certified")[2], first)
+        assert torch.equal(kernels.nearest_code_probe(z, scale * codes, "ip", "certified")[2], first)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_bound_too_small_gives_wrong_ids(kernels: emulated.Kernels, metric: str) -> None:
     """So the tokens here need the bound: with it, none is wrong."""

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_ke
     }
     top = team_max(top);
     if (top != INT64_MIN) consider(INT_MAX - (top & 0xFFFFFFFF));
-    const double longest = stats.largest * root_depth, size = (info.norm + longest) * longest;
+    const double longest = stats.largest * root_depth;  // no code is longer; nor is the mean, nor x beyond y and mean
+    const double size = (info.norm + (p.metric == Metric::kL2 ? longest : 0.0)) * longest;
     const double bound = bound_scale * (double{info.norm} * stats.residual + double{info.residual} * stats.norm +
                                         stats.bias_residual + info.dropped_bias) + kExactRounding * size;
     const double lowest = floor((best - info.offset - bound) * info.inverse_scale);
