@@ -1,6 +1,6 @@
 // The certified search: an int8 pass and what it proves (int8_codebook.cuh), then the fp16 search for the rest.
 //
-// Plan. Seven launches on one stream, none of which the host waits for: two for the codebook's mean and extremes, one
+// Plan. Eight launches on one stream, none of which the host waits for: two for the codebook's mean and extremes, one
 // that packs codes and tokens, the search, the certification; then three of search_wgmma.cu for the tokens on the list,
 // which do nothing where it is empty.
 // Scratch: (K + N) * padded depth bytes, 32 + 48 * splits bytes a token, and that of the fp16 search.
