@@ -18,6 +18,7 @@ import sass_report
 
 needs_cuobjdump = pytest.mark.skipif(sass_report.find_tool() is None, reason="no cuobjdump")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+MOST_REGISTERS = 168  # what three groups of four warps leave each thread
 NVCC = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
 
 TINY = """
@@ -82,6 +83,7 @@ def test_the_built_module_keeps_its_promises() -> None:
     kernels = sass_report.read(sass_report.installed())
     assert sum(k.ours for k in kernels) >= 5 and all(k.registers and k.code for k in kernels if k.ours)
     assert sass_report.broken_promises(kernels) == []
+    assert all(k.registers <= MOST_REGISTERS for k in kernels if k.ours)
     assert len({len(line) for line in sass_report.table(kernels)}) == 1
 
 
