@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Put `data` under `path`: readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` at the end: readers see the old file or the new one, never a part.
 
     The bytes go to a hidden file of the same folder, reach the disk, and are then renamed. An
     exception removes the hidden file; a killed process may leave `.semhitok-*.tmp` behind.
@@ -22,7 +36,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(descriptor)
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Configuration: plain dataclasses, the named presets, and strict reading of JSON.
+"""Configuration: plain dataclasses, which JSON and YAML fill, strictly.
 
 `SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
 two training stages need. Every default is a choice of this project unless a comment says otherwise.
@@ -10,9 +10,14 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from semhitok._optional import require
+
 T = TypeVar("T")
+
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass
@@ -101,16 +106,19 @@ class SemHiTokConfig:
 
 @dataclass
 class DataConfig:
-    """Crops for training.
+    """Images for training: files and folders, or webdataset shards.
 
     crop_scale: range of a random square crop's side, as a share of the image's shorter side,
         before it is resized; None takes crops of exactly image_size pixels, not resized.
     flip: mirror half of the crops.
+    workers: processes that read and decode, for each training process; 0 reads in the training process itself.
+    shuffle_buffer: samples of a shard stream that are shuffled together; image files are shuffled over the whole set.
     """
 
     crop_scale: tuple[float, float] | None = (0.6, 1.0)
     flip: bool = True
     workers: int = 0
+    shuffle_buffer: int = 1000
 
 
 @dataclass
@@ -125,18 +133,45 @@ class OptimizerConfig:
     grad_clip: float = 1.0
 
 
-@dataclass
-class SemanticStageConfig:
-    """Stage 1: distil the teacher into the semantic codebook.
+def _pixel_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(1e-4, 1e-5, betas=(0.9, 0.95))
 
-    continuous_steps: first steps without quantisation, after which k-means sets the codebook.
-    init_tokens_per_code: tokens gathered for that k-means, per code.
-    restart_window: a code is restarted after this many tokens *per code* without a use.
+
+@dataclass
+class StageConfig:
+    """What all stages have.
+
+    steps: updates of the weights.
+    batch_size: images of an update, over all processes and accumulated gradients.
+    micro_batch: images a process takes through the network at once; None takes its whole share of the batch. Gradients
+        are accumulated over batch_size / (processes * micro_batch) passes.
+    checkpoint_every: steps between two saved states.
     """
 
     steps: int = 100_000
     batch_size: int = 512
+    micro_batch: int | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+@dataclass
+class SemanticStageConfig(StageConfig):
+    """Stage 1: distil the teacher into the semantic codebook.
+
+    continuous_steps: first steps without quantisation, after which k-means sets the codebook.
+    init_tokens_per_code: tokens gathered for that k-means, per code.
+    decay: weight of the old code in the moving average that a code is (norm-EMA).
+    restart_window: a code is restarted after this many tokens *per code* without a use.
+    collapse_usage: warn when the share of codes in use over a window of tokens falls below this.
+    """
+
     continuous_steps: int = 1000
     init_tokens_per_code: int = 64
     kmeans_iterations: int = 10
@@ -145,11 +180,70 @@ class SemanticStageConfig:
     cosine_weight: float = 1.0
     l1_weight: float = 1.0
     commitment_weight: float = 1.0
-    checkpoint_every: int = 1000
+    collapse_usage: float = 0.25
 
 
 @dataclass
-class PixelStageConfig:
+class CriticConfig:
+    """The critic (discriminator) of the reconstruction loss; `weight` 0 leaves it out.
+
+    kind: "patch", a PatchGAN trained from nothing; "dino", trainable heads on a frozen timm backbone.
+    loss: "hinge" or "non_saturating".
+    weight: of the critic's verdict in the reconstruction loss.
+    adaptive: multiply the weight by |gradient of the other terms| / |gradient of the critic's term|, both at the
+        decoder's last layer (VQGAN, equation 7), clamped to `adaptive_range`.
+    train_from: step from which the critic learns.
+    start: step from which the reconstruction loss hears it; its weight ramps up over `ramp` steps.
+    lecam: weight of the LeCAM regulariser (Tseng et al. 2021); 0 leaves it out.
+    augment: DiffAugment (Zhao et al. 2020) of what the critic sees: colour, translation and cutout.
+    shift: show the critic a random window, up to this many pixels smaller than the image, so that the decoder's grid of
+        patches and its own do not coincide; None takes the patch size.
+    width, layers: of the PatchGAN: channels of its first layer, number of layers that halve the map.
+    backbone, checkpoint, image_size, blocks: of "dino": the timm model, a local weights file instead of the hub's, the
+        side in pixels it sees, and the blocks whose tokens the heads judge.
+    """
+
+    kind: str = "patch"
+    loss: str = "hinge"
+    weight: float = 0.5
+    adaptive: bool = False
+    adaptive_range: tuple[float, float] = (0.015, 1e4)
+    train_from: int = 16_000
+    start: int = 20_000
+    ramp: int = 4_000
+    lecam: float = 0.0
+    augment: bool = False
+    shift: int | None = None
+    width: int = 64
+    layers: int = 3
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    checkpoint: str | None = None
+    image_size: int = 224
+    blocks: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
+    optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", ("patch", "dino")), ("loss", ("hinge", "non_saturating"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"critic.{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class ReconstructionConfig:
+    """Weights of the terms of the reconstruction loss; a term of weight 0 is left out.
+
+    l1, l2: mean absolute and mean squared error of pixels in [0, 1].
+    lpips: the learnt perceptual distance (extra `train`), VGG backbone.
+    """
+
+    l1: float = 1.0
+    l2: float = 1.0
+    lpips: float = 1.0
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+
+@dataclass
+class PixelStageConfig(StageConfig):
     """Stage 2: pixel branch on top of the frozen semantic branch.
 
     continuous_steps: first steps without pixel quantisation, after which k-means inside each
@@ -158,119 +252,135 @@ class PixelStageConfig:
     decay: of the moving averages that the sub-codes are.
     drop: share of images decoded with the mean of its sub-codebook in every sub-code's place, so that the semantic part
         alone stays decodable.
-    perceptual_weight: weight of LPIPS (extra `train`); 0 leaves it out.
+    ema_decay: of the moving average of the weights, which is what is evaluated and published; 0 publishes the weights.
     """
 
     steps: int = 200_000
     batch_size: int = 256
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(1e-4, 1e-5))
+    optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
     continuous_steps: int = 2000
-    init_tokens_per_code: int = 16
+    init_tokens_per_code: float = 16
     kmeans_iterations: int = 10
     decay: float = 0.99
     restart_window: int = 100
     drop: float = 0.1
-    l1_weight: float = 1.0
-    l2_weight: float = 1.0
-    perceptual_weight: float = 1.0
     commitment_weight: float = 0.25
-    checkpoint_every: int = 1000
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    ema_decay: float = 0.999
+
+
+@dataclass
+class DecoderStageConfig(StageConfig):
+    """Stage 3, optional: the pixel decoder alone learns on, all codes frozen (paper: enhanced decoder).
+
+    ema_decay: as in the pixel stage.
+    """
+
+    steps: int = 50_000
+    batch_size: int = 256
+    optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    ema_decay: float = 0.999
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation on held-out images while training.
+
+    every: steps between two evaluations; there is one at the end of every stage, too.
+    batch_size: images of one process at once.
+    pictures: held-out images drawn with their reconstructions.
+    best: metric by which the best checkpoint is kept, of those the evaluation prints.
+    """
+
+    every: int = 5000
+    batch_size: int = 16
+    pictures: int = 8
+    best: str = "psnr"
 
 
 @dataclass
 class TrainConfig:
-    """Everything a training run depends on besides its images."""
+    """Everything a training run depends on besides its images.
+
+    stages: which stages run, in order.
+    start_from: a finished tokenizer (folder, or name on the Hub) to start from; None starts from nothing.
+    precision: "bf16" runs the networks under bf16 autocast; quantisation and losses stay in fp32.
+    compile: torch.compile the transformer trunks and the teacher.
+    gradient_checkpointing: compute activations of transformer blocks again instead of keeping them.
+    shard: split weights, gradients and optimiser state over the processes (FSDP2) instead of copying them (DDP).
+    keep_checkpoints: states kept for each stage.
+    tracker: "tensorboard", "wandb" or "none".
+    """
 
     model: SemHiTokConfig = field(default_factory=SemHiTokConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    stages: list[str] = field(default_factory=lambda: ["semantic", "pixel"])
+    start_from: str | None = None
     semantic: SemanticStageConfig = field(default_factory=SemanticStageConfig)
     pixel: PixelStageConfig = field(default_factory=PixelStageConfig)
+    decoder: DecoderStageConfig = field(default_factory=DecoderStageConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    precision: str = "fp32"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    keep_checkpoints: int = 2
+    tracker: str = "tensorboard"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none")),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        order = ["semantic", "pixel", "decoder"]
+        if not self.stages or [s for s in order if s in self.stages] != self.stages:
+            raise ValueError(f"stages: expected some of {', '.join(order)}, in this order, got {self.stages}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def _siglip_256(**overrides: Any) -> TrainConfig:
-    return TrainConfig(model=SemHiTokConfig(**overrides))
+def preset_names() -> list[str]:
+    """The named training configurations, which are the YAML files in semhitok/presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def _siglip_384(**overrides: Any) -> TrainConfig:
-    # The teacher's 27 x 27 patches are resampled to the tokenizer's 24 x 24.
-    teacher = TeacherConfig("vit_so400m_patch14_siglip_384.webli", image_size=384)
-    return TrainConfig(model=SemHiTokConfig(image_size=384, teacher=teacher, **overrides))
+def train_config(source: str) -> TrainConfig:
+    """A training configuration: a preset by name, or a YAML file (a name ending in .yaml or .yml).
 
+    What a file does not name has the default that its dataclass here states.
 
-def _tiny() -> TrainConfig:
-    # The teacher is a stand-in: a fixed Vision Transformer with random weights. It knows nothing
-    # of meaning; it only lets the whole pipeline run where no weights can be fetched.
-    teacher = TeacherConfig(
-        "vit_tiny_patch16_224",
-        pretrained=False,
-        image_size=64,
-        options={"patch_size": 4, "embed_dim": 96, "depth": 3, "num_heads": 3},
-    )
-    model = SemHiTokConfig(
-        image_size=64,
-        patch_size=4,
-        num_codes=256,
-        num_sub_codes=8,
-        sem_dim=16,
-        pix_dim=16,
-        teacher=teacher,
-        semantic_decoder=ViTConfig(96, 1, 3),
-        encoder=ViTConfig(128, 2, 2),
-        decoder=ViTConfig(128, 2, 2),
-    )
-    optimizer = OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_share=0.05)
-    return TrainConfig(
-        model=model,
-        data=DataConfig(crop_scale=None),
-        semantic=SemanticStageConfig(
-            steps=200,
-            batch_size=8,
-            optimizer=optimizer,
-            continuous_steps=50,
-            checkpoint_every=100,
-        ),
-        pixel=PixelStageConfig(
-            steps=1000,
-            batch_size=8,
-            optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-5, warmup_share=0.05),
-            continuous_steps=100,
-            decay=0.97,
-            l2_weight=5.0,
-            perceptual_weight=0.0,
-            checkpoint_every=100,
-        ),
-    )
-
-
-PRESETS: dict[str, typing.Callable[[], TrainConfig]] = {
-    "semhitok-tiny": _tiny,
-    "semhitok-256": _siglip_256,
-    "semhitok-384": _siglip_384,
-    "semhitok-256-24k": lambda: _siglip_256(num_codes=24576, num_sub_codes=8),
-    "semhitok-384-24k": lambda: _siglip_384(num_codes=24576, num_sub_codes=8),
-}
-
-
-def train_preset(name: str) -> TrainConfig:
-    """A fresh training configuration by name; ValueError lists the names there are."""
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]()
+    Raises:
+        ValueError: no such preset (the message lists them), not YAML, an unknown setting or a value of another type.
+        OSError: the file cannot be read.
+    """
+    yaml = require("yaml")
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+    else:
+        path = PRESETS / f"{source}.yaml"
+        if source not in preset_names():
+            raise ValueError(f"preset: expected one of {', '.join(preset_names())}, or a .yaml file, got {source!r}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return from_dict(TrainConfig, {} if data is None else data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def preset(name: str) -> SemHiTokConfig:
     """A fresh model configuration by name; ValueError lists the names there are."""
-    return train_preset(name).model
+    return train_config(name).model
 
 
 def override(config: Any, assignment: str) -> None:
     """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML."""
-    import yaml
-
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"override: expected name=value, got {assignment!r}")
@@ -281,29 +391,46 @@ def override(config: Any, assignment: str) -> None:
     hints = typing.get_type_hints(type(target)) if dataclasses.is_dataclass(target) else {}
     if name not in hints:
         raise ValueError(f"override: no such setting {path.strip()!r}")
-    setattr(target, name, _convert(hints[name], yaml.safe_load(text), path.strip()))
+    setattr(target, name, _convert(hints[name], require("yaml").safe_load(text), path.strip()))
     if hasattr(target, "__post_init__"):
         target.__post_init__()
 
 
-def from_dict(cls: type[T], data: dict[str, Any], where: str = "config") -> T:
-    """Build a dataclass from nested dicts, refusing unknown keys and wrong types."""
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
+    """Build a dataclass from nested dicts, refusing unknown keys and wrong types.
+
+    A key that is not there keeps its value in `default`, or else the default that its class states.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {data!r}")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
+    unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
-    return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+    values: dict[str, Any] = {}
+    for field_ in dataclasses.fields(typing.cast(Any, cls)):
+        name = field_.name
+        value = None
+        if default is not None:
+            value = values[name] = getattr(default, name)
+        elif field_.default_factory is not dataclasses.MISSING:
+            value = field_.default_factory()
+        if name in data:
+            values[name] = _convert(hints[name], data[name], f"{where}.{name}", value)
+    return cls(**values)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`, or ValueError."""
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    """`value` as the annotated type `hint`, or ValueError. What a dict leaves out is as in `default`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type, hint), value, where, default)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return [_convert(arguments[0], v, f"{where}[{n}]") for n, v in enumerate(value)]
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")

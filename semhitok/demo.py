@@ -29,7 +29,7 @@ BATCH = 32
 def demo(config: TrainConfig, out: Path) -> str:
     """Train on the demo's photographs (or go on with it), evaluate, draw; the table as text."""
     folders = write_photographs(out / "photographs")
-    seconds = train(config, [folders["train"]], out)
+    seconds = train(config, [folders["train"]], out, held_out=[folders["held_out"]])
     tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
     size = config.model.image_size
     # part -> its photographs, cut at the right and bottom to whole crops of the tokenizer's size

@@ -4,6 +4,9 @@
 Both follow their tokens by moving averages, which stand for the codebook loss (VQ-VAE, appendix A.1). `forward` never
 changes a codebook: training calls `update`, `initialize` and `restart` by name, so a frozen or evaluated module keeps
 its bytes whatever mode its parent is in.
+
+Under torch.distributed those three see the tokens of all processes, and leave the same bits on each. Every process must
+call them with the same number of tokens, and with generators in the same state.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from semhitok import ops
+from semhitok import distributed, ops
 from semhitok.usage import CodeUsage
 
 
@@ -49,7 +52,7 @@ class SemanticQuantizer(nn.Module):
         decay: weight of the old code in `update`.
 
     `codebook` [K, Ds] fp32 has unit rows. `misses` [K] int64 counts the tokens since a code's last
-    use; `usage` counts what callers show it. Neither is part of a checkpoint.
+    use; `usage` counts the tokens that `update` sees. Neither is part of a checkpoint.
     """
 
     codebook: Tensor
@@ -71,8 +74,14 @@ class SemanticQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, *, generator: Generator) -> None:
-        """Spherical k-means on z [N, Ds]; ValueError when there are fewer vectors than codes."""
-        self.codebook.copy_(spherical_kmeans(z.float(), len(self.codebook), iterations, generator=generator))
+        """Spherical k-means on z [N, Ds], the same on every process; ValueError with fewer vectors than codes.
+
+        Fitted by the first process alone and sent to the others, which check what they hold.
+        """
+        if distributed.rank() == 0 or len(z) < len(self.codebook):
+            self.codebook.copy_(spherical_kmeans(z.float(), len(self.codebook), iterations, generator=generator))
+        distributed.broadcast(self.codebook)
+        distributed.check_equal(self.codebook, "codebook")
         self.misses.zero_()
 
     @torch.no_grad()
@@ -80,28 +89,34 @@ class SemanticQuantizer(nn.Module):
         """Norm-EMA: w <- normalize(decay w + (1 - decay) mean of the code's tokens).
 
         The step does not depend on how many tokens a code has; a code without any stays as it is.
-        z [..., Ds] unit vectors, codes [...] their ids.
+        z [..., Ds] unit vectors, codes [...] their ids. Processes exchange one tensor [K, Ds + 1].
         """
         z, codes = z.float().reshape(-1, z.shape[-1]), codes.reshape(-1)
         sums, counts = ops.segment_sum(z, codes, len(self.codebook))
+        if distributed.world_size() > 1:
+            # Counts are exact in fp32 up to 2**24 tokens of one code in one step.
+            both = distributed.all_reduce(torch.cat([sums, counts.unsqueeze(-1).float()], dim=-1))
+            sums, counts = both[:, :-1], both[:, -1].long()
+        self.usage.add(counts)
         means = sums / counts.clamp_min(1).unsqueeze(-1)
         moved = F.normalize(self.decay * self.codebook + (1 - self.decay) * means, dim=-1)
         used = counts > 0
         self.codebook.copy_(torch.where(used.unsqueeze(-1), moved, self.codebook))
-        self.misses.copy_(torch.where(used, 0, self.misses + len(codes)))
+        self.misses.copy_(torch.where(used, 0, self.misses + counts.sum()))
 
     @torch.no_grad()
-    def restart(self, z: Tensor, window: int, *, generator: Generator) -> Tensor:
-        """Move every code unused for window * K tokens onto a random token of z [..., Ds].
+    def restart(self, z: Tensor, window: int, *, generator: Generator) -> int:
+        """Move every code unused for window * K tokens onto a random token of z [..., Ds], of any process.
 
-        Returns the number of codes moved, a scalar tensor (no device sync).
+        Returns the number of codes moved.
         """
         z = z.float().reshape(-1, z.shape[-1])
-        dead = self.misses >= window * len(self.misses)
-        pick = _randint(len(z), len(dead), generator, z.device)
-        self.codebook.copy_(torch.where(dead.unsqueeze(-1), z[pick], self.codebook))
-        self.misses.masked_fill_(dead, 0)
-        return dead.sum()
+        dead = (self.misses >= window * len(self.misses)).nonzero().squeeze(1)
+        if len(dead):  # the same on every process
+            pick = _randint(len(z) * distributed.world_size(), len(dead), generator, z.device)
+            self.codebook[dead] = distributed.pick_rows(z, pick)
+            self.misses[dead] = 0
+        return len(dead)
 
 
 class HierarchicalQuantizer(nn.Module):
@@ -159,14 +174,21 @@ class HierarchicalQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z_pix: Tensor, sem_codes: Tensor, iterations: int = 10, *, generator: Generator) -> None:
-        """k-means inside every semantic group at once, on z_pix [N, Dp] with ids sem_codes [N].
+        """k-means inside every semantic group at once, on z_pix [N, Dp] with ids sem_codes [N], by the first process.
 
         A group starts from m of its own tokens. One with fewer than m is filled up from global
         statistics: its mean plus what random tokens differ by from their own group's mean. (From
         one common starting point the sub-codes of a group would tie and stay together.)
         """
+        if distributed.rank() == 0:
+            self.pix_codebook.copy_(self._fit(z_pix.float(), sem_codes, iterations, generator))
+        distributed.broadcast(self.pix_codebook)
+        distributed.check_equal(self.pix_codebook, "pix_codebook")
+        self.weights.fill_(1)
+        self.misses.zero_()
+
+    def _fit(self, z: Tensor, sem_codes: Tensor, iterations: int, generator: Generator) -> Tensor:
         K, m, dim = self.pix_codebook.shape
-        z = z_pix.float()
         sums, counts = ops.segment_sum(z, sem_codes, K)
         centers = sums / counts.clamp_min(1).unsqueeze(-1)
         centers = torch.where(counts.unsqueeze(-1) > 0, centers, z.mean(0))
@@ -181,9 +203,7 @@ class HierarchicalQuantizer(nn.Module):
             sums, used = ops.segment_sum(z, sem_codes * m + sub, K * m)
             means = (sums / used.clamp_min(1).unsqueeze(-1)).view(K, m, dim)
             codebook = torch.where(used.view(K, m, 1) > 0, means, codebook)
-        self.pix_codebook.copy_(codebook)
-        self.weights.fill_(1)
-        self.misses.zero_()
+        return codebook
 
     @torch.no_grad()
     def update(self, z_pix: Tensor, codes: Tensor) -> None:
@@ -194,8 +214,11 @@ class HierarchicalQuantizer(nn.Module):
         z_pix [..., Dp], codes [...] the flat ids of the same step.
         """
         K, m, dim = self.pix_codebook.shape
-        z, codes = z_pix.float().reshape(-1, dim), codes.reshape(-1)
+        # Whole tokens are exchanged: fewer bytes than sums of all K * m sub-codes, and the same bits as one process.
+        z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
+        codes = distributed.gather_rows(codes.reshape(-1))
         sums, counts = ops.segment_sum(z, codes, K * m)
+        self.usage.add(counts)
         n = counts.float()
         self.weights.lerp_(n.view(K, m), 1 - self.decay)
         rate = (1 - self.decay) / self.weights.view(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -214,7 +237,8 @@ class HierarchicalQuantizer(nn.Module):
         [..., Dp], codes [...] flat ids of the same step. Returns the number moved (scalar tensor).
         """
         K, m, dim = self.pix_codebook.shape
-        z, codes = z_pix.float().reshape(-1, dim), codes.reshape(-1)
+        z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
+        codes = distributed.gather_rows(codes.reshape(-1))
         used = torch.zeros(K * m, dtype=torch.int64, device=codes.device)
         used = used.scatter_add_(0, codes, torch.ones_like(codes)).view(K, m)
         group = used.sum(1, keepdim=True)

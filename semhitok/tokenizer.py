@@ -140,8 +140,10 @@ class SemHiTok(nn.Module):
         stored = self.teacher is not None and self.teacher.stored
         return {k: v for k, v in self.state_dict().items() if stored or not k.startswith("teacher.")}
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`, each file atomically.
+
+        state: what `stored_state` gave, made whole, where this process holds parts of the weights only.
 
         Raises:
             ValueError: the teacher's weights would have to be stored and are not here.
@@ -151,7 +153,7 @@ class SemHiTok(nn.Module):
             raise ValueError("teacher: its weights belong to the checkpoint and are not loaded")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.stored_state().items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in (state or self.stored_state()).items()}
         # Names of types, not of formats: safetensors wants "pt" to tell who wrote the file.
         weights = safetensors.save(state, metadata={"format": "pt"})
         description = {

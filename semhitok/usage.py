@@ -37,6 +37,10 @@ class CodeUsage:
         flat = self.vocabulary.check(codes).flatten().to(self.counts.device)
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
 
+    def add(self, counts: torch.Tensor) -> None:
+        """Add int64 counts of the K * m flat ids, of any shape, counted elsewhere."""
+        self.counts += counts.to(self.counts.device).view_as(self.counts)
+
     def reset(self) -> None:
         """Forget all counts."""
         self.counts.zero_()

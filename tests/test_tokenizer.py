@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from semhitok.config import (
-    PRESETS,
     SemHiTokConfig,
     TeacherConfig,
     ViTConfig,
     override,
     preset,
-    train_preset,
+    preset_names,
+    train_config,
 )
 from semhitok.models.teacher import Teacher
 from semhitok.tokenizer import SemHiTok
@@ -241,13 +241,14 @@ def test_the_teacher_is_resampled_to_the_grid():
 PARAMETERS = {
     "semhitok-tiny": 1_428_755,
     "semhitok-256": 719_424_755,
+    "semhitok-256-one-gpu": 208_574_451,
     "semhitok-384": 830_251_363,
     "semhitok-256-24k": 719_424_755,
     "semhitok-384-24k": 830_251_363,
 }
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", preset_names())
 def test_presets_build_on_the_meta_device(name):
     with torch.device("meta"):
         model = SemHiTok(preset(name), load_teacher=False)
@@ -275,7 +276,7 @@ def test_a_teacher_without_weights_says_so():
 
 
 def test_overrides_set_fields_by_path_and_refuse_the_rest():
-    config = train_preset("semhitok-tiny")
+    config = train_config("semhitok-tiny")
     override(config, "pixel.optimizer.lr=1e-3")
     override(config, "pixel.steps=7")
     override(config, "data.crop_scale=[0.5, 1]")

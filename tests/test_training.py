@@ -11,46 +11,21 @@ import time
 
 import pytest
 import torch
+from training_processes import SETTINGS, checkpoint_bytes, small_config, write_pictures
 
-from semhitok.config import DataConfig, OptimizerConfig, train_preset
-from semhitok.data.crops import RandomCrops
+from semhitok.config import OptimizerConfig
 from semhitok.data.images import save_png
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import Interrupted, loop, train
-from semhitok.training.pixel import PixelStage, semantic_fingerprint
+from semhitok.training import Interrupted, checkpoint, parts, run, train
+from semhitok.training.decoder import DecoderStage
+from semhitok.training.pixel import PixelStage, fingerprint, semantic_fingerprint
 from semhitok.training.semantic import SemanticStage
-
-# A run of some seconds that still passes through every phase: continuous steps, k-means, restarts.
-SETTINGS = [
-    "model.image_size=32", "model.patch_size=8", "model.num_codes=16", "model.num_sub_codes=4",
-    "model.teacher.image_size=32", "model.semantic_decoder.width=24",
-    "model.teacher.options={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
-    "model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=1",
-    "model.decoder.depth=1", "semantic.steps=40", "semantic.continuous_steps=10",
-    "semantic.restart_window=10", "semantic.checkpoint_every=7", "semantic.batch_size=4",
-    "pixel.steps=60", "pixel.continuous_steps=12", "pixel.restart_window=20",
-    "pixel.checkpoint_every=9", "pixel.batch_size=4",
-]  # fmt: skip
-
-
-def small_config(*more):
-    from semhitok.config import override
-
-    config = train_preset("semhitok-tiny")
-    for assignment in [*SETTINGS, *more]:
-        override(config, assignment)
-    return config
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Six smooth coloured pictures of different sizes."""
     folder = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
-    for n in range(6):
-        coarse = torch.rand(1, 3, 5, 6, generator=generator)
-        image = torch.nn.functional.interpolate(coarse, (48 + 4 * n, 70), mode="bicubic")
-        save_png(image[0].clamp(0, 1), folder / f"{n}.png")
+    write_pictures(folder)
     return folder
 
 
@@ -60,11 +35,6 @@ def finished(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     train(small_config(), [pictures], out)
     return out
-
-
-def checkpoint_bytes(run):
-    folder = run / "checkpoint"
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
 
 
 def test_losses_fall_and_codes_are_used(finished):
@@ -77,9 +47,10 @@ def test_losses_fall_and_codes_are_used(finished):
 
 
 def test_the_pixel_stage_leaves_everything_semantic_as_it_was(finished):
-    state = loop.read_state(finished / "semantic" / "state.pt")
+    state = checkpoint.read_state(finished / "semantic" / "step-00000040.pt")
+    torch.manual_seed(0)
     model = SemHiTok(small_config().model)
-    model.load_state_dict(state["model"], strict=False)
+    SemanticStage(model, small_config()).network.module.load_state_dict(state["parts"]["network"]["weights"])
     trained = SemHiTok.from_pretrained(finished / "checkpoint")
     assert semantic_fingerprint(trained) == semantic_fingerprint(model)
     for name, tensor in model.teacher.state_dict().items():
@@ -100,19 +71,22 @@ def test_each_stage_trains_its_own_parameters_only():
     config = small_config()
     model = SemHiTok(config.model)
     semantic = {"semantic_head", "semantic_decoder"}
-    SemanticStage(model, config.semantic)
+    SemanticStage(model, config)
     trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == semantic
-    PixelStage(model, config.pixel)
+    PixelStage(model, config)
     trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"encoder", "decoder"}
+    DecoderStage(model, config)
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"decoder"}
 
 
 def test_no_weight_decay_on_positions_norms_and_biases():
     config = small_config()
     model = SemHiTok(config.model)
-    stage = PixelStage(model, config.pixel)
-    optimizer = loop._optimizer(stage.modules, config.pixel.optimizer)
+    stage = PixelStage(model, config)
+    optimizer = parts.make_optimizer(stage.network.module, config.pixel.optimizer)
     plain = {id(p) for p in optimizer.param_groups[1]["params"]}
     assert optimizer.param_groups[1]["weight_decay"] == 0
     for name, parameter in model.named_parameters():
@@ -123,7 +97,7 @@ def test_no_weight_decay_on_positions_norms_and_biases():
 
 def test_learning_rate_by_hand():
     config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_share=0.1)
-    rates = [loop.learning_rate(step, 100, config) for step in range(100)]
+    rates = [parts.learning_rate(step, 100, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[10] == pytest.approx(1.0) and rates[55] == pytest.approx(0.55)
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
@@ -159,7 +133,7 @@ def test_a_signal_between_the_stages_is_not_lost(pictures, finished, tmp_path, m
         os.kill(os.getpid(), signal.SIGTERM)
         return PixelStage(*arguments)
 
-    monkeypatch.setattr("semhitok.training.run.PixelStage", stage_with_a_signal)
+    monkeypatch.setitem(run._STAGES, "pixel", stage_with_a_signal)
     with pytest.raises(Interrupted, match="stopped after step 1 of 60 of stage pixel") as stop:
         train(small_config(), [pictures], tmp_path)
     assert stop.value.signum == signal.SIGTERM
@@ -205,7 +179,7 @@ class _Killed(BaseException):
 def test_a_kill_while_the_state_is_written_loses_nothing(pictures, finished, tmp_path, monkeypatch):
     """Die at every write in turn, before and after the rename that makes it real."""
     real_replace = os.replace
-    for deadly in range(1, 9):
+    for deadly in (1, 2, 3, 4, 5, 6, 9, 10, 15, 16):
         writes = 0
 
         def replace(source, target, deadly=deadly):
@@ -228,6 +202,8 @@ def test_a_kill_while_the_state_is_written_loses_nothing(pictures, finished, tmp
 def test_a_run_refuses_other_settings_and_other_images(pictures, finished, tmp_path):
     with pytest.raises(ValueError, match=r"holds another run: train\.pixel\.steps was 60, now 61"):
         train(small_config("pixel.steps=61"), [pictures], finished)
+    with pytest.raises(ValueError, match=r"holds another model: train\.model\.num_codes was 16, now 8"):
+        train(small_config("model.num_codes=8"), [pictures], finished, accept_changes=True)
     save_png(torch.zeros(3, 40, 40), tmp_path / "one.png")
     with pytest.raises(ValueError, match="holds another run: images was 6, now 1"):
         train(small_config(), [tmp_path], finished)
@@ -236,8 +212,8 @@ def test_a_run_refuses_other_settings_and_other_images(pictures, finished, tmp_p
 @pytest.mark.parametrize("kind", ["truncated", "text", "other stage", "empty"])
 def test_a_damaged_state_is_a_clear_error(pictures, finished, tmp_path, kind):
     (tmp_path / "semantic").mkdir()
-    state = tmp_path / "semantic" / "state.pt"
-    good = (finished / "semantic" / "state.pt").read_bytes()
+    state = tmp_path / "semantic" / "step-00000007.pt"
+    good = (finished / "semantic" / "step-00000040.pt").read_bytes()
     if kind == "truncated":
         state.write_bytes(good[: len(good) // 2])
     elif kind == "text":
@@ -245,8 +221,8 @@ def test_a_damaged_state_is_a_clear_error(pictures, finished, tmp_path, kind):
     elif kind == "empty":
         state.write_bytes(b"")
     else:
-        state.write_bytes((finished / "pixel" / "state.pt").read_bytes())
-    with pytest.raises(ValueError, match=r"state\.pt: (not a whole training state|expected stage)"):
+        state.write_bytes((finished / "pixel" / "step-00000060.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"step-00000007\.pt: (not a whole training state|expected stage)"):
         train(small_config(), [pictures], tmp_path)
 
 
@@ -257,90 +233,106 @@ def test_loading_a_state_runs_no_code_from_it(tmp_path):
 
     torch.save({"stage": "semantic", "step": 1, "model": Evil()}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="not a whole training state"):
-        loop.read_state(tmp_path / "state.pt")
+        checkpoint.read_state(tmp_path / "state.pt")
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(pictures, tmp_path):
-    config = small_config("semantic.optimizer.lr=1e30", "semantic.optimizer.grad_clip=1e30")
-    with pytest.raises(FloatingPointError, match=r"semantic: loss .* at step"):
-        train(config, [pictures], tmp_path)
+def test_a_loss_that_is_not_finite_keeps_the_state_and_the_batch_and_goes_on_with_other_settings(pictures, tmp_path):
+    hot = ["semantic.optimizer.lr=1e30", "semantic.optimizer.grad_clip=1e30"]
+    with pytest.raises(FloatingPointError, match=r"semantic: not finite at step \d+: loss .* --accept-changes"):
+        train(small_config(*hot), [pictures], tmp_path)
+    (culprit,) = (tmp_path / "semantic").glob("not-finite-step-*-process-0.pt")
+    batch = torch.load(culprit, weights_only=True)
+    assert batch["images"].shape == (4, 3, 32, 32)
+    saved = checkpoint.states(tmp_path / "semantic")[-1]
+    assert saved.name == f"step-{batch['step']:08}.pt"
+    state = checkpoint.read_state(saved)
+    assert all(x.isfinite().all() for x in state["parts"]["network"]["weights"].values())
+    with pytest.raises(ValueError, match="holds another run"):
+        train(small_config(), [pictures], tmp_path)
+    calm = small_config("semantic.optimizer.lr=1e-6")
+    with contextlib.suppress(FloatingPointError):  # Adam's moments may be beyond saving
+        train(calm, [pictures], tmp_path, accept_changes=True)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["semantic"]["optimizer"]["lr"] == 1e-6
 
 
-def test_crops_are_a_function_of_seed_and_number(pictures):
-    paths = sorted(pictures.iterdir())
-    config = DataConfig(crop_scale=(0.5, 1.0))
-    first, second = RandomCrops(paths, 24, config, 3), RandomCrops(paths, 24, config, 3)
-    order = [11, 2, 40, 0]
-    crops = {n: first[n] for n in order}
-    for n in sorted(order):
-        assert torch.equal(second[n], crops[n])
-        assert crops[n].shape == (3, 24, 24) and 0 <= crops[n].min() <= crops[n].max() <= 1
-    other = RandomCrops(paths, 24, config, 4)
-    assert not torch.equal(other[11], crops[11])
-
-
-def test_every_epoch_sees_each_image_once(pictures):
-    paths = sorted(pictures.iterdir())
-    data = RandomCrops(paths, 16, DataConfig(), 0)
-    seen = []
-    original = data._load
-    data._load = lambda index: (seen.append(index), original(index))[1]
-    for n in range(18):
-        data[n]
-    assert [sorted(seen[i : i + 6]) for i in (0, 6, 12)] == [list(range(6))] * 3
-    assert seen[:6] != seen[6:12] or seen[6:12] != seen[12:]
-
-
-def test_unreadable_training_images_are_named_and_skipped(pictures, tmp_path, capsys):
-    good = sorted(pictures.iterdir())[0]
-    bad = tmp_path / "bad.png"
-    bad.write_text("no image")
-    data = RandomCrops([bad, good], 16, DataConfig(), 0)
-    assert torch.stack([data[n] for n in range(4)]).shape == (4, 3, 16, 16)
-    assert capsys.readouterr().err.count("bad.png") == 1
-    with pytest.raises(ValueError, match="none of the 1 images can be read"):
-        RandomCrops([bad], 16, DataConfig(), 0)[0]
-
-
-def test_small_images_are_enlarged_to_a_crop(tmp_path):
-    save_png(torch.full((3, 1, 1), 0.5), tmp_path / "dot.png")
-    data = RandomCrops([tmp_path / "dot.png"], 16, DataConfig(crop_scale=None), 0)
-    assert (data[0] - 0.5).abs().max() < 0.01
-
-
-def test_perceptual_loss_without_weights_or_package_says_so():
-    code = (
-        "from semhitok.training.pixel import perceptual_loss\n"
-        "try: perceptual_loss()\n"
-        "except (ImportError, OSError) as error: print(type(error).__name__, error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TORCH_HOME": "/nonexistent"}
-    )
-    assert 'pip install "semhitok[train]"' in done.stdout or "LPIPS weights cannot be had" in done.stdout, done
-
-
-def test_the_perceptual_loss_joins_the_pixel_loss_and_is_not_trained(pictures, monkeypatch):
-    lpips = pytest.importorskip("lpips")
-    # the real network with random weights: its own cannot be counted on to be here
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    monkeypatch.setattr("semhitok.training.pixel.perceptual_loss", lambda: network)
-    config = small_config("pixel.perceptual_weight=0.5", "pixel.drop=0")
-    torch.manual_seed(0)
-    model = SemHiTok(config.model)
-    stage = PixelStage(model, config.pixel)
+def test_the_decoder_stage_changes_the_decoder_alone(pictures, finished, tmp_path):
+    config = small_config("stages=[decoder]", "decoder.steps=20", "decoder.batch_size=4", "decoder.ema_decay=0.9")
+    config.start_from = str(finished / "checkpoint")
+    train(config, [pictures], tmp_path)
+    before, after = (SemHiTok.from_pretrained(run / "checkpoint") for run in (finished, tmp_path))
+    assert before.codebook_hash == after.codebook_hash
+    for name in ("encoder", "quantizer", "semantic_head", "semantic_decoder", "teacher"):
+        assert fingerprint(getattr(before, name)) == fingerprint(getattr(after, name))
     images = torch.rand(2, 3, 32, 32)
-    loss, figures = stage.loss(images, 1000, torch.Generator())
-    parts = config.pixel
-    by_hand = (
-        parts.l1_weight * figures["l1"]
-        + parts.l2_weight * figures["l2"]
-        + parts.commitment_weight * figures["commitment"]
-        + 0.5 * figures["perceptual"]
-    )
-    torch.testing.assert_close(loss, by_hand)
-    assert figures["perceptual"] > 0
-    (gradient,) = torch.autograd.grad(figures["perceptual"], model.decoder.to_pixels.weight)
-    assert gradient.abs().sum() > 0
-    assert not any(p.requires_grad for p in network.parameters())
+    assert torch.equal(before.encode(images), after.encode(images))
+    assert not torch.equal(before.reconstruct(images), after.reconstruct(images))
+
+
+def test_later_stages_need_earlier_ones(pictures, finished, tmp_path):
+    with pytest.raises(ValueError, match="stages: expected semantic first, or start_from"):
+        train(small_config("stages=[pixel]"), [pictures], tmp_path / "a")
+    config = small_config("stages=[pixel]", "model.num_codes=8")
+    config.start_from = str(finished / "checkpoint")
+    with pytest.raises(ValueError, match=r"start_from: .* is another model: model\.num_codes was 16, now 8"):
+        train(config, [pictures], tmp_path / "b")
+    with pytest.raises(ValueError, match=r"pixel\.continuous_steps: expected less than pixel\.steps 5, got 12"):
+        train(small_config("pixel.steps=5"), [pictures], tmp_path / "c")
+
+
+def test_evaluation_keeps_the_best_and_the_log_and_pictures_reach_tensorboard(pictures, tmp_path, capsys):
+    config = small_config("tracker=tensorboard", "evaluation.every=20", "pixel.ema_decay=0.9")
+    train(config, [pictures], tmp_path, held_out=[pictures])
+    records = [json.loads(x) for x in (tmp_path / "pixel" / "log.jsonl").read_text().splitlines()]
+    held_out = {r["step"]: r["held_out_psnr"] for r in records if "held_out_psnr" in r}
+    assert list(held_out) == [20, 40, 60]
+    best = json.loads((tmp_path / "pixel" / "best" / "evaluation.json").read_text())
+    assert best["psnr"] == max(held_out.values()) and held_out[best["step"]] == best["psnr"]
+    tokenizer = SemHiTok.from_pretrained(tmp_path / "pixel" / "best")
+    # what is published last is what the last evaluation saw
+    from semhitok.data.training import held_out_batches
+    from semhitok.evaluation.metrics import psnr
+
+    last = SemHiTok.from_pretrained(tmp_path / "checkpoint")
+    for model, value in ((tokenizer, best["psnr"]), (last, held_out[60])):
+        ((images, count),) = held_out_batches([pictures], 32, 16)
+        found = psnr(model.reconstruct(images[:count]), images[:count]).mean().item()
+        assert found == pytest.approx(value, abs=1e-4)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "pixel"))
+    events.Reload()
+    assert {"loss", "gradient_norm", "flat_usage", "dead_sub_codes", "images_per_second", "data_wait",
+            "held_out_psnr"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert events.Tags()["images"]
+    assert "of the time waiting for data" in capsys.readouterr().err
+
+
+def test_only_the_last_states_are_kept(finished):
+    assert [p.name for p in checkpoint.states(finished / "pixel")] == ["step-00000054.pt", "step-00000060.pt"]
+
+
+def test_a_best_metric_that_is_not_there_is_named(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"evaluation\.best: expected one of psnr, ssim, .*, got 'beauty'"):
+        train(small_config("evaluation.best=beauty"), [pictures], tmp_path, held_out=[pictures])
+
+
+def test_a_collapsing_codebook_raises_the_alarm(pictures, tmp_path, capsys):
+    train(small_config("semantic.collapse_usage=1.1", "stages=[semantic]"), [pictures], tmp_path)
+    assert "warning: the semantic codebook is collapsing: after step" in capsys.readouterr().err
+
+
+def test_bf16_checkpointing_and_micro_batches_train_like_the_plain_run(pictures, finished, tmp_path):
+    def curve(run):
+        return [json.loads(x)["loss"] for x in (run / "pixel" / "log.jsonl").read_text().splitlines()]
+
+    train(small_config("gradient_checkpointing=true", "pixel.micro_batch=2"), [pictures], tmp_path / "same")
+    assert curve(tmp_path / "same") == pytest.approx(curve(finished), rel=1e-4)
+    train(small_config("precision=bf16"), [pictures], tmp_path / "bf16")
+    half = curve(tmp_path / "bf16")
+    assert half != curve(finished)
+    assert half == pytest.approx(curve(finished), rel=0.1)
+
+
+def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a multiple of processes \* micro_batch = 1 \* 3, got 4"):
+        train(small_config("semantic.micro_batch=3"), [pictures], tmp_path)

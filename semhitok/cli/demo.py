@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from semhitok.config import override, train_preset
+    from semhitok.config import override, train_config
     from semhitok.demo import demo
     from semhitok.training import Interrupted
 
-    config = train_preset("semhitok-tiny")
+    config = train_config("semhitok-tiny")
     for assignment in args.set:
         override(config, assignment)
     try:

@@ -1,10 +1,13 @@
-"""Train a tokenizer on images, in two stages: semantic, then pixel on top of it, frozen.
+"""Train a tokenizer on images, in stages: semantic, then pixel on top of it, frozen; the decoder once more if asked.
 
-A run lives in one folder. Interrupt it as you like (Ctrl-C, a signal, a crash): the same command goes
-on from the last checkpoint and ends with the same weights. The finished tokenizer is in RUN/checkpoint.
+A run lives in one folder. Interrupt it as you like (Ctrl-C, a signal, a crash): the same command goes on from the last
+checkpoint and ends with the same weights. The finished tokenizer is in RUN/checkpoint, figures in RUN/tensorboard.
+SIGTERM and Ctrl-C save first and exit with 143 and 130.
 
-example:
+examples:
   semhitok train semhitok-tiny photos/ --out runs/tiny --set pixel.steps=2000
+  semhitok train my.yaml 'shards/{00000..01023}.tar' --held-out val/ --out runs/a
+  accelerate launch -m semhitok train semhitok-256 'https://host/{00000..01023}.tar' --held-out val/ --out runs/b
 """
 
 from __future__ import annotations
@@ -16,12 +19,21 @@ from semhitok.cli import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "preset",
-        metavar="PRESET",
-        help="semhitok-tiny, semhitok-256, semhitok-384, semhitok-256-24k or semhitok-384-24k",
+        "config",
+        metavar="CONFIG",
+        help="semhitok-tiny, semhitok-256, semhitok-256-one-gpu, semhitok-384 (semhitok-256-24k, semhitok-384-24k), "
+        "or a YAML file",
     )
-    common.add_source_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="IMAGES",
+        help="image files, folders of them, or webdataset shards (*.tar, {000..123}, URLs)",
+    )
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--held-out", nargs="+", default=[], metavar="IMAGES", help="images to evaluate on, not trained on"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -29,22 +41,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a setting by its dotted name, such as pixel.batch_size=32; repeatable",
     )
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and stop")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with a run although settings (but for the model) or images have changed",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(args: argparse.Namespace) -> int:
-    from semhitok.config import override, train_preset
-    from semhitok.training import Interrupted, train
+    from semhitok._optional import require
+    from semhitok.config import override, train_config
 
-    config = train_preset(args.preset)
+    config = train_config(args.config)
     for assignment in args.set:
         override(config, assignment)
+    if args.print_config:
+        print(require("yaml").safe_dump(_plain(config.to_dict()), sort_keys=False), end="")
+        return common.DONE
+    for name, value in (("IMAGES", args.sources), ("--out", args.out)):
+        if not value:
+            raise ValueError(f"{name}: expected, got none")
+
+    from semhitok import distributed
+    from semhitok.training import Interrupted, train
+
     device = common.find_device(args.device)
     try:
-        seconds = train(config, args.sources, args.out, device=device)
+        seconds = train(
+            config,
+            args.sources,
+            args.out,
+            held_out=args.held_out,
+            device=device,
+            accept_changes=args.accept_changes,
+        )
     except Interrupted as stop:
-        print(f"semhitok train: {stop}; the same command continues")
+        if distributed.rank() == 0:
+            print(f"semhitok train: {stop}; the same command continues")
         return 128 + stop.signum
-    rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
-    print(common.table([*rows, ("checkpoint", f"{args.out}/checkpoint")]))
+    if distributed.rank() == 0:
+        rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
+        print(common.table([*rows, ("checkpoint", f"{args.out}/checkpoint")]))
     return common.DONE
+
+
+def _plain(value):
+    """Tuples as lists, which YAML has."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

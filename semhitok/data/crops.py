@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from semhitok.config import DataConfig
 from semhitok.data.images import read_image, resize_crop
@@ -17,7 +17,7 @@ from semhitok.data.images import read_image, resize_crop
 _CACHE_BYTES = 2**29
 
 
-class RandomCrops(Dataset[Tensor]):
+class RandomCrops(Dataset[tuple[Tensor, bool]]):
     """Sample n is a random crop of one image; every len(paths) samples see each image once.
 
     Args:
@@ -45,28 +45,15 @@ class RandomCrops(Dataset[Tensor]):
         self._cached_bytes = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def __getitem__(self, number: int) -> Tensor:
-        """Crop [3, size, size], float32 in [0, 1]."""
+    def __getitem__(self, number: int) -> tuple[Tensor, bool]:
+        """Crop [3, size, size], float32 in [0, 1], and whether it is of another image, its own being unreadable."""
         epoch, position = divmod(number, len(self.paths))
         if self._order[0] != epoch:
             shuffle = torch.randperm(len(self.paths), generator=_generator(self.seed, ~epoch))
             self._order = (epoch, shuffle.tolist())
-        image = self._load(self._order[1][position])
-        draw = torch.rand(4, generator=_generator(self.seed, number)).tolist()
-        side = min(image.shape[1:])
-        if self.config.crop_scale is None:
-            if side < self.size:
-                image = resize_crop(image / 255, self.size) * 255
-            side = self.size
-        else:
-            low, high = self.config.crop_scale
-            side = max(1, round(side * (low + (high - low) * draw[0])))
-        top = int(draw[1] * (image.shape[1] - side + 1))
-        left = int(draw[2] * (image.shape[2] - side + 1))
-        crop = image[:, top : top + side, left : left + side].float() / 255
-        if side != self.size:
-            crop = F.interpolate(crop[None], (self.size, self.size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-        return crop.flip(-1) if self.config.flip and draw[3] < 0.5 else crop
+        index = self._order[1][position]
+        crop = random_crop(self._load(index), self.size, self.config, _generator(self.seed, number))
+        return crop, index in self.unreadable
 
     def _load(self, index: int) -> Tensor:
         """The image at `index`, or the next readable one, as uint8 [3, H, W]."""
@@ -77,7 +64,7 @@ class RandomCrops(Dataset[Tensor]):
             if candidate in self.unreadable:
                 continue
             try:
-                image = read_image(self.paths[candidate]).mul(255).round().to(torch.uint8)
+                image = bytes_of(read_image(self.paths[candidate]))
             except (ValueError, OSError) as error:
                 self.unreadable.add(candidate)
                 print(f"semhitok: skipped: {error}", file=sys.stderr)
@@ -88,14 +75,29 @@ class RandomCrops(Dataset[Tensor]):
             return image
         raise ValueError(f"none of the {len(self.paths)} images can be read")
 
-    def batches(self, batch_size: int, start: int, stop: int) -> DataLoader[Tensor]:
-        """Batches number `start` to `stop` - 1, each [batch_size, 3, size, size]."""
-        return DataLoader(
-            self,
-            batch_size=batch_size,
-            sampler=range(start * batch_size, stop * batch_size),
-            num_workers=self.config.workers,
-        )
+
+def bytes_of(image: Tensor) -> Tensor:
+    """An image in [0, 1] as uint8: a quarter of the memory, and what files hold."""
+    return image.mul(255).round().to(torch.uint8)
+
+
+def random_crop(image: Tensor, size: int, config: DataConfig, generator: torch.Generator) -> Tensor:
+    """A random crop of uint8 [3, H, W], resized and mirrored as `config` says: float32 [3, size, size] in [0, 1]."""
+    draw = torch.rand(4, generator=generator).tolist()
+    side = min(image.shape[1:])
+    if config.crop_scale is None:
+        if side < size:
+            image = resize_crop(image / 255, size) * 255
+        side = size
+    else:
+        low, high = config.crop_scale
+        side = max(1, round(side * (low + (high - low) * draw[0])))
+    top = int(draw[1] * (image.shape[1] - side + 1))
+    left = int(draw[2] * (image.shape[2] - side + 1))
+    crop = image[:, top : top + side, left : left + side].float() / 255
+    if side != size:
+        crop = F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return crop.flip(-1) if config.flip and draw[3] < 0.5 else crop
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -65,26 +65,40 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
             pixels; one line naming the file and the reason.
         ImportError: Pillow or NumPy is not installed.
     """
-    pil = require("PIL.Image")
     with open(path, "rb") as file:
-        try:
-            with warnings.catch_warnings():
-                # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
-                # tag say, does not keep the pixels from being read.
-                warnings.simplefilter("ignore")
-                with pil.open(file, formats=_FORMATS) as image:
-                    width, height = image.size
-                    if width * height > _MAX_PIXELS:
-                        raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
-                    return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
-        except (ImportError, MemoryError):
-            raise
-        except pil.UnidentifiedImageError:
-            raise ValueError(f"{path}: not an image of a known format") from None
-        except Exception as error:
-            # Decoders meet damaged files with every kind of exception.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path}: cannot read image: {reason}") from None
+        return _decode(file, str(path))
+
+
+def decode_image(data: bytes, name: str) -> torch.Tensor:
+    """What `read_image` makes of a file with the bytes `data`; errors call it `name`.
+
+    Raises:
+        ValueError: as `read_image`.
+        ImportError: Pillow or NumPy is not installed.
+    """
+    return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: BinaryIO, name: str) -> torch.Tensor:
+    pil = require("PIL.Image")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
+            # tag say, does not keep the pixels from being read.
+            warnings.simplefilter("ignore")
+            with pil.open(file, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > _MAX_PIXELS:
+                    raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
+                return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
+    except (ImportError, MemoryError):
+        raise
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image of a known format") from None
+    except Exception as error:
+        # Decoders meet damaged files with every kind of exception.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: cannot read image: {reason}") from None
 
 
 def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:

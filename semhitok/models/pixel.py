@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from semhitok.config import ViTConfig
 from semhitok.models.vit import Trunk
@@ -42,7 +44,23 @@ class PixelDecoder(nn.Module):
         self.to_pixels = nn.Conv2d(self.CHANNELS, 3, 3, padding=1, padding_mode="replicate")
 
     def forward(self, q: Tensor) -> Tensor:
+        return self.pixels(self.maps(q))
+
+    def maps(self, q: Tensor) -> Tensor:
+        """All but the last layer: [B, h, w, Ds + Dp] -> [B, CHANNELS, h*p, w*p]."""
         h, w = q.shape[1:3]
         x = self.project_out(self.trunk(self.project_in(q.flatten(1, 2))))
-        maps = torch.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h, w)), self.patch_size)
+        return torch.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h, w)), self.patch_size)
+
+    def pixels(self, maps: Tensor) -> Tensor:
+        """The last layer."""
         return self.to_pixels(maps) / 2 + 0.5
+
+    def last_layer_gradient(self, maps: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the last layer's weight, [3, CHANNELS, 3, 3], from the gradient [B, 3, H, W] at its output.
+
+        By hand, and so without a backward pass, and wherever the parameters lie.
+        """
+        padded = F.pad(maps.detach().float(), (1, 1, 1, 1), mode="replicate")
+        shape = (3, self.CHANNELS, 3, 3)
+        return conv2d_weight(padded, shape, gradient.float() / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from semhitok._optional import require
 from semhitok.config import ViTConfig
@@ -12,8 +13,11 @@ from semhitok.config import ViTConfig
 class Trunk(nn.Module):
     """Learned positions, timm transformer blocks, a final norm: [B, L, width] -> [B, L, width].
 
-    num_tokens L is fixed: a tokenizer works at one resolution.
+    num_tokens L is fixed: a tokenizer works at one resolution. With `gradient_checkpointing` the activations of the
+    blocks are computed again in the backward pass instead of being kept.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: ViTConfig, num_tokens: int) -> None:
         super().__init__()
@@ -28,5 +32,8 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.positions
         for block in self.blocks:
-            x = block(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.norm(x)

@@ -1,60 +1,41 @@
-"""The loop both stages share: data, optimiser, schedule, checkpoints, log, interruption.
+"""The loop all stages share: batches, gradients, schedules, codebooks, checkpoints, log, evaluation, interruption.
 
-A step is a pure function of (state, step number): batches and random numbers follow from the seed
-and the number alone. So a run that was stopped, however roughly, goes on from its last checkpoint
-and ends with the bytes it would have had.
+A step is a pure function of (state, step number): batches and random numbers follow from the seed and the number alone,
+and from an image's place in the global batch, not from the process that has it. So a run that was stopped, however
+roughly, goes on from its last checkpoint and ends with the bytes it would have had, and one on several processes does
+what one process would.
+
+RUN/STAGE/step-00001000.pt   states, the last few; complete: weights, both optimisers, moving averages, data position
+RUN/STAGE/best/              the tokenizer of the best evaluation
+RUN/STAGE/log.jsonl          figures, the same bytes whatever happened to the run
+RUN/tensorboard/STAGE/       the same and more, to look at
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
-import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
+from semhitok import distributed
 from semhitok._files import write_atomic
-from semhitok._optional import require
-from semhitok.config import OptimizerConfig, PixelStageConfig, SemanticStageConfig
-from semhitok.data.crops import RandomCrops
-from semhitok.tokenizer import SemHiTok
-from semhitok.usage import CodeUsage
-
-LOG_EVERY = 10  # steps
-USAGE_WINDOW = 50  # steps, a multiple of LOG_EVERY
-
-
-class Stage(Protocol):
-    """What the loop asks of a stage. `modules` are trained; the rest of the model stays as it is."""
-
-    name: str
-    model: SemHiTok
-    modules: list[nn.Module]
-
-    @property
-    def config(self) -> SemanticStageConfig | PixelStageConfig:
-        """Steps, batch size, optimiser and checkpoint interval of the stage."""
-
-    def prepare(self, step: int, images: Iterator[Tensor], generator: Generator) -> None:
-        """Before a step: statistics and codebook initialisation when their time has come."""
-
-    def loss(self, images: Tensor, step: int, generator: Generator) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a batch, and figures for the log (numbers or scalar tensors)."""
-
-    def update(self, step: int, generator: Generator) -> dict[str, Any]:
-        """After the optimiser's step: codebook averages and restarts; figures for the log."""
-
-    def counters(self) -> dict[str, Tensor]:
-        """Tensors that are no part of a published model but that the next steps depend on."""
+from semhitok.config import TrainConfig
+from semhitok.data.training import MicroBatch, TrainingImages
+from semhitok.evaluation.evaluate import lower_is_better
+from semhitok.training import checkpoint, log
+from semhitok.training.parts import Batch, seed_everything
+from semhitok.training.stage import Stage
 
 
 class Interrupted(Exception):
@@ -69,7 +50,7 @@ class StopOnSignal:
     """Turns the first SIGINT or SIGTERM into `signum`, to be acted on after a step; a second one stops at once."""
 
     def __enter__(self) -> StopOnSignal:
-        self.signum: int | None = None
+        self.signum: int = 0
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -77,187 +58,175 @@ class StopOnSignal:
         return self
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum:
             raise KeyboardInterrupt
         self.signum = signum
-        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+        if distributed.rank() == 0:
+            print("\nstopping after this step (again to stop at once)", file=sys.stderr)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up to lr, then a cosine down to min_lr."""
-    warmup = max(1, round(steps * config.warmup_share))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+@dataclass
+class Run:
+    """What a run's stages have in common."""
+
+    config: TrainConfig
+    folder: Path
+    data: TrainingImages
+    held_out: Any  # None, or a function that gives a fresh pass over the held-out batches
+    stop: StopOnSignal
+    device: torch.device
 
 
-def _optimizer(modules: list[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and not name.endswith("positions")
-                (decayed if matrix else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+def run_stage(stage: Stage, run: Run) -> float:
+    """Train one stage to its end, from its last checkpoint where there is one.
 
-
-def run_stage(stage: Stage, data: RandomCrops, folder: Path, stop: StopOnSignal, *, seed: int) -> float:
-    """Train one stage to its end, from its last checkpoint in `folder` where there is one.
-
-    Leaves the trained weights in `stage.model`. Returns the seconds spent training, over all
-    sittings.
+    Leaves the trained weights (their moving average, where there is one) in `stage.model`. Returns the seconds spent
+    training, over all sittings.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; everything up to that step is saved.
-        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        Interrupted: SIGINT or SIGTERM came to any process; everything up to that step is saved.
+        FloatingPointError: the loss is not finite; the state before the step and the batch are saved.
     """
-    model, config = stage.model, stage.config
-    folder.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device
-    optimizer = _optimizer(stage.modules, config.optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    start, seconds = _load(folder / "state.pt", stage, optimizer)
-    _cut_log(folder / "log.jsonl", start)
-    if start == config.steps:
-        return seconds
-    # Initialisation draws images of its own, so that the batches of the steps stay what they are.
-    spare = RandomCrops(data.paths, data.size, data.config, data.seed ^ 0x5EED)
-    progress = require("tqdm", "models").tqdm(
-        total=config.steps, initial=start, desc=stage.name, unit="step", disable=None
-    )
-    begun = time.perf_counter()
-    with progress, (folder / "log.jsonl").open("a") as log:
-        batches = iter(data.batches(config.batch_size, start, config.steps))
-        for step in range(start, config.steps):
-            generator = Generator().manual_seed((seed << 32 ^ step << 1 ^ (stage.name == "pixel")) & (2**63 - 1))
-            stage.prepare(step, _endless(spare, config.batch_size, device), generator)
-            images = next(batches).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config.steps, config.optimizer)
-            loss, figures = stage.loss(images, step, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.grad_clip)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise FloatingPointError(
-                    f"{stage.name}: loss {loss.item()}, gradient norm {norm.item()} at step {step}"
-                )
-            optimizer.step()
-            figures |= stage.update(step, generator)
-            done = step + 1
-            progress.update()
-            if done % LOG_EVERY == 0 or done == config.steps:
-                figures = {"loss": loss, "gradient_norm": norm, **figures}
-                record = {k: float(torch.as_tensor(v).detach()) for k, v in figures.items()}
-                log.write(json.dumps({"step": done, **record}) + "\n")
-                log.flush()
-                progress.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-                # Where no terminal shows the bar, a line a tenth of the way.
-                if progress.disable and done * 10 // config.steps > (done - LOG_EVERY) * 10 // config.steps:
-                    print(f"{stage.name}: step {done} of {config.steps}, loss {record['loss']:.4f}", file=sys.stderr)
-            if done % config.checkpoint_every == 0 or done == config.steps or stop.signum:
-                spent = seconds + time.perf_counter() - begun
-                _save(folder / "state.pt", stage, optimizer, done, spent)
-            if stop.signum:
-                raise Interrupted(stage.name, done, config.steps, stop.signum)
-    return seconds + time.perf_counter() - begun
-
-
-def _endless(data: RandomCrops, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    number = 0
-    while True:
-        for images in data.batches(batch_size, number, number + 1):
-            yield images.to(device)
-        number += 1
-
-
-def gather(batches: Iterable[Tensor], minimum: int, function: Any) -> tuple[Tensor, ...]:
-    """Apply `function` to batches until `minimum` rows are there; its outputs concatenated."""
-    rows: list[tuple[Tensor, ...]] = []
-    with torch.no_grad():
-        for images in batches:
-            rows.append(function(images))
-            if sum(len(row[0]) for row in rows) >= minimum:
-                break
-    return tuple(torch.cat(column) for column in zip(*rows, strict=True))
-
-
-def usage_figures(usage: CodeUsage, codes: Tensor, step: int) -> dict[str, float]:
-    """Count ids; at the end of every window the usage and perplexity in it, then from nought."""
-    usage.update(codes)
-    if (step + 1) % USAGE_WINDOW:
-        return {}
-    summary = usage.summary()
-    usage.reset()
-    return {f"{view}_{key}": v for view, row in summary.items() for key, v in row.items()}
-
-
-def _save(path: Path, stage: Stage, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "stage": stage.name,
-            "step": step,
-            "seconds": seconds,
-            "model": stage.model.stored_state(),
-            "counters": stage.counters(),
-            "optimizer": optimizer.state_dict(),
-        },
-        buffer,
-    )
-    write_atomic(path, buffer.getbuffer())
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A stage's state file. It holds tensors and numbers; reading it runs no code of it.
-
-    Raises:
-        ValueError: the file is damaged or something else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"stage", "step", "model"} <= state.keys():
-            raise ValueError("not a state of training")
-    except Exception as error:  # torch.load has no one error for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a whole training state: {reason}") from error
-    return state
-
-
-def _load(path: Path, stage: Stage, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Restore the stage from `path`; (steps done, seconds spent), (0, 0.0) without a file."""
-    if not path.exists():
-        return 0, 0.0
-    state = read_state(path)
-    if state["stage"] != stage.name:
-        raise ValueError(f"{path}: expected stage {stage.name}, got {state['stage']}")
-    stage.model.load_state_dict(state["model"], strict=False)
-    for name, tensor in stage.counters().items():
-        tensor.copy_(state["counters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop what a stopped run logged after the checkpoint it goes on from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+    config, folder, steps = stage.config, run.folder / stage.name, stage.config.steps
+    main, keep = distributed.rank() == 0, run.config.keep_checkpoints
+    micro_batch = config.micro_batch or max(1, config.batch_size // distributed.world_size())
+    for part in stage.parts:
+        part.prepare(run.config)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+    start, state = checkpoint.load(folder, stage)
+    seconds, best, position = state.get("seconds", 0.0), state.get("best"), state.get("data")
+    if position is not None:
+        position = position[distributed.rank()] if len(position) == distributed.world_size() else position[0]
+    if start < steps:
+        if main:
+            log.cut_log(folder / "log.jsonl", start)
+        batches = run.data.batches(config.batch_size, micro_batch, start, position)
+        logger = log.Log(run.folder, run.config.tracker, stage.name, start, steps) if main else None
+        begun = time.perf_counter()
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # the half line of a killed process
-            break
-        kept.append(line + "\n")
-    write_atomic(path, "".join(kept).encode())
+            for step in range(start, steps):
+                seed_everything(run.config.seed, stage.name, step)
+                stage.prepare(step, _spare_images(run, stage, micro_batch), run.config.seed)
+                clock, position = time.perf_counter(), batches.position()
+                micro = next(batches)
+                waited = time.perf_counter() - clock
+                batch = _put(micro, run.device, (run.config.seed, stage.name, step))
+                active = [part for part in stage.parts if step >= part.first_step]
+                figures: dict[str, Any] = {}
+                for part in active:
+                    own = part.accumulate(batch, step)
+                    prefix = "" if part is active[0] else f"{part.name}_"
+                    figures |= {k if k.startswith(prefix) else prefix + k: v for k, v in own.items()}
+                signum = _agree(figures, run.stop.signum, run.device)
+                if signum < 0:
+                    spent = seconds + time.perf_counter() - begun
+                    checkpoint.save(folder, stage, step, seconds=spent, best=best, position=position, keep=keep)
+                    raise FloatingPointError(checkpoint.save_culprit(folder, stage, step, batch, figures))
+                for part in active:
+                    part.step(step, steps)
+                figures |= stage.update(step, run.config.seed)
+                done = step + 1
+                if logger is not None:
+                    logger.waited += waited
+                    logger.bar.update()
+                if done % log.LOG_EVERY == 0 or done == steps:
+                    record = _means(figures, run.device)
+                    if logger is not None:
+                        logger.write(done, record, batches.skipped, config.batch_size)
+                last = done == steps or signum != 0
+                due = done % run.config.evaluation.every == 0 and done > stage.codes_from
+                if run.held_out is not None and (due or done == steps):
+                    best = _evaluate(stage, run, folder, done, best, logger)
+                if done % config.checkpoint_every == 0 or last:
+                    spent, position = seconds + time.perf_counter() - begun, batches.position()
+                    checkpoint.save(folder, stage, done, seconds=spent, best=best, position=position, keep=keep)
+                if signum:
+                    raise Interrupted(stage.name, done, steps, signum)
+        finally:
+            batches.close()
+            if logger is not None:
+                logger.close()
+        seconds += time.perf_counter() - begun
+    for part in stage.parts:
+        part.exchange_ema()  # for good: the average is what is published
+    return seconds
+
+
+def _put(micro: Sequence[MicroBatch], device: torch.device, key: tuple[object, ...]) -> list[Batch]:
+    return [Batch(m.images.to(device, non_blocking=True), m.first, m.total, key) for m in micro]
+
+
+def _spare_images(run: Run, stage: Stage, micro_batch: int) -> Iterator[list[Batch]]:
+    """Images for initialisation, always the same ones, so that the batches of the steps stay what they are."""
+    batches = run.data.other(0x5EED).batches(stage.config.batch_size, micro_batch, 0, None)
+    try:
+        for micro in batches:
+            yield _put(micro, run.device, (run.config.seed, stage.name, "spare"))
+    finally:
+        batches.close()
+
+
+def _agree(figures: dict[str, Any], signum: int, device: torch.device) -> int:
+    """The signal any process got, 0 for none; -1 where a loss or a gradient of any process is not finite."""
+    names = [k for k in figures if k.endswith(("loss", "gradient_norm"))]
+    finite = torch.stack([torch.as_tensor(figures[k], device=device).float().isfinite() for k in names]).all()
+    if distributed.world_size() == 1:
+        return signum if finite else -1
+    status = torch.stack([(~finite).float(), torch.tensor(float(signum), device=device)])
+    torch.distributed.all_reduce(status, torch.distributed.ReduceOp.MAX)
+    broken, signum = (int(x) for x in status.tolist())
+    return -1 if broken else signum
+
+
+def _means(figures: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Figures as numbers, averaged over processes."""
+    values = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in figures.values()])
+    return dict(zip(figures, distributed.mean_over_processes(values).tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def published_weights(stage: Stage) -> Iterator[None]:
+    """The model as it would be published: moving averages in the weights' place, in eval mode."""
+    for part in stage.parts:
+        part.exchange_ema()
+        part.wrapped.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in stage.parts:
+            part.wrapped.train()
+            part.exchange_ema()
+
+
+def _evaluate(
+    stage: Stage, run: Run, folder: Path, step: int, best: float | None, logger: log.Log | None
+) -> float | None:
+    """Evaluate, and keep the tokenizer if it is the best so far; the best figure so far."""
+    with published_weights(stage):
+        figures, pictures = stage.evaluate(run.held_out())
+        if stage.best not in figures:
+            raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {stage.best!r}")
+        value = figures[stage.best]
+        sign = -1 if lower_is_better(stage.best) else 1
+        if best is None or sign * value > sign * best:
+            best = value
+            state = published_state(stage)
+            if logger is not None:
+                stage.model.save_pretrained(folder / "best", state=state)
+                description = json.dumps({"step": step, **figures}, indent=2) + "\n"
+                write_atomic(folder / "best" / "evaluation.json", description.encode())
+    if logger is not None:
+        logger.evaluation(step, figures, pictures)
+    return best
+
+
+def published_state(stage: Stage) -> dict[str, Tensor]:
+    """The model's state dict, whole whatever process holds what; a collective call under FSDP."""
+    state = stage.model.stored_state()
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}

@@ -9,69 +9,151 @@ quantisation, then k-means sets the codebook.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from semhitok.config import SemanticStageConfig
+from semhitok import distributed
+from semhitok.config import SemanticStageConfig, TrainConfig
+from semhitok.evaluation.evaluate import MeanOverImages, Metric, Usage, evaluate
 from semhitok.tokenizer import SemHiTok
-from semhitok.training.loop import gather, usage_figures
+from semhitok.training.log import usage_figures, usage_window
+from semhitok.training.parts import Batch, Part, gather, generator
+
+
+class SemanticNetwork(nn.Module):
+    """What this stage trains, as one module: features [B, h, w, C] -> what their codes say of them."""
+
+    def __init__(self, model: SemHiTok) -> None:
+        super().__init__()
+        self.head = model.semantic_head
+        self.quantizer = model.quantizer.semantic
+        self.decoder = model.semantic_decoder
+
+    def forward(self, features: Tensor, quantise: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Predicted features, z_sem, codes (None where not quantised), commitment loss."""
+        z = self.head(features)
+        if not quantise:
+            return self.decoder(z), z, None, z.new_zeros(())
+        q, codes, commitment = self.quantizer(z)
+        return self.decoder(q), z, codes, commitment
 
 
 class SemanticStage:
     """Trains `semantic_head`, `semantic_decoder` and the semantic codebook of `model`."""
 
     name = "semantic"
+    best = "cosine"
 
-    def __init__(self, model: SemHiTok, config: SemanticStageConfig) -> None:
-        self.model, self.config = model, config
-        self.quantizer = model.quantizer.semantic
+    def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
+        config = run_config.semantic
+        if config.continuous_steps >= config.steps:
+            raise ValueError(
+                f"semantic.continuous_steps: expected less than semantic.steps {config.steps}, "
+                f"got {config.continuous_steps}"
+            )
+        self.model, self._config, self.run_config = model, config, run_config
+        self.device = next(model.parameters()).device
+        self.head, self.quantizer = model.semantic_head, model.quantizer.semantic
         self.quantizer.decay = config.decay
-        self.modules: list[nn.Module] = [model.semantic_head, model.semantic_decoder]
         model.requires_grad_(False)
-        for module in self.modules:
-            module.requires_grad_(True)
-        self._last: tuple[Tensor, Tensor] | None = None
+        network = SemanticNetwork(model).train()
+        network.requires_grad_(True)
+        self.network = Part("network", network, config.optimizer, self.loss)
+        self.parts = [self.network]
+        self.codes_from = config.continuous_steps
+        self.window = usage_window(model.config.num_codes, config.batch_size * model.config.grid_size**2)
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def prepare(self, step: int, images: Iterator[Tensor], generator: Generator) -> None:
+    @property
+    def config(self) -> SemanticStageConfig:
+        return self._config
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run_config.precision == "bf16")
+
+    def _features(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.model.semantic_features(images)
+
+    def prepare(self, step: int, images: Iterator[list[Batch]], seed: int) -> None:
         needed = self.config.init_tokens_per_code * self.model.config.num_codes
         if step == 0:
-            (features,) = gather(images, needed, lambda x: (self.model.semantic_features(x).flatten(0, 2),))
-            self.model.semantic_head.set_statistics(features)
+            (features,) = gather(images, needed, lambda x: (self._features(x).flatten(0, 2),))
+            self.head.set_statistics(features)
+            distributed.check_equal(torch.cat([self.head.mean, self.head.std]), "statistics of the features")
         if step == self.config.continuous_steps:
-            (z,) = gather(images, needed, lambda x: (self._z(x).flatten(0, 2),))
-            self.quantizer.initialize(z, self.config.kmeans_iterations, generator=generator)
+            (z,) = gather(images, needed, lambda x: (self.network(self._features(x), False)[1].flatten(0, 2),))
+            self.quantizer.initialize(z, self.config.kmeans_iterations, generator=generator(seed, self.name, "kmeans"))
 
-    def _z(self, images: Tensor) -> Tensor:
-        return self.model.semantic_head(self.model.semantic_features(images))
-
-    def loss(self, images: Tensor, step: int, generator: Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Any]]:
         config = self.config
-        features = self.model.semantic_features(images)
-        target = self.model.semantic_head.standardize(features)
-        z = self.model.semantic_head(features)
-        if step < config.continuous_steps:
-            q, commitment, self._last = z, z.new_zeros(()), None
-        else:
-            q, codes, commitment = self.quantizer(z)
-            self._last = (z.detach(), codes)
-        predicted = self.model.semantic_decoder(q)
+        features = self._features(batch.images)
+        quantise = step >= config.continuous_steps
+        with self._autocast():
+            predicted, z, codes, commitment = self.network(features, quantise)
+        if codes is not None:
+            self._seen.append((z.detach(), codes))
+        predicted, target = predicted.float(), self.head.standardize(features)
         cosine = 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
         l1 = F.l1_loss(predicted, target)
         loss = config.cosine_weight * cosine + config.l1_weight * l1 + config.commitment_weight * commitment
         return loss, {"cosine": cosine, "l1": l1, "commitment": commitment}
 
     @torch.no_grad()
-    def update(self, step: int, generator: Generator) -> dict[str, Any]:
-        if self._last is None:
+    def update(self, step: int, seed: int) -> dict[str, Any]:
+        if not self._seen:
             return {}
-        z, codes = self._last
+        z, codes = (torch.cat(column) for column in zip(*self._seen, strict=True))
+        self._seen = []
         self.quantizer.update(z, codes)
-        restarted = self.quantizer.restart(z, self.config.restart_window, generator=generator)
-        return {"restarted": restarted, **usage_figures(self.quantizer.usage, codes, step)}
+        draw = generator(seed, self.name, step, "restart")
+        restarted = self.quantizer.restart(z, self.config.restart_window, generator=draw)
+        figures = usage_figures(self.quantizer.usage, step, self.window)
+        self._alarm(figures, step)
+        # With one sub-code a group, two of the three views say nothing.
+        return {"restarted": restarted, **{k: v for k, v in figures.items() if k.startswith("semantic_")}}
+
+    def _alarm(self, figures: dict[str, float], step: int) -> None:
+        """Say it loudly when few codes are left in use: such a run does not recover."""
+        usage = figures.get("semantic_usage", float("inf"))
+        if usage < self.config.collapse_usage and distributed.rank() == 0:
+            print(
+                f"semhitok: warning: the semantic codebook is collapsing: after step {step + 1} {usage:.1%} of its "
+                f"codes are in use (perplexity {figures['semantic_perplexity']:.1f} of {self.model.config.num_codes})",
+                file=sys.stderr,
+            )
 
     def counters(self) -> dict[str, Tensor]:
-        return {"misses": self.quantizer.misses, "usage": self.quantizer.usage.counts}
+        counters = {"misses": self.quantizer.misses, "usage": self.quantizer.usage.counts}
+        if self.model.teacher is not None and self.model.teacher.stored:
+            counters |= {f"teacher.{k}": v for k, v in self.model.teacher.state_dict().items()}
+        return counters
+
+    def codebooks(self) -> dict[str, Tensor]:
+        return {"codebook": self.quantizer.codebook, "misses": self.quantizer.misses}
+
+    def evaluate(self, batches: Any) -> tuple[dict[str, float], Tensor | None]:
+        """Cosine distance to the teacher's features, and the use of the codes, on held-out images."""
+        last: dict[str, Tensor] = {}
+
+        def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
+            features = self._features(images)
+            with self._autocast():
+                predicted, _, codes, _ = self.network(features, True)
+            last["cosine"] = 1 - F.cosine_similarity(predicted.float(), self.head.standardize(features), dim=-1).mean(
+                (1, 2)
+            )
+            assert codes is not None
+            return images, codes
+
+        metrics: list[Metric] = [
+            MeanOverImages("cosine", lambda reconstructions, images: last["cosine"][: len(images)]),
+            Usage(self.model.config.num_codes, 1, self.device),
+        ]
+        figures, _ = evaluate(reconstruct, batches, metrics, self.device)
+        return {k: v for k, v in figures.items() if not k.startswith(("flat", "group"))}, None

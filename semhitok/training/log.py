@@ -1,0 +1,138 @@
+"""What a run tells: the progress bar, log.jsonl and the tracker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from semhitok._files import write_atomic
+from semhitok._optional import require
+from semhitok.usage import CodeUsage
+
+LOG_EVERY = 10  # steps
+USAGE_TOKENS = 50  # tokens per flat code in a window of the usage figures
+
+
+class Log:
+    """The progress bar, log.jsonl and the tracker, all by the first process."""
+
+    def __init__(self, folder: Path, tracker: str, name: str, start: int, steps: int) -> None:
+        self.name, self.steps = name, steps
+        self.bar = require("tqdm", "models").tqdm(total=self.steps, initial=start, desc=name, unit="step", disable=None)
+        self.file = (folder / name / "log.jsonl").open("a")
+        self.tracker = _tracker(folder, tracker, name, start)
+        self.start, self.begun = start, time.perf_counter()
+        self.clock, self.step, self.waited = self.begun, start, 0.0
+
+    def write(self, step: int, record: dict[str, float], skipped: int, batch_size: int) -> None:
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
+        now = time.perf_counter()
+        elapsed = max(now - self.clock, 1e-9)
+        # What depends on the day's machine goes to the tracker alone.
+        speed = {
+            "images_per_second": (step - self.step) * batch_size / elapsed,
+            "data_wait": self.waited / elapsed,
+            "images_skipped": float(skipped),
+        }
+        self.clock, self.step, self.waited = now, step, 0.0
+        if self.tracker is not None:
+            self.tracker.log({**record, **speed}, step=step)
+        text = f"{speed['images_per_second']:.1f} images/s, {speed['data_wait']:.0%} of the time waiting for data"
+        text += f", {skipped} images skipped" if skipped else ""
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {text}", refresh=False)
+        # Where no terminal shows the bar, a line a tenth of the way.
+        tenth, before = (n * 10 // self.steps for n in (step, step - LOG_EVERY))
+        if self.bar.disable and (tenth > before or step == self.steps):
+            left = (now - self.begun) / (step - self.start) * (self.steps - step)
+            print(
+                f"{self.name}: step {step} of {self.steps}, loss {record['loss']:.4f}, {text}, {_duration(left)} left",
+                file=sys.stderr,
+            )
+
+    def evaluation(self, step: int, figures: dict[str, float], pictures: Tensor | None) -> None:
+        record = {f"held_out_{k}": v for k, v in figures.items()}
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
+        text = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        self.bar.write(f"{self.name}: held-out images after step {step}: {text}", file=sys.stderr)
+        if self.tracker is not None:
+            self.tracker.log(record, step=step)
+            if pictures is not None:
+                images = {"original_and_reconstruction": pictures.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()}
+                layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+                self.tracker.log_images(images, step=step, **layout)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def _tracker(folder: Path, kind: str, stage: str, start: int) -> Any:
+    """Accelerate's tracker by the name in the configuration, None for "none"."""
+    if kind == "none":
+        return None
+    tracking = require("accelerate.tracking", "train")
+    if kind == "wandb":
+        require("wandb", "wandb")
+        name = f"{folder.resolve().name}-{stage}"
+        # The same name on resume: the run goes on in the same place.
+        identity = hashlib.sha256(f"{folder.resolve()}/{stage}".encode()).hexdigest()[:16]
+        tracker = tracking.WandBTracker("semhitok", dir=str(folder), name=name, id=identity, resume="allow")
+    else:
+        require("tensorboard", "train")
+        # What a killed run wrote after its last checkpoint is hidden by purge_step.
+        tracker = tracking.TensorBoardTracker(stage, str(folder / "tensorboard"), purge_step=start)
+    tracker.start()
+    return tracker
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop what a stopped run logged after the checkpoint it goes on from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:  # the half line of a killed process
+            break
+        kept.append(line + "\n")
+    write_atomic(path, "".join(kept).encode())
+
+
+def usage_window(num_codes: int, tokens_per_step: int) -> int:
+    """Steps between two usage figures: USAGE_TOKENS tokens a code, a multiple of LOG_EVERY."""
+    return math.ceil(num_codes * USAGE_TOKENS / tokens_per_step / LOG_EVERY) * LOG_EVERY
+
+
+def usage_figures(usage: CodeUsage, step: int, window: int) -> dict[str, float]:
+    """At the end of every window the usage and perplexity of the tokens in it, then from nought."""
+    if (step + 1) % window:
+        return {}
+    summary = usage.summary()
+    counts = usage.counts
+    present = counts.sum(1) > 0
+    figures = {f"{view}_{key}": v for view, row in summary.items() for key, v in row.items()}
+    if counts.shape[1] > 1:
+        figures["dead_sub_codes"] = 1 - summary["group"]["usage"]
+        lacking = (counts[present] == 0).any(1).double()
+        figures["groups_with_dead_sub_codes"] = lacking.mean().item() if len(lacking) else 0.0
+    usage.reset()
+    return figures
