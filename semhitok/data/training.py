@@ -3,9 +3,9 @@
 Of image files, crop n of the run is a function of the seed and n alone, however many processes and workers there are.
 
 Shards are divided into streams, one for every worker of every process: in each epoch the shards are shuffled, and
-stream s takes shards s, s + S, s + 2 S, ... of S. A stream shuffles the samples of a block of `shuffle_buffer` and goes
-on to the next. So it stands at (epoch, place where the block begins, place in the block), which is all that a checkpoint
-has to keep: to go on, at most one block is read again.
+stream s takes shards s, s + S, s + 2 S, ... of S. A stream shuffles the samples of a block of `shuffle_buffer` and
+goes on to the next. So it stands at (epoch, place where the block begins, place in the block), which is all that a
+checkpoint has to keep: to go on, at most one block is read again.
 """
 
 from __future__ import annotations

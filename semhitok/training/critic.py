@@ -1,7 +1,7 @@
-"""Critics (discriminators) of reconstructions, their losses, and what they are shown.
+"""The critic (discriminator) of the reconstruction loss, what it is shown, and both sides' losses.
 
-Verdicts on an image depend neither on the rest of its batch nor on the process that has it: no batch statistics, and
-every random number comes from the caller. All of it runs in fp32.
+A critic gives logits: high for photographs, low for reconstructions. Nothing here draws random numbers; the callers
+hand them in, so that a step is a function of its number and not of how a batch is split over processes.
 """
 
 from __future__ import annotations
@@ -16,40 +16,59 @@ from torch.nn.utils.parametrizations import spectral_norm
 from semhitok._optional import require
 from semhitok.config import CriticConfig
 
-AUGMENT_NUMBERS = 8  # uniform numbers that `diff_augment` takes for an image
+AUGMENT_NUMBERS = 8  # that `diff_augment` takes for an image
+LECAM_DECAY = 0.99
 
 
 class PatchCritic(nn.Module):
-    """PatchGAN (Isola et al. 2017): images [B, 3, H, W] in [0, 1] -> a logit for every patch, [B, 1, h, w].
+    """PatchGAN (Isola et al. 2017): one logit for every patch of an image, by 4 x 4 convolutions.
 
-    4 x 4 convolutions, the first `layers` of them halving the map, with spectral normalisation (Miyato et al. 2018)
-    in place of batch normalisation.
+    `layers` convolutions of stride 2, then two of stride 1, spectrally normalised, LeakyReLU 0.2 between them. There
+    are no batch statistics: the verdict on an image depends on no other image.
+
+    Args:
+        width: channels of the first layer; they double with every layer, up to 8 * width.
+        layers: number of layers that halve the map; with 3 of them a logit sees 70 x 70 pixels.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        widths = [3] + [width * min(2**n, 8) for n in range(layers + 1)]
-        blocks: list[nn.Module] = []
+        channels = [3] + [width * min(2**n, 8) for n in range(layers + 1)]
+        modules: list[nn.Module] = []
         for n in range(layers + 1):
             stride = 2 if n < layers else 1
-            blocks += [spectral_norm(nn.Conv2d(widths[n], widths[n + 1], 4, stride, 1)), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*blocks, spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1)))
+            modules.append(spectral_norm(nn.Conv2d(channels[n], channels[n + 1], 4, stride, padding=1)))
+            modules.append(nn.LeakyReLU(0.2))
+        self.network = nn.Sequential(*modules, spectral_norm(nn.Conv2d(channels[-1], 1, 4, padding=1)))
+        self.smallest = 3 * 2**layers  # side of an image that leaves one logit
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module whose parameters and buffers are this critic's state: itself."""
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images * 2 - 1)
+        """images [B, 3, H, W] in [0, 1] -> logits [B, 1, h, w], fp32; ValueError for images that are too small.
+
+        Autocast is off in here: spectral norms are not for bf16.
+        """
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(f"critic: expected images of at least {self.smallest} pixels, got {list(images.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.float() * 2 - 1)
 
 
 class DinoCritic(nn.Module):
-    """Trainable heads on the patch tokens of a frozen Vision Transformer (as in StyleGAN-T, Sauer et al. 2023).
+    """Trainable heads on the patch tokens of a frozen Vision Transformer (StyleGAN-T, Sauer et al. 2023; GigaTok).
 
-    images [B, 3, H, W] in [0, 1] -> logits [B, heads * tokens].
+    The backbone is always in eval mode and learns nothing, but gradients pass through it to the images.
 
     Args:
-        config: backbone, checkpoint, image_size and blocks of it.
+        config: `backbone`, `checkpoint`, `image_size` and `blocks` are used.
         load: fetch or read the backbone's weights; False leaves them random.
 
     Raises:
-        ValueError: timm has no such model, or no such block.
+        ValueError: timm has no such model, it is not a Vision Transformer, or has no such block.
         OSError: its weights cannot be had.
     """
 
@@ -59,79 +78,98 @@ class DinoCritic(nn.Module):
     def __init__(self, config: CriticConfig, *, load: bool = True) -> None:
         super().__init__()
         timm = require("timm", "models")
+        self.image_size = config.image_size
         options: dict[str, Any] = {}
         if config.checkpoint is not None:
             options["pretrained_cfg_overlay"] = {"file": config.checkpoint}
         try:
-            self.backbone = timm.create_model(
-                config.backbone, pretrained=load, img_size=config.image_size, num_classes=0, **options
+            self.vit = timm.create_model(
+                config.backbone,
+                pretrained=load,
+                img_size=config.image_size,
+                num_classes=0,
+                global_pool="",
+                **options,
             )
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(f"critic.backbone: timm cannot build {config.backbone!r}: {error}") from error
+            raise ValueError(f"critic: timm cannot build {config.backbone!r}: {error}") from error
         except Exception as error:  # the hub's client raises many types when it finds no network
-            raise OSError(f"critic.backbone: no weights for {config.backbone!r}: {error}") from error
-        depth = len(getattr(self.backbone, "blocks", ()))
-        for block in config.blocks:
-            if not 0 <= block < depth:
-                raise ValueError(f"critic.blocks: expected 0..{depth - 1} for {config.backbone!r}, got {block}")
-        self.blocks, self.image_size = config.blocks, config.image_size
-        width: int = self.backbone.embed_dim
-        self.heads = nn.ModuleList(_Head(width) for _ in config.blocks)
-        cfg = self.backbone.pretrained_cfg
+            raise OSError(f"critic: no weights for {config.backbone!r}: {error}") from error
+        if not hasattr(self.vit, "forward_intermediates") or not hasattr(self.vit, "blocks"):
+            raise ValueError(f"critic: {config.backbone!r} is not a timm Vision Transformer")
+        depth = len(self.vit.blocks)
+        if not config.blocks or not all(-depth <= block < depth for block in config.blocks):
+            raise ValueError(
+                f"critic.blocks: expected some of -{depth}..{depth - 1} for {config.backbone!r}, got {config.blocks}"
+            )
+        self.blocks = sorted({block % depth for block in config.blocks})
+        cfg = self.vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
-        self.backbone.requires_grad_(False).eval()
+        self.vit.requires_grad_(False)
+        self.heads = nn.ModuleList(_Head(self.vit.embed_dim) for _ in self.blocks)
+        self.train()
 
-    def requires_grad_(self, requires_grad: bool = True) -> DinoCritic:
-        self.heads.requires_grad_(requires_grad)
-        return self
+    @property
+    def trained(self) -> nn.Module:
+        """The module whose parameters and buffers are this critic's state: the heads."""
+        return self.heads
 
     def train(self, mode: bool = True) -> DinoCritic:
         super().train(mode)
-        self.backbone.eval()
+        self.vit.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        tokens = self.backbone.forward_intermediates(
-            (images - self.mean) / self.std,
-            indices=list(self.blocks),
-            norm=False,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return torch.cat([head(x.transpose(1, 2)) for head, x in zip(self.heads, tokens, strict=True)], dim=1)
+        """images [B, 3, H, W] in [0, 1] -> logits [B, n], fp32: every patch token of every chosen block.
+
+        Autocast is off in here: spectral norms are not for bf16.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            images = _resize(images.float(), self.image_size)
+            maps = self.vit.forward_intermediates(
+                (images - self.mean) / self.std,
+                indices=self.blocks,
+                norm=False,
+                stop_early=True,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+            return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
 class _Head(nn.Module):
-    """Tokens [B, C, L] -> logits [B, L]: a residual convolution along the tokens between two pointwise ones."""
+    """Tokens [B, C, h, w] of one block -> logits [B, 1, h, w]: StyleGAN-T's head on the plane instead of a row.
+
+    StyleGAN-T convolves 9 successive tokens, here they are 3 x 3; and in place of its batch normalisation every token
+    is normalised alone, which takes the blocks' very different scales away, too.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = spectral_norm(nn.Conv1d(width, width, 1))
-        self.mix = spectral_norm(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular"))
-        self.norm = nn.GroupNorm(1, width)
-        self.out = spectral_norm(nn.Conv1d(width, 1, 1))
+        self.project = spectral_norm(nn.Conv2d(width, width, 1))
+        self.mix = spectral_norm(nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate"))
+        self.judge = spectral_norm(nn.Conv2d(width, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.norm(self.project(x)), 0.2)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+        x = F.leaky_relu(self.project(x), 0.2)
         x = (x + F.leaky_relu(self.mix(x), 0.2)) / 2**0.5
-        return self.out(x).squeeze(1)
+        return self.judge(x)
 
 
-def build_critic(config: CriticConfig, *, load: bool = True) -> nn.Module:
-    """The critic that `config` names."""
-    return PatchCritic(config.width, config.layers) if config.kind == "patch" else DinoCritic(config, load=load)
+def build_critic(config: CriticConfig, *, load: bool = True) -> PatchCritic | DinoCritic:
+    """The critic that `config.kind` names; errors and `load` are `DinoCritic`'s."""
+    return DinoCritic(config, load=load) if config.kind == "dino" else PatchCritic(config.width, config.layers)
 
 
 def critic_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
-    """The critic's loss: low when logits of images are high and those of reconstructions low.
+    """What the critic minimises, a scalar: high logits for photographs, low ones for reconstructions.
 
-    hinge: (mean relu(1 - real) + mean relu(1 + fake)) / 2
-    non_saturating: (mean softplus(-real) + mean softplus(fake)) / 2
+    Args:
+        kind: "hinge", or "non_saturating" for the logistic loss.
+        real: logits of photographs, any shape.
+        fake: logits of reconstructions, any shape.
     """
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
@@ -139,78 +177,114 @@ def critic_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def verdict_loss(kind: str, fake: Tensor) -> Tensor:
-    """The network's loss: low when the critic takes reconstructions for images.
-
-    hinge: -mean fake; non_saturating: mean softplus(-fake).
-    """
+    """What the tokenizer minimises, a scalar: its reconstructions' logits rise. Arguments as `critic_loss`."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 class LeCam(nn.Module):
-    """LeCAM regularisation (Tseng et al. 2021): holds the critic's logits to moving averages of their means."""
+    """LeCAM regulariser of a critic (Tseng et al. 2021): pulls logits to the other side's moving average.
+
+    Buffers: `real` and `fake`, moving averages of the mean logits, from 0 on.
+    """
 
     real: Tensor
     fake: Tensor
 
-    def __init__(self, decay: float = 0.99) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.decay = decay
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))
 
-    def regularizer(self, real: Tensor, fake: Tensor) -> Tensor:
-        """mean relu(real - average fake)^2 + mean relu(average real - fake)^2."""
-        return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
+    def regularizer(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """mean(relu(real - average fake)^2) + mean(relu(average real - fake)^2), a scalar; any shapes."""
+        return F.relu(real_logits - self.fake).square().mean() + F.relu(self.real - fake_logits).square().mean()
 
     @torch.no_grad()
-    def update(self, real: Tensor, fake: Tensor) -> None:
-        """Take in the mean logits of a step, over all processes."""
-        self.real.lerp_(real.to(self.real), 1 - self.decay)
-        self.fake.lerp_(fake.to(self.fake), 1 - self.decay)
+    def update(self, real_mean: Tensor | float, fake_mean: Tensor | float) -> None:
+        """After a step: its mean logits, scalars that the caller has averaged over all processes."""
+        for average, value in ((self.real, real_mean), (self.fake, fake_mean)):
+            average.mul_(LECAM_DECAY).add_(value, alpha=1 - LECAM_DECAY)
 
 
 def diff_augment(images: Tensor, numbers: Tensor) -> Tensor:
-    """DiffAugment (Zhao et al. 2020): colour, translation and cutout, differentiable.
+    """Differentiable augmentation (Zhao et al. 2020): colour, translation and cutout.
+
+    As in the paper, where images are in [-1, 1]: brightness moves by up to half of 1, here a quarter; saturation is
+    scaled by 0 to 2 and contrast by 0.5 to 1.5; the image moves by up to an eighth of each side; a rectangle of half
+    its sides, centred anywhere, is cut out. What is uncovered or cut is the paper's 0, mid-grey. Unlike in the paper,
+    half of the images are not cut. Images are not clamped.
 
     Args:
-        images: [B, 3, H, W], [0, 1].
-        numbers: uniform in [0, 1), [B, AUGMENT_NUMBERS]; brightness, saturation, contrast, translation down and right
-            (.5 is none of each), centre of the cutout down and right, and whether there is one (from .5 on).
+        images: float [B, 3, H, W] in [0, 1].
+        numbers: float [B, 8], uniform in [0, 1), on any device, for: brightness, saturation, contrast, movement down
+            and right, the cut's centre down and right, and whether there is a cut (below 0.5). All 0.5 changes nothing.
+
+    Returns:
+        Like `images`; a row depends on its own numbers only.
     """
-    n = numbers.to(images.dtype).view(len(images), AUGMENT_NUMBERS, 1, 1, 1).unbind(1)
-    height, width = images.shape[2:]
-    # The paper's ranges are those of images in [-1, 1]: brightness is halved.
-    x = images + (n[0] - 0.5) / 2
+    numbers = numbers.to(images.device)
+    brightness, saturation, contrast = numbers[:, :3].to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
+    x = images * 2 - 1 + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * (n[1] * 2)
+    x = (x - grey) * (2 * saturation) + grey
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * (n[2] + 0.5)
-    rows = torch.arange(height, device=x.device).view(1, -1)
-    columns = torch.arange(width, device=x.device).view(1, -1)
-    n = tuple(v.view(-1, 1) for v in n)
-    rows_from = rows + ((n[3] - 0.5) * (height / 4)).round().long()
-    columns_from = columns + ((n[4] - 0.5) * (width / 4)).round().long()
-    x = x.gather(2, rows_from.clamp(0, height - 1).view(-1, 1, height, 1).expand_as(x))
-    x = x.gather(3, columns_from.clamp(0, width - 1).view(-1, 1, 1, width).expand_as(x))
-    inside = _outer(_within(rows_from, height), _within(columns_from, width))
-    top, left = (n[5] * height).long() - height // 4, (n[6] * width).long() - width // 4
-    hole = _outer(_within(rows - top, height // 2), _within(columns - left, width // 2))
-    return x * (inside & ~(hole & (n[7] >= 0.5).view(-1, 1, 1, 1)))
-
-
-def _within(x: Tensor, size: int) -> Tensor:
-    return (x >= 0) & (x < size)
-
-
-def _outer(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows.view(len(rows), 1, -1, 1) & columns.view(len(columns), 1, 1, -1)
+    x = (x - mean) * (contrast + 0.5) + mean
+    kept: list[Tensor] = []
+    outside: list[Tensor] = []
+    for axis, side in enumerate(images.shape[2:]):
+        places = torch.arange(side, device=images.device)
+        reach = (side + 4) // 8
+        source = places - (_choose(numbers[:, 3 + axis], 2 * reach + 1) - reach)[:, None]
+        # Every pixel is read once: the backward pass adds nothing up, and is the same in every run.
+        index = (source % side).unsqueeze(1).unsqueeze(3 - axis)
+        x = x.gather(2 + axis, index.expand_as(x))
+        kept.append((source >= 0) & (source < side))
+        cut = (side + 1) // 2
+        first = (_choose(numbers[:, 5 + axis], side + 1 - cut % 2) - cut // 2)[:, None]
+        outside.append((places < first) | (places >= first + cut))
+    spared = (numbers[:, 7] >= 0.5).view(-1, 1, 1)
+    covered = kept[0][:, :, None] & kept[1][:, None] & (outside[0][:, :, None] | outside[1][:, None] | spared)
+    return x * covered.unsqueeze(1) / 2 + 0.5
 
 
 def window(images: Tensor, numbers: Tensor, shift: int) -> Tensor:
-    """A window [B, 3, H - shift, W - shift] of images at a random place, the same for all: numbers [2] in [0, 1).
+    """A window on images, `shift` pixels smaller, at the same random place for the whole batch.
 
-    Without it the decoder's grid of patches and the critic's coincide, and leave a fixed pattern.
+    Args:
+        images: [B, 3, H, W].
+        numbers: float [2], uniform in [0, 1): the place down and right.
+        shift: from 0, less than H and W.
+
+    Returns:
+        A view [B, 3, H - shift, W - shift].
+
+    Raises:
+        ValueError: `shift` leaves no image.
     """
-    top, left = (numbers * (shift + 1)).long().tolist()
-    height, width = images.shape[2] - shift, images.shape[3] - shift
+    height, width = (side - shift for side in images.shape[2:])
+    if shift < 0 or min(height, width) < 1:
+        raise ValueError(
+            f"critic.shift: expected 0 to less than the image's sides {list(images.shape[2:])}, got {shift}"
+        )
+    top, left = _choose(numbers, shift + 1).tolist()
     return images[:, :, top : top + height, left : left + width]
+
+
+def _choose(numbers: Tensor, count: int) -> Tensor:
+    """Uniform numbers in [0, 1) -> integers 0..count - 1, int64. No product of such a number rounds up to `count`."""
+    return (numbers * count).long()
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, size, size], bicubic with antialias, and not clamped: a clamp would cut gradients.
+
+    Equal to `F.interpolate`, but as two products with matrices: the backward pass of the former adds up in another
+    order every time on CUDA.
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    down, right = (
+        F.interpolate(torch.eye(side, device=images.device)[None, None], (size, side), mode="bicubic", antialias=True)
+        for side in images.shape[2:]
+    )
+    return down @ images @ right.mT

@@ -82,6 +82,7 @@ def _tracker(folder: Path, kind: str, stage: str, start: int) -> Any:
     if kind == "none":
         return None
     tracking = require("accelerate.tracking", "train")
+    require("accelerate", "train").PartialState()  # which the trackers ask for the first process
     if kind == "wandb":
         require("wandb", "wandb")
         name = f"{folder.resolve().name}-{stage}"

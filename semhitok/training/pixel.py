@@ -22,6 +22,7 @@ from semhitok.config import PixelStageConfig, ReconstructionConfig, TrainConfig
 from semhitok.evaluation.evaluate import default_metrics, evaluate
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
+from semhitok.training.critic import PatchCritic
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parts import Batch, Part, gather, generator
 from semhitok.training.reconstruction import ReconstructionLoss
@@ -70,10 +71,16 @@ class Reconstructing:
         self.reconstruction = ReconstructionLoss(loss, model.config.patch_size).to(self.device)
         self.critic: Part | None = None
         self._critic_step = -1
-        if self.reconstruction.critic is not None:
-            trained = self.reconstruction.critic
+        critic = self.reconstruction.critic
+        if critic is not None:
+            seen = model.config.image_size - self.reconstruction.shift
+            if isinstance(critic, PatchCritic) and seen < critic.smallest:
+                raise ValueError(
+                    f"critic.layers: expected fewer, or a smaller shift: the critic sees {seen} pixels a side, and "
+                    f"{loss.critic.layers} layers need {critic.smallest}"
+                )
             self.critic = Part(
-                "critic", trained, loss.critic.optimizer, self.critic_loss, first_step=loss.critic.train_from
+                "critic", critic, loss.critic.optimizer, self.critic_loss, first_step=loss.critic.train_from
             )
 
     def _autocast(self) -> torch.autocast:
@@ -102,7 +109,7 @@ class Reconstructing:
         self.critic.module.train(step != self._critic_step)
         self._critic_step = step
         inputs = self.reconstruction.critic_inputs(batch.predicted, batch.images, batch)
-        return self.reconstruction.critic_loss(self.critic(inputs))
+        return self.reconstruction.critic_loss(self.critic(inputs), step)
 
     def evaluate(self, batches: Any) -> tuple[dict[str, float], Tensor | None]:
         """Fidelity of reconstructions and use of the codes, on held-out images."""

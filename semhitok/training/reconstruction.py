@@ -1,14 +1,17 @@
-"""The reconstruction loss of the pixel and decoder stages.
+"""The reconstruction loss of the stages that train a decoder.
 
-loss = l1 |x^ - x| + l2 (x^ - x)^2 + lpips LPIPS(x^, x) + critic verdict(x^)
+loss = l1 |x^ - x| + l2 (x^ - x)^2 + lpips LPIPS(x^, x) + weight * verdict(x^)
 
-In fp32 whatever the network runs in: half precision in LPIPS and the critic is where others met NaN.
+The verdict is a critic's, which learns at the same time; the loop trains it, with what `critic_inputs` and
+`critic_loss` make of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,142 +29,191 @@ from semhitok.training.critic import (
     verdict_loss,
     window,
 )
-from semhitok.training.parts import Batch
+
+
+class Numbers(Protocol):
+    """Where a step's random numbers come from: uniform in [0, 1), a function of the step and of `purpose`."""
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Numbers [b, *shape] for the b images at hand; rows depend on the images' places in the global batch."""
+
+    def uniform_shared(self, purpose: str, n: int) -> Tensor:
+        """Numbers [n], the same on all processes."""
 
 
 class ReconstructionLoss(nn.Module):
-    """The loss of reconstructions, and that of their critic.
+    """Pixel errors, perceptual distance and the critic's verdict; all in fp32, whatever autocast surrounds it.
+
+    No part of the network that is trained: `perceptual` is frozen, and the loop trains `critic.trained` on its own.
+
+    Attributes:
+        perceptual: see `perceptual_loss`; None at weight 0.
+        critic: None at weight 0.
+        lecam: None at weight 0, and without a critic.
 
     Args:
-        config: weights of the terms; one of weight 0 is not built.
-        patch_size: of the decoder, the default shift of the critic's window.
+        config: weights, and the critic.
+        patch_size: pixels, of the tokenizer.
 
-    `perceptual`, `critic` and `lecam` are None where their weight is 0. The critic is trained by its own optimiser. The
-    adaptive weight is that of a micro-batch.
+    Raises:
+        ImportError, OSError, RuntimeError: from `perceptual_loss`.
+        ImportError, OSError, ValueError: from `DinoCritic`.
     """
 
     def __init__(self, config: ReconstructionConfig, patch_size: int) -> None:
         super().__init__()
         self.config = config
-        critic = config.critic
+        self.shift = patch_size if config.critic.shift is None else config.critic.shift
         self.perceptual = perceptual_loss() if config.lpips else None
-        self.critic = build_critic(critic) if critic.weight else None
-        self.lecam = LeCam() if critic.weight and critic.lecam else None
-        self._means: list[Tensor] = []
-        self.shift = patch_size if critic.shift is None else critic.shift
+        self.critic = build_critic(config.critic) if config.critic.weight else None
+        self.lecam = LeCam() if config.critic.weight and config.critic.lecam else None
+        self._means: list[Tensor] = []  # of the logits, of this step's micro-batches
+
+    def train(self, mode: bool = True) -> ReconstructionLoss:
+        super().train(mode)
+        if self.perceptual is not None:
+            self.perceptual.eval()  # it has dropout
+        return self
 
     def forward(
-        self, predicted: Tensor, images: Tensor, batch: Batch, step: int, last_layer: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of predicted images [B, 3, H, W] (not clamped), and its terms for the log.
+        self,
+        predicted: Tensor,
+        images: Tensor,
+        batch: Numbers,
+        step: int,
+        last_layer: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The loss of reconstructions. It leaves the critic and its gradients as they are.
 
-        last_layer: makes of a gradient at `predicted` that of the decoder's last weight, averaged over processes.
+        Args:
+            predicted: reconstructions, float [B, 3, H, W], not clamped; with gradient.
+            images: what they should be, float [B, 3, H, W] in [0, 1].
+            batch: the step's random numbers.
+            step: of the stage, from 0.
+            last_layer: turns a gradient at `predicted`, of its shape and dtype, into the gradient of the decoder's last
+                weight, averaged over all processes. Called by an adaptive critic only.
+
+        Returns:
+            The loss, an fp32 scalar, and figures for the log, without gradient: l1, l2, and where there are such terms
+            lpips, verdict and critic_weight, the verdict's weight in the loss.
         """
-        config, critic = self.config, self.config.critic
+        config = self.config
         with torch.autocast(predicted.device.type, enabled=False):
-            predicted, images = predicted.float(), images.float()
-            l1, l2 = F.l1_loss(predicted, images), F.mse_loss(predicted, images)
-            loss = config.l1 * l1 + config.l2 * l2
-            figures: dict[str, Any] = {"l1": l1, "l2": l2}
+            x, target = predicted.float(), images.float()
+            terms = {"l1": F.l1_loss(x, target), "l2": F.mse_loss(x, target)}
+            loss = config.l1 * terms["l1"] + config.l2 * terms["l2"]
             if self.perceptual is not None:
-                figures["lpips"] = self.perceptual(predicted * 2 - 1, images * 2 - 1).mean()
-                loss = loss + config.lpips * figures["lpips"]
+                terms["lpips"] = self.perceptual(x * 2 - 1, target * 2 - 1).mean()
+                loss = loss + config.lpips * terms["lpips"]
+            figures: dict[str, Tensor | float] = {}
+            critic = config.critic
             if self.critic is not None and step >= critic.start:
-                verdict = self._verdict(predicted, batch)
-                weight = torch.tensor(critic.weight, device=loss.device)
-                if critic.ramp:
-                    weight = weight * min(1.0, (step - critic.start + 1) / critic.ramp)
+                with _frozen(self.critic):
+                    logits = self.critic(self._view(x, batch, "fake"))
+                terms["verdict"] = verdict_loss(critic.loss, logits)
+                weight: Tensor | float = critic.weight
+                if critic.ramp > 0:
+                    weight *= min(1.0, (step - critic.start + 1) / critic.ramp)
                 if critic.adaptive:
-                    of_rest, of_verdict = (
-                        last_layer(torch.autograd.grad(term, predicted, retain_graph=True)[0]).norm()
-                        for term in (loss, verdict)
+                    rest, verdict = (
+                        last_layer(torch.autograd.grad(term, predicted, retain_graph=True)[0]).detach().float().norm()
+                        for term in (loss, terms["verdict"])
                     )
-                    weight = weight * (of_rest / (of_verdict + 1e-6)).clamp(*critic.adaptive_range)
-                loss = loss + weight * verdict
-                figures |= {"verdict": verdict, "critic_weight": weight}
-        return loss, figures
+                    weight = weight * (rest / (verdict + 1e-6)).clamp(*critic.adaptive_range)
+                figures["critic_weight"] = weight
+                loss = loss + weight * terms["verdict"]
+        return loss, {name: term.detach() for name, term in terms.items()} | figures
 
-    def _verdict(self, predicted: Tensor, batch: Batch) -> Tensor:
-        """What the critic thinks of reconstructions; the critic itself learns nothing from it."""
-        assert self.critic is not None
-        trained = [p for p in self.critic.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        self.critic.eval()  # spectral normalisation's estimates stay as they are, too
-        try:
-            logits = self.critic(self._shown(predicted, batch, "fake"))
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        return verdict_loss(self.config.critic.loss, logits)
+    @torch.no_grad()
+    def critic_inputs(self, predicted: Tensor, images: Tensor, batch: Numbers) -> Tensor:
+        """What the critic is to judge: float [B, 3, H, W] twice -> fp32 [2B, 3, h, w], photographs first.
 
-    def _shown(self, images: Tensor, batch: Batch, purpose: str) -> Tensor:
-        images = window(images, batch.uniform_shared("window", 2), self.shift)
-        if self.config.critic.augment:
-            images = diff_augment(images, batch.uniform(f"augment {purpose}", AUGMENT_NUMBERS))
-        return images
+        Both halves are seen through the same window, with augmentations of their own; the second half is what `forward`
+        shows the critic. Without gradient.
+        """
+        return torch.cat([self._view(images, batch, "real"), self._view(predicted, batch, "fake")])
 
-    def critic_inputs(self, predicted: Tensor, images: Tensor, batch: Batch) -> Tensor:
-        """What the critic learns from: images, then reconstructions (without gradient), [2 B, 3, h, w]."""
-        real = self._shown(images.float(), batch, "real")
-        return torch.cat([real, self._shown(predicted.detach().float(), batch, "fake")])
+    def critic_loss(self, logits: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss of its logits [2B, ...] on `critic_inputs`.
 
-    def critic_loss(self, logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The critic's loss of its logits for `critic_inputs`, and figures for the log."""
+        LeCAM is left out at the first step, when its averages have not seen anything.
+
+        Returns:
+            The loss, an fp32 scalar, and figures without gradient: critic_loss, real_logit and fake_logit.
+        """
+        config = self.config.critic
         real, fake = logits.float().chunk(2)
-        loss = critic_loss(self.config.critic.loss, real, fake)
+        loss = critic_loss(config.loss, real, fake)
+        if self.lecam is not None and step > config.train_from:
+            loss = loss + config.lecam * self.lecam.regularizer(real, fake)
         means = torch.stack([real.mean(), fake.mean()]).detach()
-        if self.lecam is not None:
-            loss = loss + self.config.critic.lecam * self.lecam.regularizer(real, fake)
-            self._means.append(means)
-        return loss, {"real_logit": means[0], "fake_logit": means[1]}
+        self._means.append(means)
+        return loss, {"critic_loss": loss.detach(), "real_logit": means[0], "fake_logit": means[1]}
 
     def update(self) -> None:
-        """After a step: LeCAM's averages take in the step's mean logits, of all micro-batches and processes."""
+        """After a step: LeCAM's averages take in the mean logits of all micro-batches and processes."""
         if self.lecam is not None and self._means:
-            self.lecam.update(*distributed.mean_over_processes(torch.stack(self._means).mean(0)))
-            self._means = []
+            real, fake = distributed.mean_over_processes(torch.stack(self._means).mean(0))
+            self.lecam.update(real, fake)
+        self._means = []
 
     def counters(self) -> dict[str, Tensor]:
         """What the next steps depend on besides the critic's weights."""
         return {f"lecam.{name}": x for name, x in self.lecam.named_buffers()} if self.lecam is not None else {}
 
+    def _view(self, images: Tensor, batch: Numbers, purpose: str) -> Tensor:
+        """Images [B, 3, H, W] as the critic sees them. Not clamped: a clamp would cut the verdict's gradient."""
+        images = window(images.float(), batch.uniform_shared("critic window", 2), self.shift)
+        if self.config.critic.augment:
+            images = diff_augment(images, batch.uniform(f"critic {purpose}", AUGMENT_NUMBERS))
+        return images
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode, in which spectral norms keep their vectors, and no gradient for parameters; then as it was."""
+    mode, parameters = module.training, [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(mode)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
 
 def perceptual_loss() -> nn.Module:
-    """LPIPS (VGG) of image pairs in [-1, 1], frozen, in fp32.
+    """LPIPS (VGG; Zhang et al. 2018) of image pairs in [-1, 1], frozen, in eval mode and fp32.
+
+    A network whose weights are not the published ones gives plausible numbers, too. So they are compared with
+    torchvision's (the hash of which is checked when they are fetched) and with the file that lpips brings.
 
     Raises:
         ImportError: the package is not installed.
         OSError: its backbone's weights cannot be fetched.
-        RuntimeError: the network does not hold the published weights.
+        RuntimeError: a tensor of the network is not what was published.
     """
     lpips = require("lpips", "train")
-    models = require("torchvision.models", "train")
+    vgg16 = require("torchvision.models", "train").VGG16_Weights.IMAGENET1K_V1
     try:
-        # Fetched once, by a name that carries its hash, which is checked.
-        published = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
+        vgg = vgg16.get_state_dict(progress=False, check_hash=True)
+        heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
     except Exception as error:  # torchvision's download raises many types
-        raise OSError(f"loss.lpips: LPIPS weights cannot be had: {error}") from error
-    check_perceptual_weights(network, published)
-    return network
+        raise OSError(f"lpips: LPIPS weights cannot be had: {error}") from error
+    state = network.state_dict()
+    # net.slice3.14.weight is torchvision's features.14.weight
+    parts = [name.split(".") for name in state if name.startswith("net.slice")]
+    backbone = {".".join(["features", *rest]): state[".".join([net, part, *rest])] for net, part, *rest in parts}
+    _check_equal(backbone, {name: tensor for name, tensor in vgg.items() if name.startswith("features.")})
+    _check_equal(state, heads)
+    return network.eval().requires_grad_(False)
 
 
-def check_perceptual_weights(network: nn.Module, published: dict[str, Tensor]) -> None:
-    """Check that LPIPS' backbone holds `published` VGG weights, and its heads are those of a trained LPIPS.
-
-    Raises:
-        RuntimeError: it does not; the message names the tensor.
-    """
-    held = {name: x for name, x in network.named_parameters() if name.startswith("net.")}
-    if not held:
-        raise RuntimeError("LPIPS: expected a backbone named net, got none")
-    for name, tensor in held.items():
-        # net.slice1.0.weight -> features.0.weight: slices keep the numbers of torchvision's layers.
-        original = f"features.{'.'.join(name.split('.')[2:])}"
-        if original not in published or not torch.equal(tensor.cpu(), published[original]):
-            raise RuntimeError(f"LPIPS: {name}: expected the published weights {original}, got others")
-    for name, tensor in network.named_parameters():
-        # Trained heads are weights of a mean of squares, at least 0; fresh ones are not.
-        if name.startswith("lin") and bool((tensor < 0).any()):
-            raise RuntimeError(f"LPIPS: {name}: expected weights of at least 0, got random ones")
+def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """RuntimeError naming the first tensor of `expected` that `found` has not, or has otherwise."""
+    for name, tensor in expected.items():
+        if name not in found or not torch.equal(found[name], tensor):
+            raise RuntimeError(f"lpips: {name} is not as published")

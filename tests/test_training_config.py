@@ -1,0 +1,108 @@
+"""Configurations: YAML fills dataclasses, strictly, and the command line shows and changes them."""
+
+import sys
+import types
+
+import pytest
+import yaml
+from training_processes import small_config, write_pictures
+
+from semhitok.cli import main
+from semhitok.config import PRESETS, TrainConfig, from_dict, override, preset_names, train_config
+from semhitok.training import train
+
+
+def test_the_printed_configuration_is_the_configuration(capsys, tmp_path):
+    for name in preset_names():
+        assert main(["train", name, "--print-config"]) == 0
+        printed = capsys.readouterr().out
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(printed)
+        assert train_config(str(path)) == train_config(name)
+        assert yaml.safe_load(printed)["model"]["num_codes"] == train_config(name).model.num_codes
+
+
+def test_the_command_line_changes_what_a_file_says(capsys, tmp_path):
+    path = tmp_path / "my.yml"
+    path.write_text("pixel:\n  loss:\n    critic: {weight: 0.25}\n  optimizer: {lr: 3e-4}\nstages: [semantic]\n")
+    command = ["train", str(path), "--set", "pixel.loss.critic.start=7", "--set", "stages=[semantic, pixel]"]
+    assert main([*command, "--print-config"]) == 0
+    config = from_dict(TrainConfig, yaml.safe_load(capsys.readouterr().out))
+    assert (config.pixel.loss.critic.weight, config.pixel.loss.critic.start) == (0.25, 7)
+    assert config.pixel.optimizer.lr == 3e-4 and config.stages == ["semantic", "pixel"]
+    # what neither names is as the dataclasses say, the parent's before the child's
+    assert config.pixel.optimizer.betas == TrainConfig().pixel.optimizer.betas == (0.9, 0.95)
+    assert config.semantic == TrainConfig().semantic
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pixel: {stepps: 1}", "unknown key 'stepps'"),
+        ("pixel: [1]", "config.pixel: expected an object"),
+        ("pixel: {steps: many}", "config.pixel.steps: expected int, got 'many'"),
+        ("pixel: {steps: 0}", "steps: expected a positive integer, got 0"),
+        ("stages: [pixel, semantic]", "stages: expected some of semantic, pixel, decoder, in this order"),
+        ("stages: pixel", "config.stages: expected a list"),
+        ("precision: fp16", "precision: expected one of fp32, bf16, got 'fp16'"),
+        ("tracker: paper", "tracker: expected one of tensorboard, wandb, none"),
+        ("pixel: {loss: {critic: {kind: film}}}", "critic.kind: expected patch or dino, got 'film'"),
+        ("pixel: {loss: {critic: {blocks: [1, a]}}}", r"config.pixel.loss.critic.blocks\[1\]: expected int"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_wrong_files_are_one_clear_line(text, message, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"my.yaml: .*{message}"):
+        train_config(str(path))
+
+
+def test_a_file_runs_no_code(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("seed: !!python/object/apply:os.mkdir ['owned']")
+    with pytest.raises(ValueError, match="not YAML"):
+        train_config(str(path))
+
+
+def test_presets_state_batch_and_steps():
+    for name in preset_names():
+        config = train_config(name)
+        text = (PRESETS / f"{name}.yaml").read_text()
+        comment = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+        assert f"Global batch {config.semantic.batch_size}" in comment, name
+        for number in (config.semantic.steps, config.pixel.steps):
+            assert f"{number:,}" in comment or str(number) in comment, name
+
+
+def test_train_says_what_is_missing(capsys, tmp_path):
+    assert main(["train", "semhitok-tiny", "--out", str(tmp_path)]) == 2
+    assert "IMAGES: expected, got none" in capsys.readouterr().err
+    assert main(["train", "semhitok-tiny", str(tmp_path)]) == 2
+    assert "--out: expected, got none" in capsys.readouterr().err
+    assert main(["train", "semhitok-huge", str(tmp_path), "--out", "x"]) == 2
+    assert "expected one of semhitok-256, " in capsys.readouterr().err
+
+
+def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
+    """The tracker as accelerate drives it, with a stand-in for the service's client."""
+    pytest.importorskip("accelerate.tracking")  # looks for the client when it is imported
+    said = []
+
+    class Client(types.ModuleType):
+        def init(self, **options):
+            said.append(options)
+            return types.SimpleNamespace(
+                log=lambda values, step=None, **kw: said.append((step, values)), finish=lambda: said.append("finished")
+            )
+
+    monkeypatch.setitem(sys.modules, "wandb", Client("wandb"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    write_pictures(pictures)
+    config = small_config("stages=[semantic]")
+    override(config, "tracker=wandb")
+    train(config, [pictures], tmp_path / "run")
+    assert said[0]["project"] == "semhitok" and said[0]["resume"] == "allow" and said[0]["id"]
+    steps = [step for step, values in (x for x in said[1:-1]) if "loss" in values]
+    assert steps == [10, 20, 30, 40] and said[-1] == "finished"
