@@ -25,11 +25,16 @@ from semhitok.evaluation.metrics import gmsd, psnr, sliced_wasserstein, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 
-COMMON = ["train_from=300", "start=500", "ramp=100", "width=32", "layers=2"]
+COMMON = [
+    "train_from=100", "start=300", "ramp=200", "width=32", "layers=2", "augment=true",
+    "optimizer={lr: 1.0e-3, betas: [0.5, 0.9]}",
+]  # fmt: skip
 ROWS = {
     "without": [],
-    "PatchGAN, hinge": ["weight=0.02", *COMMON],
-    "PatchGAN, hinge, DiffAugment": ["weight=0.02", "augment=true", *COMMON],
+    "PatchGAN, weight 0.02": ["weight=0.02", *COMMON],
+    "PatchGAN, weight 0.05": ["weight=0.05", *COMMON],
+    "PatchGAN, adaptive, weight 0.3": ["weight=0.3", "adaptive=true", *COMMON],
+    "PatchGAN, non-saturating, 0.05": ["weight=0.05", "loss=non_saturating", *COMMON],
 }
 
 

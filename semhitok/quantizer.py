@@ -217,24 +217,25 @@ class HierarchicalQuantizer(nn.Module):
         # Whole tokens are exchanged: fewer bytes than sums of all K * m sub-codes, and the same bits as one process.
         z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
         codes = distributed.gather_rows(codes.reshape(-1))
-        sums, counts = ops.segment_sum(z, codes, K * m)
-        self.usage.add(counts)
-        n = counts.float()
-        self.weights.lerp_(n.view(K, m), 1 - self.decay)
-        rate = (1 - self.decay) / self.weights.view(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        # A row a token, not a sub-code: there are far fewer. The tokens of one sub-code all write the same row.
+        # A row for every sub-code that has tokens: there are far fewer of those than K * m.
+        present, place = codes.unique(return_inverse=True)
+        sums, counts = ops.segment_sum(z, place, len(present))
+        all_counts = torch.zeros(K * m, dtype=torch.int64, device=codes.device)
+        all_counts[present] = counts
+        self.usage.add(all_counts)
+        self.weights.lerp_(all_counts.view(K, m).float(), 1 - self.decay)
+        rate = (1 - self.decay) / self.weights.view(-1)[present].clamp_min(torch.finfo(torch.float32).tiny)
         book = self.pix_codebook.view(K * m, dim)
-        old = book[codes]
-        pull = sums[codes] - n[codes].unsqueeze(-1) * old
-        book[codes] = old + rate[codes].unsqueeze(-1) * pull
+        old = book[present]
+        book[present] = old + rate.unsqueeze(-1) * (sums - counts.unsqueeze(-1) * old)
 
     @torch.no_grad()
-    def restart(self, z_pix: Tensor, codes: Tensor, window: int, *, generator: Generator) -> Tensor:
+    def restart(self, z_pix: Tensor, codes: Tensor, window: int, *, generator: Generator) -> int:
         """Move every starved sub-code onto a random token of its own group.
 
         A sub-code ages by the tokens its group receives while none of them chooses it, so the
         sub-codes of an absent semantic code do not age. At `window` tokens it is moved. z_pix
-        [..., Dp], codes [...] flat ids of the same step. Returns the number moved (scalar tensor).
+        [..., Dp], codes [...] flat ids of the same step. Returns the number moved.
         """
         K, m, dim = self.pix_codebook.shape
         z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
@@ -243,12 +244,13 @@ class HierarchicalQuantizer(nn.Module):
         used = used.scatter_add_(0, codes, torch.ones_like(codes)).view(K, m)
         group = used.sum(1, keepdim=True)
         self.misses.copy_(torch.where(used > 0, 0, self.misses + group))
-        dead = (self.misses >= window) & (group > 0)
-        pick = _tokens_of_groups(codes // m, group.squeeze(1), m, generator)
-        torch.where(dead.unsqueeze(-1), z[pick], self.pix_codebook, out=self.pix_codebook)
-        self.weights.masked_fill_(dead, 1)
-        self.misses.masked_fill_(dead, 0)
-        return dead.sum()
+        dead = ((self.misses >= window) & (group > 0)).nonzero(as_tuple=True)
+        if len(dead[0]):
+            pick = _tokens_of_groups(codes // m, group.squeeze(1), m, generator)
+            self.pix_codebook[dead] = z[pick[dead]]
+            self.weights[dead] = 1
+            self.misses[dead] = 0
+        return len(dead[0])
 
 
 def _randint(high: int, size: int, generator: Generator, device: torch.device) -> Tensor:

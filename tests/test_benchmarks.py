@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import semhitok
+import semhitok.quantizer
+import semhitok.reference
 from semhitok import _C
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import exact
 import exactness
 import quantize_bench
+import quantizer_share
 
 BENCHMARKS = Path(quantize_bench.__file__).parent
 BIG = 2.0**60
@@ -243,3 +245,25 @@ def test_planted_mistakes_are_counted() -> None:
     best, worst = distances.argmin(1), distances.argmax(1)
     assert quantize_bench.wrong_sub_codes(z, sub, ids, best) == 0
     assert quantize_bench.wrong_sub_codes(z, sub, ids, torch.where(torch.arange(20) < 5, worst, best)) == 5
+
+
+def test_quantizer_share_counts_what_each_implementation_does(capsys: pytest.CaptureFixture[str]) -> None:
+    done = script("quantizer_share.py", "--K", "512", "--images", "4", "--rounds", "1")
+    lines = done.stdout.splitlines()
+    profiles = [line.split() for line in lines if line.startswith("profile")]
+    assert [p[1:3] for p in profiles] == [[s, n] for s in ("semantic", "pixel") for n in ("ours", "reference")]
+    for row in profiles:
+        shares = [int(x.rstrip("%")) for x in row if x.endswith("%")]
+        assert len(shares) == 3 and 98 <= sum(shares) <= 102
+    rows = [line.split() for line in lines if line.startswith(("semantic", "pixel"))]
+    for row in rows:
+        assert float(row[3].rstrip("x")) == pytest.approx(float(row[2]) / float(row[1]), rel=0.1)
+        assert row[-3:] == ["0", "of", "1024"]
+
+
+def test_quantizer_share_swaps_the_ops_and_sees_memory() -> None:
+    ours = semhitok.quantizer.ops
+    with quantizer_share.implementation("reference"):
+        assert semhitok.quantizer.ops.nearest_code is semhitok.reference.nearest_code
+    assert semhitok.quantizer.ops is ours
+    assert quantizer_share.peak(lambda: torch.ones(2**24).sum(), "cpu") >= 60  # 64 MiB
