@@ -24,7 +24,8 @@ PRESETS = Path(__file__).parent / "presets"
 class TeacherConfig:
     """The frozen vision encoder whose features the semantic codes learn.
 
-    name: a timm model name; any Vision Transformer with `forward_intermediates`.
+    name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any Vision Transformer with
+        `forward_intermediates`.
     pretrained: weights come from timm's hub entry and are not stored in checkpoints of ours;
         otherwise the weights are stored, so that the codes can be reproduced.
     checkpoint: a local weights file that timm loads instead of the hub's.

@@ -24,6 +24,7 @@ import exact
 import exactness
 import quantize_bench
 import quantizer_share
+import train_memory
 
 BENCHMARKS = Path(quantize_bench.__file__).parent
 BIG = 2.0**60
@@ -267,3 +268,16 @@ def test_quantizer_share_swaps_the_ops_and_sees_memory() -> None:
         assert semhitok.quantizer.ops.nearest_code is semhitok.reference.nearest_code
     assert semhitok.quantizer.ops is ours
     assert quantizer_share.peak(lambda: torch.ones(2**24).sum(), "cpu") >= 60  # 64 MiB
+
+
+def test_train_memory_counts_the_tiny_preset() -> None:
+    trained, fixed, image = train_memory.measure("semhitok-tiny", "pixel")
+    from semhitok.config import preset
+    from semhitok.tokenizer import SemHiTok
+
+    model = SemHiTok(preset("semhitok-tiny"))
+    assert trained == sum(p.numel() for m in (model.encoder, model.decoder) for p in m.parameters())
+    everything = sum(p.numel() for p in model.parameters()) + 256 * 16 + 2048 * 16
+    assert fixed == 4 * (everything + 3 * trained)  # weights and codebooks; gradients and two moments
+    # at least what every block's two norms, attention and four-fold MLP keep of 256 tokens of width 128
+    assert image > 4 * 256 * 128 * 4 * (2 + 1 + 4)

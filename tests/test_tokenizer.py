@@ -293,3 +293,19 @@ def test_overrides_set_fields_by_path_and_refuse_the_rest():
             override(config, bad)
     with pytest.raises(ValueError, match="preset: expected one of"):
         preset("semhitok-huge")
+
+
+def test_a_teacher_comes_from_a_hub_folder_or_a_file(tmp_path):
+    """timm's hub loader, on a folder as the hub would give it; and a plain weights file."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    original = timm.create_model("test_vit", img_size=32, num_classes=0, global_pool="")
+    timm.models.save_for_hf(original, tmp_path / "hub", safe_serialization=True)
+    names = (f"local-dir:{tmp_path / 'hub'}", "test_vit")
+    for name, file in zip(names, (None, str(tmp_path / "hub" / "model.safetensors")), strict=True):
+        teacher = Teacher(TeacherConfig(name, checkpoint=file, image_size=32), 2)
+        assert not teacher.stored
+        for key, tensor in original.state_dict().items():
+            assert torch.equal(teacher.vit.state_dict()[key], tensor), key
+    with pytest.raises(OSError, match="teacher: no weights for 'test_vit'"):
+        Teacher(TeacherConfig("test_vit", checkpoint=str(tmp_path / "none.safetensors"), image_size=32), 2)
