@@ -2,9 +2,9 @@
 
     python benchmarks/train_memory.py semhitok-256-one-gpu semhitok-256 semhitok-384
 
-Runs each stage's forward pass and loss on tensors without data and counts the bytes that autograd keeps for the backward
-pass (bf16 autocast, LPIPS and the critic included), an image at a time. Adds weights, gradients, Adam's moments and
-moving averages of what is trained, the teacher, and LPIPS' weights. What a GPU takes besides is not counted: its
+Runs each stage's forward pass and loss on tensors without data and counts the bytes that autograd keeps for the
+backward pass (bf16 autocast, LPIPS and the critic included), an image at a time. Adds weights, gradients, the moments of
+Adam and moving averages of what is trained, the teacher, and LPIPS. What a GPU takes besides is not counted: its
 context, workspaces, fragmentation and what lives only inside a layer.
 """
 
@@ -58,7 +58,8 @@ def kept_for_backward(stage: SemanticStage | PixelStage, config: TrainConfig) ->
 def measure(name: str, stage_name: str) -> tuple[int, int, int]:
     """Trained parameters, bytes that do not depend on the batch, bytes an image."""
     config = train_config(name)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights have nowhere to go
         perceptual = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False)
         model = SemHiTok(config.model, load_teacher=False).train()
         with mock.patch(f"{LOSS}.perceptual_loss", lambda: perceptual):
@@ -93,7 +94,6 @@ def measure(name: str, stage_name: str) -> tuple[int, int, int]:
 
 
 def main() -> int:
-    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", metavar="PRESET", help=", ".join(preset_names()))
     args = parser.parse_args()

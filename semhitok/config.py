@@ -1,7 +1,7 @@
 """Configuration: plain dataclasses, which JSON and YAML fill, strictly.
 
 `SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
-two training stages need. Every default is a choice of this project unless a comment says otherwise.
+training stages need. Every default is a choice of this project unless a comment says otherwise.
 """
 
 from __future__ import annotations

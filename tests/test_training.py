@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from training_processes import SETTINGS, checkpoint_bytes, small_config, write_pictures
+from training_processes import CRITIC, SETTINGS, checkpoint_bytes, small_config, write_pictures
 
 from semhitok.config import OptimizerConfig
 from semhitok.data.images import save_png
@@ -336,3 +336,19 @@ def test_bf16_checkpointing_and_micro_batches_train_like_the_plain_run(pictures,
 def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match=r"expected a multiple of processes \* micro_batch = 1 \* 3, got 4"):
         train(small_config("semantic.micro_batch=3"), [pictures], tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [[], ["precision=bf16", "compile=true", *CRITIC]])
+def test_training_on_a_gpu_follows_the_cpu(pictures, finished, tmp_path, more):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    train(small_config(*more), [pictures], tmp_path, device="cuda")
+    for stage in ("semantic", "pixel"):
+        cpu, gpu = (
+            [json.loads(x)["loss"] for x in (run / stage / "log.jsonl").read_text().splitlines()]
+            for run in (finished, tmp_path)
+        )
+        assert gpu == pytest.approx(cpu, rel=0.3 if more else 0.05)
+    model = SemHiTok.from_pretrained(tmp_path / "checkpoint")
+    assert model.encode(torch.rand(1, 3, 32, 32)).max() < 64
