@@ -31,10 +31,8 @@ COMMON = [
 ]  # fmt: skip
 ROWS = {
     "without": [],
-    "PatchGAN, weight 0.02": ["weight=0.02", *COMMON],
+    "PatchGAN, weight 0.035": ["weight=0.035", *COMMON],
     "PatchGAN, weight 0.05": ["weight=0.05", *COMMON],
-    "PatchGAN, adaptive, weight 0.3": ["weight=0.3", "adaptive=true", *COMMON],
-    "PatchGAN, non-saturating, 0.05": ["weight=0.05", "loss=non_saturating", *COMMON],
 }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/train_memory.py semhitok-256-one-gpu semhitok-256 semhitok-384
 
 Runs each stage's forward pass and loss on tensors without data and counts the bytes that autograd keeps for the
-backward pass (bf16 autocast, LPIPS and the critic included), an image at a time. Adds weights, gradients, the moments of
+backward pass (bf16 autocast, LPIPS and the critic included), an image at a time. Adds weights, gradients, moments of
 Adam and moving averages of what is trained, the teacher, and LPIPS. What a GPU takes besides is not counted: its
 context, workspaces, fragmentation and what lives only inside a layer.
 """

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from semhitok.config import DataConfig
 from semhitok.data.images import read_image, resize_crop
@@ -17,7 +16,7 @@ from semhitok.data.images import read_image, resize_crop
 _CACHE_BYTES = 2**29
 
 
-class RandomCrops(Dataset[tuple[Tensor, bool]]):
+class RandomCrops:
     """Sample n is a random crop of one image; every len(paths) samples see each image once.
 
     Args:
@@ -45,26 +44,30 @@ class RandomCrops(Dataset[tuple[Tensor, bool]]):
         self._cached_bytes = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def __getitem__(self, number: int) -> tuple[Tensor, bool]:
-        """Crop [3, size, size], float32 in [0, 1], and whether it is of another image, its own being unreadable."""
+    def __getitem__(self, number: int) -> Tensor:
+        """Crop [3, size, size], float32 in [0, 1]."""
+        return self.sample(number)[0]
+
+    def sample(self, number: int) -> tuple[Tensor, bool]:
+        """Crop [3, size, size], float32 in [0, 1], and whether it is of another image in place of an unreadable one."""
         epoch, position = divmod(number, len(self.paths))
         if self._order[0] != epoch:
-            shuffle = torch.randperm(len(self.paths), generator=_generator(self.seed, ~epoch))
+            shuffle = torch.randperm(len(self.paths), generator=generator(self.seed, ~epoch))
             self._order = (epoch, shuffle.tolist())
-        index = self._order[1][position]
-        crop = random_crop(self._load(index), self.size, self.config, _generator(self.seed, number))
-        return crop, index in self.unreadable
+        image, replaced = self._load(self._order[1][position])
+        draws = torch.rand(4, generator=generator(self.seed, number)).tolist()
+        return crop(image, self.size, self.config, draws), replaced
 
-    def _load(self, index: int) -> Tensor:
-        """The image at `index`, or the next readable one, as uint8 [3, H, W]."""
-        for candidate in range(index, index + len(self.paths)):
-            candidate %= len(self.paths)
+    def _load(self, index: int) -> tuple[Tensor, bool]:
+        """The image at `index`, or the next readable one, as uint8 [3, H, W]; whether it is the next one."""
+        for place in range(index, index + len(self.paths)):
+            candidate = place % len(self.paths)
             if candidate in self._cache:
-                return self._cache[candidate]
+                return self._cache[candidate], candidate != index
             if candidate in self.unreadable:
                 continue
             try:
-                image = bytes_of(read_image(self.paths[candidate]))
+                image = to_uint8(read_image(self.paths[candidate]))
             except (ValueError, OSError) as error:
                 self.unreadable.add(candidate)
                 print(f"semhitok: skipped: {error}", file=sys.stderr)
@@ -72,18 +75,27 @@ class RandomCrops(Dataset[tuple[Tensor, bool]]):
             if self._cached_bytes + image.numel() <= _CACHE_BYTES:
                 self._cache[candidate] = image
                 self._cached_bytes += image.numel()
-            return image
+            return image, candidate != index
         raise ValueError(f"none of the {len(self.paths)} images can be read")
 
 
-def bytes_of(image: Tensor) -> Tensor:
-    """An image in [0, 1] as uint8: a quarter of the memory, and what files hold."""
+def to_uint8(image: Tensor) -> Tensor:
+    """An image in [0, 1] as uint8, which `crop` takes: a quarter of the memory."""
     return image.mul(255).round().to(torch.uint8)
 
 
-def random_crop(image: Tensor, size: int, config: DataConfig, generator: torch.Generator) -> Tensor:
-    """A random crop of uint8 [3, H, W], resized and mirrored as `config` says: float32 [3, size, size] in [0, 1]."""
-    draw = torch.rand(4, generator=generator).tolist()
+def crop(image: Tensor, size: int, config: DataConfig, draws: Sequence[float]) -> Tensor:
+    """The training crop that four random numbers choose.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: side of the crop in pixels. An image smaller than that is enlarged.
+        config: how crops are drawn.
+        draws: in [0, 1): scale, top, left, mirroring.
+
+    Returns:
+        float32 [3, size, size] in [0, 1].
+    """
     side = min(image.shape[1:])
     if config.crop_scale is None:
         if side < size:
@@ -91,16 +103,19 @@ def random_crop(image: Tensor, size: int, config: DataConfig, generator: torch.G
         side = size
     else:
         low, high = config.crop_scale
-        side = max(1, round(side * (low + (high - low) * draw[0])))
-    top = int(draw[1] * (image.shape[1] - side + 1))
-    left = int(draw[2] * (image.shape[2] - side + 1))
-    crop = image[:, top : top + side, left : left + side].float() / 255
+        side = max(1, round(side * (low + (high - low) * draws[0])))
+    top = int(draws[1] * (image.shape[1] - side + 1))
+    left = int(draws[2] * (image.shape[2] - side + 1))
+    part = image[:, top : top + side, left : left + side].float() / 255
     if side != size:
-        crop = F.interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    return crop.flip(-1) if config.flip and draw[3] < 0.5 else crop
+        part = F.interpolate(part[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return part.flip(-1) if config.flip and draws[3] < 0.5 else part
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    # An odd constant spreads neighbouring seeds; the product keeps 63 bits.
-    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**63 - 1)
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """Random numbers that are a function of the seed and of the numbers, in their order."""
+    mixed = seed
+    for number in numbers:
+        # Odd constants spread neighbouring seeds and numbers; the sum keeps 63 bits.
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**63 - 1)
     return torch.Generator().manual_seed(mixed)

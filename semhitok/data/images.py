@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from semhitok._optional import require
 
 # Formats read, whatever a file is called. Pillow knows more, some by running other programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Names taken for images inside a folder.
-_SUFFIXES = (
+# Names taken for images inside a folder or a shard.
+SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
@@ -66,39 +66,19 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
         ImportError: Pillow or NumPy is not installed.
     """
     with open(path, "rb") as file:
-        return _decode(file, str(path))
+        return _decode(file, os.fspath(path))
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
-    """What `read_image` makes of a file with the bytes `data`; errors call it `name`.
+    """`read_image` of an image file's content. `name` stands for it in errors.
+
+    Returns:
+        float32 [3, H, W] in [0, 1], RGB.
 
     Raises:
-        ValueError: as `read_image`.
-        ImportError: Pillow or NumPy is not installed.
+        ValueError, ImportError: as `read_image` does.
     """
     return _decode(io.BytesIO(data), name)
-
-
-def _decode(file: BinaryIO, name: str) -> torch.Tensor:
-    pil = require("PIL.Image")
-    try:
-        with warnings.catch_warnings():
-            # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
-            # tag say, does not keep the pixels from being read.
-            warnings.simplefilter("ignore")
-            with pil.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > _MAX_PIXELS:
-                    raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
-                return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
-    except (ImportError, MemoryError):
-        raise
-    except pil.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image of a known format") from None
-    except Exception as error:
-        # Decoders meet damaged files with every kind of exception.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name}: cannot read image: {reason}") from None
 
 
 def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -164,13 +144,35 @@ def _walk(folder: Path) -> list[Path]:
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
         ]
     return sorted(found)
 
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _decode(file: IO[bytes], name: str) -> torch.Tensor:
+    pil = require("PIL.Image")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
+            # tag say, does not keep the pixels from being read.
+            warnings.simplefilter("ignore")
+            with pil.open(file, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > _MAX_PIXELS:
+                    raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
+                return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
+    except (ImportError, MemoryError):
+        raise
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image of a known format") from None
+    except Exception as error:
+        # Decoders meet damaged files with every kind of exception.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: cannot read image: {reason}") from None
 
 
 def _to_tensor(image: Any) -> torch.Tensor:

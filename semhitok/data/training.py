@@ -1,45 +1,42 @@
-"""Images for training: endless batches from files or webdataset shards, each rank's part of them, resumed exactly.
+"""The images of a training run, from files or webdataset shards, for one of several processes.
 
-Of image files, crop n of the run is a function of the seed and n alone, however many processes and workers there are.
-
-Shards are divided into streams, one for every worker of every process: in each epoch the shards are shuffled, and
-stream s takes shards s, s + S, s + 2 S, ... of S. A stream shuffles the samples of a block of `shuffle_buffer` and
-goes on to the next. So it stands at (epoch, place where the block begins, place in the block), which is all that a
-checkpoint has to keep: to go on, at most one block is read again.
+Both kinds give every step the same images however often the run was stopped. The crops from image
+files depend on the seed and the step alone. Shards can only be read from their beginning on, so
+that every reading process has a stream of its own whose place is saved with the run.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
-import itertools
 import os
-import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from semhitok._optional import require
 from semhitok.config import DataConfig
-from semhitok.data.crops import RandomCrops, bytes_of, random_crop
-from semhitok.data.images import decode_image, list_images, read_image, resize_crop
-
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_SHARD = re.compile(r"[{}]|^\w+://|^pipe:|\.(tar|tgz|tar\.\w+)$")
-_ATTEMPTS, _PAUSE = 3, 1.0  # to open a shard, seconds between them
+from semhitok.data.crops import RandomCrops, crop, generator, to_uint8
+from semhitok.data.images import list_images, read_image, resize_crop
+from semhitok.data.shards import Sample, expand_shards, is_shard, read_shard
 
 
 @dataclass
 class MicroBatch:
-    """images float32 [b, 3, size, size] in [0, 1], from place `first` of a global batch of `total`."""
+    """Images that go through the network at once.
+
+    Attributes:
+        images: float32 [b, 3, size, size] in [0, 1], on the CPU.
+        first: place of the first of them in the global batch.
+        total: images of the global batch.
+    """
 
     images: Tensor
     first: int
@@ -47,22 +44,42 @@ class MicroBatch:
 
 
 class TrainingImages:
-    """Where a run's images come from.
+    """Endless, deterministic training crops from image files and folders or from webdataset shards.
+
+    A source is a shard, or a pattern of shards, if it ends in .tar, .tgz, .tar.gz or the like, is a
+    URL that webdataset can open (http:, https:, gs:, hf:, pipe: and so on), or has braces and is no
+    existing file: "train-{000..123}.tar". A sample's image is its first entry with an image's
+    suffix; the other entries are not read.
+
+    Files: sample n of the run is a function of (seed, n), see `RandomCrops`.
+
+    Shards: every reading process (config.workers of each training process, or the training process
+    itself) has its own part of the shards in every epoch, in an order of the seed and the epoch, and
+    shuffles config.shuffle_buffer samples at a time, which it keeps in memory undecoded.
+
+    What cannot be used is named on stderr, once in a process, and counted in `Batches.skipped`: an
+    unreadable file is replaced by the next readable one; of a shard a bad sample, or all of it that
+    comes after damage, is left out. A shard that cannot be reached is tried three times more first.
 
     Args:
-        sources: image files and folders of them, or webdataset shards: *.tar, patterns such as {0000..0123}, URLs.
+        sources: files and folders, or shards.
         size: side of a crop in pixels.
-        config: how crops are drawn and read.
+        config: how crops are drawn, workers and shuffling.
         seed: another seed gives another order and other crops.
-        rank, world_size: this process, and how many there are.
+        rank: number of this training process.
+        world_size: training processes.
 
     Attributes:
-        description: number and hash of files or shards, to tell another run by.
+        description: what the data are, as JSON: two runs on the same data have the same.
 
     Raises:
-        ValueError: no images, files and shards at once, or fewer shards than streams.
-        OSError: a file, folder or local shard cannot be found.
+        ValueError: no sources, no images, files and shards mixed, fewer shards than reading
+            processes, a URL webdataset cannot open.
+        OSError: a file, folder or local shard does not exist or cannot be read.
+        ImportError: shards, and webdataset is not installed.
     """
+
+    description: dict[str, object]
 
     def __init__(
         self,
@@ -76,335 +93,383 @@ class TrainingImages:
     ) -> None:
         self.size, self.config, self.seed = size, config, seed
         self.rank, self.world_size = rank, world_size
-        self.paths, self.shards = find_sources(sources)
+        self.paths, self.shards = _find(sources)
         if self.shards:
-            kind, names = "shards", self.shards
             streams = world_size * max(1, config.workers)
             if len(self.shards) < streams:
                 raise ValueError(
-                    f"sources: expected at least {streams} shards, one for each worker of each process, got "
-                    f"{len(self.shards)}; use fewer workers or processes, or more shards"
+                    f"data: expected at least {streams} shards, one for each of {world_size} processes x "
+                    f"{max(1, config.workers)} workers, got {len(self.shards)}: use fewer processes or workers, "
+                    "or more shards"
                 )
+            if config.shuffle_buffer < 1:
+                raise ValueError(f"shuffle_buffer: expected at least 1, got {config.shuffle_buffer}")
+            self.description = {"shards": len(self.shards), "shards_sha256": _digest(self.shards)}
         else:
-            kind, names = "images", [f"{path.name} {path.stat().st_size}" for path in self.paths]
-        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        self.description: dict[str, object] = {kind: len(names), f"{kind}_sha256": digest}
+            names = [f"{path.name} {path.stat().st_size}" for path in self.paths]
+            self.description = {"images": len(names), "images_sha256": _digest(names)}
+            # Kept, so that what was decoded for one run through the steps serves the next.
+            self._crops = RandomCrops(self.paths, size, config, seed)
 
-    def other(self, offset: int) -> TrainingImages:
-        """The same images in another order, other crops."""
-        images = object.__new__(TrainingImages)
-        images.__dict__ = {**self.__dict__, "seed": self.seed ^ offset}
-        return images
+    def other(self, seed_offset: int) -> TrainingImages:
+        """The same images in another order and with other crops; `seed_offset` is xor-ed into the seed."""
+        other = copy.copy(self)
+        other.seed = self.seed ^ seed_offset
+        if self.paths:
+            other._crops = RandomCrops(self.paths, self.size, self.config, other.seed)
+        return other
 
-    def batches(self, batch_size: int, micro_batch: int, step: int, position: dict[str, Any] | None) -> Batches:
-        """The batches of steps `step`, `step` + 1, ...
+    def batches(
+        self, batch_size: int, micro_batch: int, step: int = 0, position: Mapping[str, Any] | None = None
+    ) -> Batches:
+        """The batches of the steps from `step` on, this process's part of each.
 
         Args:
-            batch_size: images of a global batch; this process gets its part of it.
-            micro_batch: images given out at once.
-            step: the first step.
-            position: what `Batches.position` said after the step before it, None at the beginning.
+            batch_size: images of a step over all processes.
+            micro_batch: images of one `MicroBatch`.
+            step: steps already done. From it files know where they are.
+            position: what `Batches.position` gave after those. From it shards know where they are;
+                without one they start from their beginning.
 
         Raises:
-            ValueError: the sizes do not divide, or the position is of other processes or workers.
+            ValueError: batch_size cannot be divided by processes * micro_batch, or the position is
+                of other data or of another number of processes or workers.
         """
-        at_once = self.world_size * micro_batch
-        if batch_size % at_once:
-            raise ValueError(
-                f"batch_size: expected a multiple of processes * micro_batch = {self.world_size} * {micro_batch}, "
-                f"got {batch_size}"
-            )
-        return (_ShardBatches if self.shards else _FileBatches)(self, batch_size, micro_batch, step, position or {})
+        return Batches(self, batch_size, micro_batch, step, position)
 
 
-class Batches:
-    """Iterator over steps: for each the list of this process's micro-batches.
+class Batches(Iterator[list[MicroBatch]]):
+    """Gives for every step the list of this process's micro-batches, without end.
 
     Attributes:
-        skipped: images of this process that could not be used so far, in the run's earlier sittings included.
+        skipped: images that could not be used, of the batches given out by this process and of those
+            before the position it started from. What is lost by damage to a shard counts as one.
+
+    `next` raises ValueError if no image can be read: none of the files, or none of the samples that
+    a reading process finds in a whole epoch. After an error, and after `close`, it has no more.
     """
 
     def __init__(
-        self, images: TrainingImages, batch_size: int, micro_batch: int, step: int, position: dict[str, Any]
+        self, data: TrainingImages, batch_size: int, micro_batch: int, step: int, position: Mapping[str, Any] | None
     ) -> None:
-        self.skipped: int = position.get("skipped", 0)
-        share = batch_size // images.world_size
-        self._places = range(images.rank * share, (images.rank + 1) * share, micro_batch)
+        workers, processes = data.config.workers, data.world_size
+        divisor = processes * micro_batch
+        if batch_size < 1 or micro_batch < 1 or batch_size % divisor:
+            raise ValueError(
+                f"batch_size: expected a multiple of processes x micro_batch = {processes} x {micro_batch}, "
+                f"got {batch_size}"
+            )
+        share = batch_size // processes
+        self._firsts = range(data.rank * share, (data.rank + 1) * share, micro_batch)
         self._total = batch_size
-        self._loader: DataLoader[Any] = self._open(images, batch_size, micro_batch, step, position)
-        self._items: Iterator[Any] | None = None
-
-    def __iter__(self) -> Batches:
-        return self
+        self._identity: dict[str, Any] = {"data": "shards" if data.shards else "files"}
+        if data.shards:
+            self._identity |= {"processes": processes, "rank": data.rank, "workers": workers}
+        if position:
+            self._check(position)
+        position = position or {}
+        self.skipped: int = position.get("skipped", 0)
+        # The stream that the next micro-batch comes from: they take turns.
+        self._turn: int = position.get("turn", 0)
+        count = max(1, workers)
+        self._places: list[dict[str, int]] = []
+        streams: list[Iterable[_Item]]
+        if data.shards:
+            self._places = list(position.get("streams", [_START] * count))
+            streams = [
+                _ShardStream(data, data.rank * count + n, processes * count, micro_batch, self._places[n])
+                for n in range(count)
+            ]
+        else:
+            streams = [
+                _FileStream(data._crops, batch_size, self._firsts, step * len(self._firsts) + n, count)
+                for n in range(count)
+            ]
+        readers = _Readers(streams[self._turn :] + streams[: self._turn])
+        self._items: Iterator[_Item | Exception]
+        if workers:
+            self._items = iter(
+                DataLoader(
+                    readers,
+                    batch_size=None,
+                    num_workers=workers,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_leave_signals_to_the_training_process,
+                    generator=torch.Generator(),  # torch's own would be drawn from otherwise
+                )
+            )
+        else:
+            self._items = iter(readers)
 
     def __next__(self) -> list[MicroBatch]:
-        if self._items is None:
-            self._items = iter(self._loader)
-        return [MicroBatch(self._take(next(self._items)), first, self._total) for first in self._places]
+        items: list[_Item] = []
+        for _ in self._firsts:
+            item = next(self._items)
+            if isinstance(item, Exception):
+                self.close()  # by hand: the error's traceback would keep the workers until a collection
+                raise item
+            items.append(item)
+        # From here on nothing can fail: the position is that of a whole batch.
+        for item in items:
+            self.skipped += item.skipped
+            if self._places:
+                self._places[self._turn] = item.place
+                self._turn = (self._turn + 1) % len(self._places)
+        return [MicroBatch(i.images, first, self._total) for i, first in zip(items, self._firsts, strict=True)]
+
+    def position(self) -> dict[str, Any]:
+        """Where this process's data stand after the last batch given out: numbers and text, for `batches`."""
+        position = {**self._identity, "skipped": self.skipped}
+        if self._places:
+            position |= {"turn": self._turn, "streams": [dict(place) for place in self._places]}
+        return position
 
     def close(self) -> None:
-        """End the workers."""
-        self._items = None
+        """End the worker processes. No more batches come."""
+        self._items = iter(())  # a DataLoader's iterator that nobody holds ends its workers
 
-    def position(self) -> dict[str, Any]:
-        """Where this process's images stand after the last batch; `TrainingImages.batches` goes on from it."""
-        return {"skipped": self.skipped}
-
-    def _open(
-        self, images: TrainingImages, batch_size: int, micro_batch: int, step: int, position: dict[str, Any]
-    ) -> DataLoader[Any]:
-        raise NotImplementedError
-
-    def _take(self, item: Any) -> Tensor:
-        raise NotImplementedError
-
-
-class _FileBatches(Batches):
-    def _open(
-        self, images: TrainingImages, batch_size: int, micro_batch: int, step: int, position: dict[str, Any]
-    ) -> DataLoader[Any]:
-        numbers = (
-            range(number * batch_size + first, number * batch_size + first + micro_batch)
-            for number in itertools.count(step)
-            for first in self._places
-        )
-        crops = RandomCrops(images.paths, images.size, images.config, images.seed)
-        return DataLoader(
-            crops,
-            batch_sampler=numbers,  # type: ignore[arg-type]
-            num_workers=images.config.workers,
-            worker_init_fn=_ignore_interrupts,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _take(self, item: Any) -> Tensor:
-        images, replaced = item
-        self.skipped += int(replaced.sum())
-        return images
-
-
-class _ShardBatches(Batches):
-    def _open(
-        self, images: TrainingImages, batch_size: int, micro_batch: int, step: int, position: dict[str, Any]
-    ) -> DataLoader[Any]:
-        streams = max(1, images.config.workers)
-        layout = {"processes": images.world_size, "streams": streams}
-        found = {key: position.get(key, value) for key, value in layout.items()}
-        if found != layout:
-            raise ValueError(
-                f"position: expected one of {layout['processes']} processes with {streams} streams each, got one of "
-                f"{found['processes']} with {found['streams']}; shards are continued with the same number of both"
-            )
-        self._layout = layout
-        self._states = [Place(*state) for state in position.get("places", [Place()] * streams)]
-        self._turn: int = position.get("turn", 0)
-        return DataLoader(
-            _ShardStream(images, micro_batch, self._states, self._turn),
-            batch_size=None,
-            num_workers=images.config.workers,
-            worker_init_fn=_ignore_interrupts,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _take(self, item: Any) -> Tensor:
-        images, stream, place, skipped = item
-        self._states[stream] = Place(*place)
-        self._turn = (stream + 1) % len(self._states)
-        self.skipped += skipped
-        return images
-
-    def position(self) -> dict[str, Any]:
-        places = [list(state) for state in self._states]
-        return {"skipped": self.skipped, **self._layout, "turn": self._turn, "places": places}
-
-
-class Place(NamedTuple):
-    """Where a stream stands: in which epoch, at which sample of which of its shards its block begins, which block it
-    is, how much of it has been given out, and how many samples of all there were before."""
-
-    epoch: int = 0
-    shard: int = 0
-    sample: int = 0
-    block: int = 0
-    given: int = 0
-    number: int = 0
-
-
-class RawSample(NamedTuple):
-    """An undecoded sample and where the one after it begins; `data` is None where there is nothing to decode."""
-
-    name: str
-    data: bytes | None
-    shard: int
-    sample: int
-
-
-class _ShardStream(IterableDataset[Any]):
-    """In worker w of a process: micro-batches of the stream whose turn is the w-th, with the place after each."""
-
-    def __init__(self, images: TrainingImages, micro_batch: int, places: Sequence[Place], turn: int) -> None:
-        self.images, self.micro_batch, self.places, self.turn = images, micro_batch, list(places), turn
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, tuple[int, ...], int]]:
-        images = self.images
-        worker = get_worker_info()
-        stream = (self.turn + (worker.id if worker else 0)) % len(self.places)
-        everywhere = images.rank * len(self.places) + stream  # its number among the streams of all processes
-        count = images.world_size * len(self.places)
-        key = (images.seed, count, everywhere)
-        crops: list[Tensor] = []
-        skipped, last_usable = 0, self.places[stream].epoch
-        for raw, place in self._samples(self.places[stream], key):
-            try:
-                if raw.data is None:
-                    raise ValueError(raw.name)
-                image = bytes_of(decode_image(raw.data, raw.name))
-            except ValueError as error:
-                print(f"semhitok: skipped: {error}", file=sys.stderr)
-                skipped += 1
-                if place.epoch > last_usable + 1:
-                    raise ValueError("sources: none of the images of a whole epoch could be read") from error
-                continue
-            last_usable = place.epoch
-            crops.append(random_crop(image, images.size, images.config, _generator(*key, "crop", place.number)))
-            if len(crops) == self.micro_batch:
-                yield torch.stack(crops), stream, tuple(place), skipped
-                crops, skipped = [], 0
-
-    def _samples(self, place: Place, key: tuple[int, int, int]) -> Iterator[tuple[RawSample, Place]]:
-        """Samples from `place` on, shuffled, each with the place after it."""
-        seed, count, stream = key
-        while True:
-            order = torch.randperm(len(self.images.shards), generator=_generator(seed, "shards", place.epoch)).tolist()
-            shards = [self.images.shards[n] for n in order[stream::count]]
-            whole_epoch = place.shard == place.sample == place.given == 0
-            seen = False
-            raw = read_shards(shards, place.shard, place.sample)
-            while block := list(itertools.islice(raw, self.images.config.shuffle_buffer)):
-                shuffle = torch.randperm(len(block), generator=_generator(*key, "block", place.epoch, place.block))
-                for n in shuffle.tolist()[place.given :]:
-                    place = place._replace(given=place.given + 1, number=place.number + 1)
-                    if place.given == len(block):
-                        place = place._replace(
-                            shard=block[-1].shard, sample=block[-1].sample, block=place.block + 1, given=0
-                        )
-                    seen = True
-                    yield block[n], place
-            if whole_epoch and not seen:
-                raise ValueError(f"sources: no samples in {len(shards)} shards, {shards[0]} among them")
-            place = Place(epoch=place.epoch + 1, number=place.number)
-
-
-def read_shards(shards: Sequence[str], first: int = 0, sample: int = 0) -> Iterator[RawSample]:
-    """The samples of shards, from one sample of the shard `first` on. A shard that breaks ends with a sample without
-    data, which says why."""
-    for number, url in enumerate(shards[first:], first):
-        begin = sample if number == first else 0
-        last = 0
-        try:
-            for index, found in enumerate(_read_shard(url)):
-                last = index + 1
-                if index >= begin:
-                    name = f"{url}: {found['__key__']}"
-                    suffixes = [s for s in found if f".{s.rpartition('.')[2]}" in _IMAGES]
-                    data = found[suffixes[0]] if suffixes else None
-                    yield RawSample(name if suffixes else f"{name}: no image", data, number, index + 1)
-        except (GeneratorExit, ImportError):
-            raise
-        except Exception as error:  # readers of tar, gzip and networks meet damage with every kind of exception
-            if last >= begin:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                yield RawSample(f"{url}: the rest cannot be read: {reason}", None, number, last + 1)
-
-
-def _read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """webdataset's samples of a shard, as bytes."""
-    wds = require("webdataset", "train")
-    iterators = sys.modules[wds.tarfile_to_samples.__module__]
-    for attempt in range(_ATTEMPTS):
-        try:
-            stream = wds.gopen(url)
-            break
-        except OSError:
-            if attempt == _ATTEMPTS - 1:
-                raise
-            time.sleep(_PAUSE)
-    with stream:
-        members = ({**member, "__url__": url} for member in iterators.tar_file_iterator(stream))
-        yield from iterators.group_by_keys(members)
-
-
-def find_sources(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[str]]:
-    """Image files behind `sources`, or shards; one of the two lists is empty.
-
-    Raises:
-        ValueError: none found, or both kinds at once.
-        OSError: a file, folder or local shard does not exist.
-    """
-    names = [os.fspath(source) for source in sources]
-    patterns = [name for name in names if _SHARD.search(name) and not Path(name).is_dir()]
-    if not patterns:
-        return list_images(names), []
-    if len(patterns) < len(names):
-        other = next(name for name in names if name not in patterns)
-        raise ValueError(f"sources: expected image files or shards, got both: {other} and {patterns[0]}")
-    require("webdataset", "train")
-    expand = require("braceexpand", "train").braceexpand
-    shards = [shard for pattern in patterns for shard in expand(pattern)]
-    for shard in shards:
-        if not re.match(r"\w+:", shard) and not Path(shard).is_file():
-            raise FileNotFoundError(f"{shard}: no such shard")
-    return [], shards
+    def _check(self, position: Mapping[str, Any]) -> None:
+        if position.get("data") != self._identity["data"]:
+            raise ValueError(f"position: expected one in {self._identity['data']}, got one in {position.get('data')}")
+        for key, expected in self._identity.items():
+            if position.get(key) != expected:
+                raise ValueError(
+                    f"position: it is of a run with {position.get('processes')} processes and "
+                    f"{position.get('workers')} workers, of process {position.get('rank')}; got {expected} as {key}; "
+                    "shards can only be gone on with as they were begun"
+                )
 
 
 def held_out_batches(
     sources: Sequence[str | os.PathLike[str]], size: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, int]]:
-    """Every image of `sources` once, over all processes, resized and cropped at the centre.
+    """Batches for evaluation: the `resize_crop` of every image, once, in the order listed.
 
-    Yields images [batch_size, 3, size, size] and how many of them count, from the first. Every process gets the same
-    number of batches; what is missing is filled with black images. Unreadable images are named on stderr and left out.
+    Process r takes the images r, r + world_size, ... Every process gets the same number of batches,
+    read one at a time. An unreadable image is named on stderr and left out of its batch.
+
+    Args:
+        sources: as in `TrainingImages`.
+        size: side of an image in pixels.
+        batch_size: images of a batch of this process.
+        rank: number of this process.
+        world_size: processes.
+
+    Returns:
+        Iterator over (float32 [batch_size, 3, size, size] in [0, 1], count): the first `count` images
+        are real, 0 <= count <= batch_size; the rest repeat one of them, or are black if there is none.
 
     Raises:
-        ValueError: no images.
+        ValueError, OSError, ImportError: as `TrainingImages` does, when it is called. From the
+            iterator ValueError: no images, or a shard that is damaged or cannot be reached, because
+            each process would have to leave out the same.
     """
-    paths, shards = find_sources(sources)
-    readers: Iterator[Callable[[], Tensor]]
-    if shards:
-        readers = (functools.partial(_decode_raw, raw) for raw in read_shards(shards))
-    else:
-        readers = (functools.partial(read_image, path) for path in paths)
+    paths, shards = _find(sources)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    entries: Iterable[Path | Sample] = paths or _samples_in_order(shards)
+    return _held_out(entries, size, batch_size, rank, world_size)
+
+
+def _held_out(
+    entries: Iterable[Path | Sample], size: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, int]]:
     images: list[Tensor] = []
-    given = total = 0
-    for total, read in enumerate(readers, 1):
-        if (total - 1) % world_size != rank:
-            continue
+    seen = 0
+    for entry in entries:
+        if seen % world_size == rank:
+            try:
+                image = entry.image() if isinstance(entry, Sample) else read_image(entry)
+                images.append(resize_crop(image, size))
+            except (ValueError, OSError) as error:
+                _name(str(error))
+        seen += 1
+        if seen % (world_size * batch_size) == 0:
+            yield _padded(images, size, batch_size), len(images)
+            images = []
+    if seen == 0:
+        raise ValueError("data: no images found")
+    if seen % (world_size * batch_size):
+        yield _padded(images, size, batch_size), len(images)
+
+
+def _padded(images: list[Tensor], size: int, batch_size: int) -> Tensor:
+    padding = images[0] if images else torch.zeros(3, size, size)
+    return torch.stack(images + [padding] * (batch_size - len(images)))
+
+
+def _samples_in_order(shards: Sequence[str]) -> Iterator[Sample]:
+    for url in shards:
+        for sample in read_shard(url):
+            if sample.ends_shard:
+                raise ValueError(sample.problem)
+            yield sample
+
+
+class _Item(NamedTuple):
+    """A micro-batch on its way from the process that read it.
+
+    images: float32 [micro_batch, 3, size, size].
+    skipped: images that could not be used since the micro-batch before.
+    place: where the stream stands after it.
+    """
+
+    images: Tensor
+    skipped: int
+    place: dict[str, int]
+
+
+class _Readers(IterableDataset["_Item | Exception"]):
+    """One stream for each worker; without workers the only one. An error comes as the last item."""
+
+    def __init__(self, streams: Sequence[Iterable[_Item]]) -> None:
+        self.streams = streams
+
+    def __iter__(self) -> Iterator[_Item | Exception]:
+        worker = get_worker_info()
         try:
-            images.append(resize_crop(read(), size))
-        except (ValueError, OSError) as error:
-            print(f"semhitok: skipped: {error}", file=sys.stderr)
-        if len(images) == batch_size:
-            yield torch.stack(images), batch_size
-            images, given = [], given + 1
-    if not total:
-        raise ValueError(f"held_out: no images in {', '.join(map(str, sources))}")
-    for _ in range(given, -(-total // (world_size * batch_size))):
-        black = [torch.zeros(3, size, size)] * (batch_size - len(images))
-        yield torch.stack(images + black), len(images)
-        images = []
+            yield from self.streams[worker.id if worker else 0]
+        except (ValueError, OSError, ImportError) as error:
+            yield error  # raised by a worker it would come with that worker's traceback as its text
 
 
-def _decode_raw(raw: RawSample) -> Tensor:
-    if raw.data is None:
-        raise ValueError(raw.name)
-    return decode_image(raw.data, raw.name)
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to all processes; the training process decides, and ends its workers.
+def _leave_signals_to_the_training_process(worker: int) -> None:
+    """A signal to the whole process group lets the training process end its step and save.
+
+    For that it needs its workers. SIGTERM is also what ends a worker that hangs: a second one does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _generator(*key: object) -> Generator:
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+@dataclass
+class _FileStream:
+    """Every `stride`-th of this process's micro-batches from number `start` on; `firsts` are those of a step."""
+
+    crops: RandomCrops
+    batch_size: int
+    firsts: range
+    start: int
+    stride: int
+
+    def __iter__(self) -> Iterator[_Item]:
+        number = self.start
+        while True:
+            step, part = divmod(number, len(self.firsts))
+            first = step * self.batch_size + self.firsts[part]
+            samples = [self.crops.sample(n) for n in range(first, first + self.firsts.step)]
+            yield _Item(torch.stack([image for image, _ in samples]), sum(replaced for _, replaced in samples), {})
+            number += self.stride
+
+
+# Where a stream of shards stands. In `epoch`, the present block of samples begins in the stream's
+# shard number `shard`, after `offset` samples of it; it is the epoch's block number `block`, and
+# `inside` of its samples are done. `number` images came since the beginning, `images` in this epoch.
+_START = {"epoch": 0, "shard": 0, "offset": 0, "block": 0, "inside": 0, "number": 0, "images": 0}
+
+
+class _ShardStream:
+    """Crops from stream `stream` of `streams` over the shards, from `place` on."""
+
+    def __init__(
+        self, data: TrainingImages, stream: int, streams: int, micro_batch: int, place: Mapping[str, int]
+    ) -> None:
+        self.shards, self.size, self.config, self.seed = data.shards, data.size, data.config, data.seed
+        self.stream, self.streams, self.micro_batch = stream, streams, micro_batch
+        self.place = dict(place)
+
+    def __iter__(self) -> Iterator[_Item]:
+        crops = self._crops()
+        while True:
+            taken = list(islice(crops, self.micro_batch))
+            images = torch.stack([image for image, _, _ in taken])
+            yield _Item(images, sum(skipped for _, skipped, _ in taken), taken[-1][2])
+
+    def _crops(self) -> Iterator[tuple[Tensor, int, dict[str, int]]]:
+        """(crop [3, size, size], what was skipped since the one before, place after it), without end."""
+        place = dict(self.place)
+        named: set[str] = set()
+        skipped = 0
+        for sample, at in self._samples():
+            if at["epoch"] != place["epoch"]:
+                self._check_epoch(place)
+                place["images"] = 0
+            place |= at
+            try:
+                image = to_uint8(sample.image())
+            except ValueError as error:
+                skipped += 1
+                if sample.name not in named:
+                    named.add(sample.name)
+                    _name(str(error))
+                continue
+            draws = torch.rand(4, generator=generator(self.seed, self.stream, place["number"])).tolist()
+            place["number"] += 1
+            place["images"] += 1
+            yield crop(image, self.size, self.config, draws), skipped, dict(place)
+            skipped = 0
+
+    def _check_epoch(self, place: Mapping[str, int]) -> None:
+        if place["images"] == 0:
+            shards = ", ".join(self._order(place["epoch"])[:3])
+            raise ValueError(f"data: no image of a whole epoch can be used; its shards: {shards}, ...")
+
+    def _order(self, epoch: int) -> list[str]:
+        """The stream's shards in an epoch."""
+        order = torch.randperm(len(self.shards), generator=generator(self.seed, ~epoch)).tolist()
+        return [self.shards[n] for n in order[self.stream :: self.streams]]
+
+    def _samples(self) -> Iterator[tuple[Sample, dict[str, int]]]:
+        """Samples in the order of training, each with the place after it, without end."""
+        epoch, shard, offset, block, inside = (self.place[k] for k in ("epoch", "shard", "offset", "block", "inside"))
+        while True:
+            found = False
+            samples = self._in_order(epoch, shard, offset)
+            while buffer := list(islice(samples, self.config.shuffle_buffer)):
+                found = True
+                after = buffer[-1][1:]
+                order = torch.randperm(len(buffer), generator=generator(self.seed, self.stream, epoch, block))
+                for done, n in enumerate(order.tolist()[inside:], inside + 1):
+                    at = {"epoch": epoch, "shard": shard, "offset": offset, "block": block, "inside": done}
+                    yield buffer[n][0], at
+                (shard, offset), block, inside = after, block + 1, 0
+                buffer.clear()  # before the next one is filled: two do not fit where one does
+            if not found and block == 0:  # shards without a single member: the next epoch has none either
+                self._check_epoch({"epoch": epoch, "images": 0})
+            epoch, shard, offset, block, inside = epoch + 1, 0, 0, 0, 0
+
+    def _in_order(self, epoch: int, shard: int, offset: int) -> Iterator[tuple[Sample, int, int]]:
+        """(sample, its shard's number, samples of that shard up to it), to the epoch's end."""
+        order = self._order(epoch)
+        for number in range(shard, len(order)):
+            for count, sample in enumerate(read_shard(order[number]), 1):
+                if count > offset:
+                    yield sample, number, count
+            offset = 0
+
+
+def _find(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[str]]:
+    """Image files, or URLs and paths of shards; of one of the two there is none."""
+    names = [os.fspath(source) for source in sources]
+    shards = [name for name in names if is_shard(name)]
+    if not shards:
+        return list_images(names), []
+    files = [name for name in names if name not in shards]
+    if files:
+        raise ValueError(f"data: expected either image files or shards, got {files[0]!r} beside {shards[0]!r}")
+    found = [url for name in shards for url in expand_shards(name)]
+    return [], list(dict.fromkeys(found))
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _name(problem: str) -> None:
+    """Tell on stderr of what is skipped; names come from archives and may hold anything."""
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
+    print(f"semhitok: skipped: {text}", file=sys.stderr)
