@@ -28,32 +28,22 @@ class Teacher(nn.Module):
         OSError: its weights cannot be had.
     """
 
+    vit: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: TeacherConfig, grid_size: int, *, load: bool = True) -> None:
         super().__init__()
-        timm = require("timm", "models")
         self.config = config
         self.grid_size = grid_size
-        options: dict[str, Any] = dict(config.options)
-        if config.checkpoint is not None:
-            options["pretrained_cfg_overlay"] = {"file": config.checkpoint}
-        try:
-            self.vit = timm.create_model(
-                config.name,
-                pretrained=load and (config.pretrained or config.checkpoint is not None),
-                img_size=config.image_size,
-                num_classes=0,
-                global_pool="",
-                **options,
-            )
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(f"teacher: timm cannot build {config.name!r}: {error}") from error
-        except Exception as error:  # the hub's client raises many types when it finds no network
-            raise OSError(f"teacher: no weights for {config.name!r}: {error}") from error
-        if not hasattr(self.vit, "forward_intermediates") or not hasattr(self.vit, "blocks"):
-            raise ValueError(f"teacher: {config.name!r} is not a timm Vision Transformer")
+        self.vit = vision_transformer(
+            "teacher",
+            config.name,
+            load=load and (config.pretrained or config.checkpoint is not None),
+            checkpoint=config.checkpoint,
+            image_size=config.image_size,
+            **config.options,
+        )
         depth = len(self.vit.blocks)
         if not -depth <= config.block < depth:
             raise ValueError(f"teacher.block: expected -{depth}..{depth - 1} for {config.name!r}, got {config.block}")
@@ -92,3 +82,28 @@ class Teacher(nn.Module):
         if maps.shape[-1] != self.grid_size:
             maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)
         return maps.permute(0, 2, 3, 1).float()
+
+
+def vision_transformer(
+    role: str, name: str, *, load: bool, checkpoint: str | None, image_size: int, **options: Any
+) -> Any:
+    """timm's Vision Transformer `name`, for its tokens, with the weights of its hub entry or of a local file.
+
+    Raises:
+        ValueError: timm has no such model, or it is not a Vision Transformer; the message begins with `role`.
+        OSError: its weights cannot be had.
+    """
+    timm = require("timm", "models")
+    if checkpoint is not None:
+        options["pretrained_cfg_overlay"] = {"file": checkpoint}
+    try:
+        vit: Any = timm.create_model(
+            name, pretrained=load, img_size=image_size, num_classes=0, global_pool="", **options
+        )
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"{role}: timm cannot build {name!r}: {error}") from error
+    except Exception as error:  # the hub's client raises many types when it finds no network
+        raise OSError(f"{role}: no weights for {name!r}: {error}") from error
+    if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
+        raise ValueError(f"{role}: {name!r} is not a timm Vision Transformer")
+    return vit

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from semhitok._optional import require
 from semhitok.config import CriticConfig
+from semhitok.models.teacher import vision_transformer
 
 AUGMENT_NUMBERS = 8  # that `diff_augment` takes for an image
 LECAM_DECAY = 0.99
@@ -72,31 +72,16 @@ class DinoCritic(nn.Module):
         OSError: its weights cannot be had.
     """
 
+    vit: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: CriticConfig, *, load: bool = True) -> None:
         super().__init__()
-        timm = require("timm", "models")
         self.image_size = config.image_size
-        options: dict[str, Any] = {}
-        if config.checkpoint is not None:
-            options["pretrained_cfg_overlay"] = {"file": config.checkpoint}
-        try:
-            self.vit = timm.create_model(
-                config.backbone,
-                pretrained=load,
-                img_size=config.image_size,
-                num_classes=0,
-                global_pool="",
-                **options,
-            )
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(f"critic: timm cannot build {config.backbone!r}: {error}") from error
-        except Exception as error:  # the hub's client raises many types when it finds no network
-            raise OSError(f"critic: no weights for {config.backbone!r}: {error}") from error
-        if not hasattr(self.vit, "forward_intermediates") or not hasattr(self.vit, "blocks"):
-            raise ValueError(f"critic: {config.backbone!r} is not a timm Vision Transformer")
+        self.vit = vision_transformer(
+            "critic", config.backbone, load=load, checkpoint=config.checkpoint, image_size=config.image_size
+        )
         depth = len(self.vit.blocks)
         if not config.blocks or not all(-depth <= block < depth for block in config.blocks):
             raise ValueError(
