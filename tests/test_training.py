@@ -334,7 +334,7 @@ def test_bf16_checkpointing_and_micro_batches_train_like_the_plain_run(pictures,
 
 
 def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"expected a multiple of processes \* micro_batch = 1 \* 3, got 4"):
+    with pytest.raises(ValueError, match=r"expected a multiple of processes x micro_batch = 1 x 3, got 4"):
         train(small_config("semantic.micro_batch=3"), [pictures], tmp_path)
 
 
