@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from training_processes import CRITIC, SETTINGS, checkpoint_bytes, small_config, write_pictures
+from training_processes import CRITIC, SETTINGS, checkpoint_bytes, losses, small_config, write_pictures
 
 from semhitok.config import OptimizerConfig
 from semhitok.data.images import save_png
@@ -331,6 +331,13 @@ def test_bf16_checkpointing_and_micro_batches_train_like_the_plain_run(pictures,
     half = curve(tmp_path / "bf16")
     assert half != curve(finished)
     assert half == pytest.approx(curve(finished), rel=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_trunks_train_like_plain_ones(pictures, finished, tmp_path):
+    train(small_config("compile=true"), [pictures], tmp_path)
+    for stage in ("semantic", "pixel"):
+        assert losses(tmp_path, stage) == pytest.approx(losses(finished, stage), rel=1e-4)
 
 
 def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):
