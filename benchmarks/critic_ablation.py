@@ -36,7 +36,6 @@ ROWS = {
 }
 
 
-
 def evaluate(tokenizer: SemHiTok, photographs: list[torch.Tensor]) -> dict[str, float]:
     size = tokenizer.config.image_size
     pictures = [_decode(tokenizer, _encode(tokenizer, x), x) for x in photographs]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -51,10 +50,13 @@ def main() -> int:
             command += ["--out", f"{folder}/run", "--device", "cpu"]
             command += [part for setting in SETTINGS for part in ("--set", setting)]
             begun = time.perf_counter()
-            subprocess.run(command, check=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"}, stdout=sys.stderr)
+            process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"}, stdout=sys.stderr)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command)
             seconds = time.perf_counter() - begun
-        # The largest of all children so far; presets come one after the other, in order of size.
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        peak = usage.ru_maxrss / 2**20
         verdict = "ok" if peak < args.limit else "MISS"
         missed |= verdict != "ok"
         sizes = f"{model.num_codes:6} {model.num_sub_codes:3} {model.teacher.name:40}"

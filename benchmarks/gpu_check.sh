@@ -5,7 +5,7 @@
 #
 # Builds the extension from this tree, reads its machine code, runs the GPU tests (each file in a process of its own, as
 # a kernel that breaks the device breaks it for its process), compute-sanitizer beside them, then measures the card's
-# ceilings, looks for wrong ids and runs the benchmark. OUT gets log.txt with all that is printed, and tables, JSON and
+# ceilings, looks for wrong ids, runs the benchmark and trains a little. OUT gets log.txt with all that is printed, and tables, JSON and
 # plot. A step that fails stops no other; the exit status is 1 when one did. Python is $PYTHON, or python3.
 # GPU_CHECK_SECONDS (560) is when the last step has to end.
 set -u -o pipefail
@@ -125,6 +125,14 @@ bench() {
   limited 260 "$PYTHON" benchmarks/quantize_bench.py --device cuda --budget 150 "${known[@]}" --out "$out"
 }
 
+# What is installed decides how much of this can run.
+train() {
+  limited 150 "$PYTHON" benchmarks/train_bench.py --device cuda --minutes 0.3 2>"$scratch/train" | tee "$out/train.txt"
+  local status=$?
+  ((status == 0)) || tail -n 30 "$scratch/train"
+  return "$status"
+}
+
 check() {
   local memcheck racecheck
   step environment environment
@@ -140,6 +148,7 @@ check() {
   step ceilings limited 120 "$PYTHON" benchmarks/cuda_ceilings.py --out "$out/ceilings.json"
   step exactness exactness
   step benchmark bench
+  step train train
   printf '\n==== %d s in all; results in %s\n' "$SECONDS" "$out"
   printf '%s\n' "${summary[@]}"
   ((failures == 0))

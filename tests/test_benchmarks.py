@@ -281,3 +281,32 @@ def test_train_memory_counts_the_tiny_preset() -> None:
     assert fixed == 4 * (everything + 3 * trained)  # weights and codebooks; gradients and two moments
     # at least what every block's two norms, attention and four-fold MLP keep of 256 tokens of width 128
     assert image > 4 * 256 * 128 * 4 * (2 + 1 + 4)
+
+
+@pytest.mark.slow
+def test_train_bench_times_what_the_loop_does() -> None:
+    settings = [
+        "pixel.loss.critic.weight=0.05", "pixel.loss.critic.layers=2", "pixel.loss.lpips=1", "pixel.ema_decay=0.9",
+        "data.workers=1", "precision=bf16",
+    ]  # fmt: skip
+    arguments = ["--preset", "semhitok-tiny", "--device", "cpu", "--minutes", "0.02", "--images", "4"]
+    done = script("train_bench.py", *arguments, *(part for s in settings for part in ("--set", s)))
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    rows = {}
+    for line in lines:
+        if line[:1] in (["semantic"], ["pixel"]) and line[1].isdigit():
+            rows[line[0]] = [float(x.rstrip("%")) for x in line[1:] if x != "-"]
+    assert list(rows) == ["semantic", "pixel"]
+    for images, micro, steps, milliseconds, rate, _, of_matmul, gib, waiting in rows.values():
+        assert images == micro == 8 and steps >= 2 and gib > 0.1
+        assert rate == pytest.approx(8e3 / milliseconds, rel=0.01)
+        assert 0 < of_matmul < 100 and 0 <= waiting <= 100
+    # Two blocks of width 128 and 256 tokens each, forward and twice that backward: 24 n d^2 + 4 n^2 d a block; LPIPS,
+    # the critic and the teacher come on top.
+    blocks = 4 * 3 * (24 * 256 * 128**2 + 4 * 256**2 * 128) / 1e12
+    assert blocks < rows["pixel"][5] < 0.1
+    shares = [float(line[-1].rstrip("%")) for line in lines if "ms" in line and line[-1].endswith("%")]
+    assert sum(shares) == pytest.approx(200, abs=2)
+    for section in ("teacher", "quantiser", "LPIPS", "critic's backward", "codebook updates", "data"):
+        assert any(line[: len(section.split())] == section.split() for line in lines), section

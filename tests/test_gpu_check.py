@@ -21,6 +21,7 @@ case "$*" in
   "-m pytest"*) echo "$*"; exit 5;;
   *cuda_ceilings.py*) sleep 30;;
   *quantize_bench*) echo "benchmark: $*";;
+  *train_bench*) echo "no timm" >&2; exit 77;;
 esac
 """
 
@@ -49,9 +50,10 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert summary == {
         "environment": "ok", "build": "ok", "sass": "FAILED (status 1)", "tests": "FAILED (status 1)",
         "memcheck": "skipped", "racecheck": "skipped", "ceilings": "FAILED (time was up)", "exactness": "ok",
-        "benchmark": "ok",
+        "benchmark": "ok", "train": "skipped",
     }  # fmt: skip
     assert "tests/test_ops.py: FAILED" in done.stdout and "tests/test_cuda_gpu.py: -m pytest" in done.stdout
+    assert "no timm" in done.stdout
     assert f"--device cuda --budget 150 --out {out}" in done.stdout
 
 
