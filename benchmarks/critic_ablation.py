@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from semhitok.config import override, train_config
-from semhitok.data.images import list_images, read_image
+from semhitok.data.images import list_images, read_image, tiles, whole_tiles
 from semhitok.data.photographs import write_photographs
-from semhitok.demo import _decode, _encode, _tiles, _whole
+from semhitok.demo import _decode, _encode
 from semhitok.evaluation.metrics import gmsd, psnr, sliced_wasserstein, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
@@ -43,8 +43,8 @@ def evaluate(tokenizer: SemHiTok, photographs: list[torch.Tensor]) -> dict[str, 
         f.__name__: sum(f(x[None], y[None]).item() for x, y in zip(pictures, photographs, strict=True)) / len(pictures)
         for f in (psnr, ssim, gmsd)
     }
-    tiles = [torch.cat([_tiles(x, size) for x in images]) for images in (pictures, photographs)]
-    levels, mean = sliced_wasserstein(*tiles, torch.Generator().manual_seed(0))
+    parts = [torch.cat([tiles(x, size) for x in images]) for images in (pictures, photographs)]
+    levels, mean = sliced_wasserstein(*parts, torch.Generator().manual_seed(0))
     return figures | {"swd": mean} | {f"swd_{size >> n}": v for n, v in enumerate(levels)}
 
 
@@ -75,7 +75,7 @@ def main() -> int:
         rows[name] = {"seconds": seconds, "run": run}
         for part in ("held_out", "unseen"):
             size = tokenizer.config.image_size
-            images = [_whole(read_image(path), size) for path in list_images([folders[part]])]
+            images = [whole_tiles(read_image(path), size) for path in list_images([folders[part]])]
             rows[name][part] = evaluate(tokenizer, images)
     lines = []
     for part, title in (("held_out", "held-out parts of 14 photographs"), ("unseen", "an unseen photograph")):

@@ -16,8 +16,9 @@ from semhitok._files import write_atomic
 from semhitok._optional import require
 from semhitok.config import TrainConfig
 from semhitok.data.codes import save_codes
-from semhitok.data.images import list_images, read_image
+from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
 from semhitok.data.photographs import write_photographs
+from semhitok.evaluation import figures
 from semhitok.evaluation.metrics import psnr, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
@@ -34,7 +35,8 @@ def demo(config: TrainConfig, out: Path) -> str:
     size = config.model.image_size
     # part -> its photographs, cut at the right and bottom to whole crops of the tokenizer's size
     photographs = {
-        part: [_whole(read_image(path), size) for path in list_images([folder])] for part, folder in folders.items()
+        part: [whole_tiles(read_image(path), size) for path in list_images([folder])]
+        for part, folder in folders.items()
     }
     begun = time.perf_counter()
     codes = {part: [_encode(tokenizer, x) for x in images] for part, images in photographs.items()}
@@ -62,36 +64,24 @@ def demo(config: TrainConfig, out: Path) -> str:
     write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
-    _draw_semantic_map(tokenizer, photographs["unseen"][0], codes["unseen"][0], out)
-    _draw_shared_codes(tokenizer, photographs["held_out"], codes["held_out"], out)
+    photograph = photographs["unseen"][0]
+    row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
+    figures.semantic_map(tokenizer, [row], out / "semantic_map.png")
+    crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
+    figures.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
     _draw_curves(out)
     return _table(metrics, config, out)
 
 
-def _whole(image: Tensor, size: int) -> Tensor:
-    """The top left part of [3, H, W] that whole tiles cover."""
-    return image[:, : image.shape[1] // size * size, : image.shape[2] // size * size]
-
-
-def _tiles(image: Tensor, size: int) -> Tensor:
-    """[3, H, W], multiples of size -> its tiles [T, 3, size, size], row by row."""
-    return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-
-
-def _untile(tiles: Tensor, columns: int) -> Tensor:
-    """Tiles [T, C, s, s], row by row -> [C, H, W]."""
-    return tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-
-
 def _encode(tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
     """Ids [T, h, w] of the tiles of a photograph."""
-    return torch.cat([tokenizer.encode(x) for x in _tiles(photograph, tokenizer.config.image_size).split(BATCH)])
+    return torch.cat([tokenizer.encode(x) for x in tiles(photograph, tokenizer.config.image_size).split(BATCH)])
 
 
 def _decode(tokenizer: SemHiTok, codes: Tensor, like: Tensor, *, semantic_only: bool = False) -> Tensor:
     """The picture of a photograph's ids, put together from its tiles."""
-    tiles = torch.cat([tokenizer.decode(c, semantic_only=semantic_only) for c in codes.split(BATCH)])
-    return _untile(tiles, like.shape[2] // tokenizer.config.image_size)
+    parts = torch.cat([tokenizer.decode(c, semantic_only=semantic_only) for c in codes.split(BATCH)])
+    return untile(parts, like.shape[2] // tokenizer.config.image_size)
 
 
 def _fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float]:
@@ -155,13 +145,13 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
             lines.append(f"{'  trivial: ' + title:34}  {other['psnr']:7.2f}  {other['ssim']:5.3f}")
     m = config.model
     sizes = {"semantic": m.num_codes, "flat": m.vocabulary_size, "group": m.num_sub_codes}
-    for title, figures in (
+    for title, codes in (
         (f"codes of all {metrics['tokens']:,} patches", metrics),
         ("codes of the held-out parts alone", metrics["held_out"]["codes"]),
     ):
         lines += ["", f"{title:34}  {'usage':>7}  perplexity  of"]
         for view, size in sizes.items():
-            row = figures[view]
+            row = codes[view]
             lines.append(f"{'  ' + view:34}  {row['usage']:7.3f}  {row['perplexity']:10.1f}  {size}")
     seconds = metrics["seconds"]
     lines += [
@@ -176,24 +166,9 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _pyplot() -> Any:
-    require("matplotlib", "demo").use("Agg")
-    return require("matplotlib.pyplot", "demo")
-
-
-def _picture(image: Tensor) -> Any:
-    return image.clamp(0, 1).permute(1, 2, 0).numpy()
-
-
-def _save_figure(figure: Any, path: Path) -> None:
-    # Drawn twice, a figure must not differ by the date in it.
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    _pyplot().close(figure)
-
-
 def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
     """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     cut = [min(x.shape[1:]) for x, _, _ in rows]
     rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
     heights = [3 * row[0].shape[1] / row[0].shape[2] for row in rows]
@@ -202,71 +177,16 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
     )
     for line, row in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):
-            axis.imshow(_picture(picture), interpolation="nearest")
+            axis.imshow(figures.picture(picture), interpolation="nearest")
             axis.set_axis_off()
     for axis, title in zip(axes[0], ("original", "semantic part only", "full reconstruction"), strict=True):
         axis.set_title(title)
-    _save_figure(figure, out / "reconstructions.png")
-
-
-def _draw_semantic_map(tokenizer: SemHiTok, photograph: Tensor, codes: Tensor, out: Path) -> None:
-    """The semantic ids over a photograph; near codes get near colours (three principal axes)."""
-    semantic = codes // tokenizer.config.num_sub_codes
-    codebook = tokenizer.quantizer.semantic.codebook
-    centered = codebook - codebook.mean(0)
-    colors = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:3].T
-    colors = (colors - colors.amin(0)) / (colors.amax(0) - colors.amin(0))
-    picture = _untile(colors[semantic].permute(0, 3, 1, 2), photograph.shape[2] // tokenizer.config.image_size)
-    plt = _pyplot()
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 5 * photograph.shape[1] / photograph.shape[2] + 0.3), layout="constrained"
-    )
-    for axis, title, image in (
-        (axes[0], "photograph", photograph),
-        (axes[1], f"semantic ids ({len(semantic.unique())} of {len(codebook)} occur)", picture),
-    ):
-        axis.imshow(_picture(image), interpolation="nearest")
-        axis.set_title(title)
-        axis.set_axis_off()
-    _save_figure(figure, out / "semantic_map.png")
-
-
-def _draw_shared_codes(tokenizer: SemHiTok, photographs: list[Tensor], codes: list[Tensor], out: Path) -> None:
-    """Patches that share a semantic id, a row an id, a frame's colour a sub-code."""
-    rows, columns, context = 10, 24, 8
-    p, m, size = tokenizer.config.patch_size, tokenizer.config.num_sub_codes, tokenizer.config.image_size
-    tiles = torch.cat([_tiles(x, size) for x in photographs])
-    flat = torch.cat(codes)
-    semantic, sub = flat // m, flat % m
-    counts = torch.bincount(semantic.flatten(), minlength=tokenizer.config.num_codes)
-    order = counts.argsort(descending=True)
-    order = order[counts[order] >= columns]
-    # Evenly spaced over the ids by frequency, so that rare ones are seen too.
-    chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
-    padded = F.pad(tiles, [context] * 4, mode="replicate")
-    generator = torch.Generator().manual_seed(0)
-    plt = _pyplot()
-    figure, axes = plt.subplots(
-        len(chosen), columns, figsize=(12, 0.52 * len(chosen) + 0.4), squeeze=False, layout="constrained"
-    )
-    palette = plt.get_cmap("tab20")
-    for row, code in zip(axes, chosen.tolist(), strict=True):
-        places = (semantic == code).nonzero()
-        places = places[torch.randperm(len(places), generator=generator)[:columns]].tolist()
-        for axis, (n, y, x) in zip(row, sorted(places, key=lambda at: int(sub[tuple(at)])), strict=True):
-            side = p + 2 * context
-            axis.imshow(_picture(padded[n, :, y * p : y * p + side, x * p : x * p + side]))
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(color=palette(int(sub[n, y, x]) % 20), linewidth=2)
-        row[0].set_ylabel(str(code), rotation=0, ha="right", va="center")
-    figure.suptitle("patches (centres) that share a semantic id, a row an id; the frame's colour is the sub-code")
-    _save_figure(figure, out / "shared_codes.png")
+    figures.save(figure, out / "reconstructions.png")
 
 
 def _draw_curves(out: Path) -> None:
     """Losses, and usage and perplexity by window, of both stages."""
-    plt = _pyplot()
+    plt = figures.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6))
     for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
         lines = (out / stage / "log.jsonl").read_text().splitlines()
@@ -285,4 +205,4 @@ def _draw_curves(out: Path) -> None:
         row[0].set_yscale("log")
         row[1].set_ylim(0, 1.05)
     figure.tight_layout()
-    _save_figure(figure, out / "curves.png")
+    figures.save(figure, out / "curves.png")

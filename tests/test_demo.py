@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from semhitok.data.codes import load_codes
-from semhitok.data.images import list_images, read_image
+from semhitok.data.images import list_images, read_image, tiles, untile
 from semhitok.data.photographs import write_photographs
-from semhitok.demo import _fidelity, _tiles, _untile
+from semhitok.demo import _fidelity
 from semhitok.tokenizer import SemHiTok
 
 SETTINGS = ("semantic.steps=20", "semantic.continuous_steps=5", "pixel.steps=20", "pixel.continuous_steps=5")
@@ -63,7 +63,7 @@ def test_pictures_ids_and_checkpoint_are_there(demo):
     unseen = load_codes(out / "unseen_ids.safetensors")
     tokenizer.vocabulary.check_hash(unseen.codebook_hash)
     photograph = read_image(out / "photographs" / "unseen" / "chelsea.png")
-    assert torch.equal(unseen.codes[:4], tokenizer.encode(_tiles(photograph[:, :256, :448], 64)[:4]))
+    assert torch.equal(unseen.codes[:4], tokenizer.encode(tiles(photograph[:, :256, :448], 64)[:4]))
 
 
 def test_running_it_again_goes_on_and_changes_no_result(demo):
@@ -92,9 +92,9 @@ def test_held_out_pixels_are_not_in_training(tmp_path):
 
 def test_tiles_and_back():
     image = torch.rand(3, 12, 20)
-    tiles = _tiles(image, 4)
-    assert tiles.shape == (15, 3, 4, 4) and torch.equal(tiles[6], image[:, 4:8, 4:8])
-    assert torch.equal(_untile(tiles, 5), image)
+    parts = tiles(image, 4)
+    assert parts.shape == (15, 3, 4, 4) and torch.equal(parts[6], image[:, 4:8, 4:8])
+    assert torch.equal(untile(parts, 5), image)
 
 
 def test_fidelity_counts_each_photograph_once():

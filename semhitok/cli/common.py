@@ -82,25 +82,32 @@ def find_device(name: str) -> torch.device:
 class ImageReader:
     """Images of `paths`, resized and cropped to `size`, in batches; unreadable ones are skipped.
 
+    With `tiles` they are cut at the right and bottom to whole multiples of `size` instead (batches of one then), and
+    those smaller than `size` are skipped.
+
     Iterating yields (paths of the batch, float32 [B, 3, size, size] in [0, 1] on the CPU). What is
     skipped is told on stderr, a line each, and counted in `skipped`.
     """
 
-    def __init__(self, paths: list[Path], size: int, batch_size: int, command: str) -> None:
-        self.paths, self.size, self.batch_size, self.command = paths, size, batch_size, command
+    def __init__(self, paths: list[Path], size: int, batch_size: int, command: str, *, tiles: bool = False) -> None:
+        self.paths, self.size, self.batch_size, self.command, self.tiles = paths, size, batch_size, command, tiles
         self.skipped = 0
 
     def __iter__(self) -> Iterator[tuple[list[Path], torch.Tensor]]:
         import torch
 
-        from semhitok.data.images import read_image, resize_crop
+        from semhitok.data.images import read_image, resize_crop, whole_tiles
 
         names: list[Path] = []
         images: list[torch.Tensor] = []
         with progress(self.paths, self.command) as bar:
             for path in bar:
                 try:
-                    image = resize_crop(read_image(path), self.size)
+                    image = read_image(path)
+                    if self.tiles and min(image.shape[1:]) < self.size:
+                        found = " x ".join(map(str, reversed(image.shape[1:])))
+                        raise ValueError(f"{path}: expected at least {self.size} pixels a side, got {found}")
+                    image = (whole_tiles if self.tiles else resize_crop)(image, self.size)
                 except (ValueError, OSError) as error:
                     self.skipped += 1
                     line = printable(f"semhitok {self.command}: skipped: {message(error)}")

@@ -113,6 +113,21 @@ def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return _centre(image, size)
 
 
+def tiles(image: torch.Tensor, size: int) -> torch.Tensor:
+    """[C, H, W], H and W multiples of size -> its tiles [T, C, size, size], row by row."""
+    return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def untile(parts: torch.Tensor, columns: int) -> torch.Tensor:
+    """Tiles [T, C, s, s], row by row, `columns` in a row -> [C, H, W]."""
+    return parts.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
+def whole_tiles(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The top left part of [C, H, W] that whole tiles cover; nothing of an image smaller than one."""
+    return image[:, : image.shape[1] // size * size, : image.shape[2] // size * size]
+
+
 def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     """Write an 8-bit RGB PNG; the file appears whole or not at all.
 

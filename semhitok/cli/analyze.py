@@ -1,0 +1,122 @@
+"""Tell what the codes of a tokenizer know: the central observation of SemHiTok in numbers and figures.
+
+How much of the pixels' variance a semantic code explains, beside chance and beside k-means on pixels; how sub-codebooks
+are used under rare and frequent codes; whether a sub-codebook fits its own code's tokens better than others do; and
+what patches a code stands for. Writes analysis.json and figures. Unreadable images are named and skipped (exit code 3).
+
+examples:
+  semhitok analyze demo_output/checkpoint demo_output/photographs/held_out --tiles --out analysis
+  semhitok analyze runs/256/checkpoint val/ --out analysis
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from semhitok.cli import common
+
+_MAPS = 4  # images whose semantic ids are drawn
+_KINDS = ("pixels", "colour", "texture")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_arguments(parser)
+    common.add_source_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for analysis.json and the figures")
+    parser.add_argument(
+        "--tiles",
+        action="store_true",
+        help="cut images into whole tiles of the tokenizer's size, instead of resizing and cropping them to one",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    import torch
+
+    from semhitok._files import write_atomic
+    from semhitok.data.images import list_images, tiles
+    from semhitok.evaluation import figures
+    from semhitok.evaluation.analyze import analyze, collect
+
+    paths = list_images(args.sources)
+    figures.pyplot()  # told before the long work
+    tokenizer = common.load_tokenizer(args.checkpoint, args.device)
+    config = tokenizer.config
+    out = common.make_output_folder(args.out)
+    size, grid = config.image_size, config.grid_size
+    reader = common.ImageReader(paths, size, 1, "analyze", tiles=args.tiles)
+    pictures: list[torch.Tensor] = []  # the first ones
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        images, sources = torch.empty(0, 3, size, size), torch.empty(0, dtype=torch.int64)
+        for number, (_, image) in enumerate(reader):
+            parts = tiles(image[0], size)
+            images, sources = torch.cat([images, parts]), torch.cat([sources, torch.full((len(parts),), number)])
+            if number < _MAPS:
+                pictures.append(image[0])
+            while len(images) >= args.batch_size:
+                yield images[: args.batch_size], sources[: args.batch_size]
+                images, sources = images[args.batch_size :], sources[args.batch_size :]
+        reader.check_any_read()
+        if len(images):
+            yield images, sources
+
+    tokens = collect(tokenizer, batches())
+    result = {"checkpoint": args.checkpoint, "codebook_sha256": tokenizer.codebook_hash} | analyze(tokenizer, tokens)
+    pairs = result.pop("pairs")
+    write_atomic(out / "analysis.json", (json.dumps(result, indent=2) + "\n").encode())
+
+    codes = tokens.codes.view(-1, grid, grid)
+    codebook = tokenizer.quantizer.semantic.codebook.cpu()
+    fit = (tokens.z_sem * codebook[tokens.codes // config.num_sub_codes]).sum(1).view_as(codes)
+    maps, start = [], 0
+    for image in pictures:
+        columns = image.shape[2] // size
+        count = image.shape[1] // size * columns
+        maps.append((image, codes[start : start + count], columns))
+        start += count
+    figures.semantic_map(tokenizer, maps, out / "semantic_map.png")
+    patches = tokens.patches.view(*codes.shape, -1).permute(0, 3, 1, 2)
+    crops = torch.nn.functional.pixel_shuffle(patches, config.patch_size)
+    figures.patches_of_codes(tokenizer, crops, codes, out / "nearest_patches.png", fit=fit)
+    figures.explained_variance(result["explained_variance"], out / "explained_variance.png")
+    figures.sub_code_usage(result["sub_codes_by_frequency"], out / "sub_code_usage.png")
+    figures.sub_codebook_distances(pairs, result["distances"], out / "sub_codebook_distances.png")
+    print(_table(result), end="\n\n")
+    print(common.printable(f"{out}: analysis.json and figures"))
+    return reader.exit_code
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [f"{common.count(result['images'], 'image')}, {result['tokens']:,} tokens", ""]
+    lines.append(f"{'share of variance explained':28}" + "".join(f"{kind:>9}" for kind in _KINDS))
+    for name, share in result["explained_variance"].items():
+        lines.append(f"  {name.replace('_', ' '):26}" + "".join(f"{share[kind]:9.3f}" for kind in _KINDS))
+    lines += [
+        "",
+        f"{'tokens of a semantic code':28}{'codes':>9}{'of all':>9}{'usage':>9}{'if even':>9}{'perplexity':>12}",
+    ]
+    for b in result["sub_codes_by_frequency"]:
+        name = f"  {b['tokens_from']} - {b['tokens_to']}"
+        lines.append(
+            f"{name:28}{b['codes']:9}{b['share_of_tokens']:9.1%}{b['usage']:9.3f}{b['usage_if_even']:9.3f}"
+            f"{b['perplexity']:12.2f}"
+        )
+    own, apart = result["ownership"], result["distances"]
+    lines += [
+        "",
+        "quantisation error of pixel features, as a share of their variance",
+        f"  own sub-codebook          {own['own']:9.3f}",
+        f"  another code's            {own['other']:9.3f}  ({own['gain']:.2f} dB more)",
+        f"  any of all sub-codes      {own['all']:9.3f}",
+        "",
+        "distances",
+        f"  within a sub-codebook     {apart['within']:9.3f}  (to the nearest other sub-code)",
+        f"  between sub-codebooks     {apart['between']:9.3f}",
+        f"  rank correlation with the angle between semantic codes {apart['rank_correlation']:.3f}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,310 @@
+"""What a tokenizer's codes know: the central observation of SemHiTok (section 3.2) in numbers.
+
+Patches that share a semantic code look alike. So the code explains part of the pixels' variance, and a small codebook
+for each code suffices for the rest. Here: how much of the variance, under which codes sub-codebooks are used, whether a
+sub-codebook fits the tokens of its own code better than those of others, and whether alike codes own alike ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semhitok import ops
+from semhitok._optional import require
+from semhitok.quantizer import HierarchicalQuantizer
+from semhitok.tokenizer import SemHiTok
+from semhitok.usage import CodeUsage
+
+_CHUNK = 65536  # tokens at once
+_KMEANS_ITERATIONS = 10
+_PAIRS = 20000  # of sub-codebooks, whose distances are measured
+_FLAT_TOKENS = 16384  # that are compared with all K * m sub-codes
+
+
+class Tokens(NamedTuple):
+    """What a set of images is to a tokenizer, N tokens in the order of images and rows; on the CPU.
+
+    Attributes:
+        patches: uint8 [N, 3 * p * p], pixels.
+        decoded: uint8 [N, 3 * p * p], of the reconstruction.
+        decoded_semantic: uint8 [N, 3 * p * p], of the reconstruction from the semantic codes alone.
+        z_sem: fp32 [N, Ds], before quantisation.
+        z_pix: fp32 [N, Dp], before quantisation.
+        codes: int64 [N], flat ids.
+        source: int64 [N], the image that a token is from.
+    """
+
+    patches: Tensor
+    decoded: Tensor
+    decoded_semantic: Tensor
+    z_sem: Tensor
+    z_pix: Tensor
+    codes: Tensor
+    source: Tensor
+
+
+@torch.no_grad()
+def collect(tokenizer: SemHiTok, batches: Iterable[tuple[Tensor, Tensor]]) -> Tokens:
+    """Tokens of batches: images [B, 3, H, W] in [0, 1], and the number of each one's source [B].
+
+    Takes some 3 KB a token at patch size 16.
+
+    Raises:
+        ValueError: no batches, or images that are not the tokenizer's.
+    """
+    device = tokenizer.quantizer.pix_codebook.device
+    p = tokenizer.config.patch_size
+
+    def patches(images: Tensor) -> Tensor:
+        pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
+        return F.pixel_unshuffle(pixels, p).permute(0, 2, 3, 1).flatten(0, 2).cpu()
+
+    columns: list[tuple[Tensor, ...]] = []
+    for images, source in batches:
+        images = images.to(device)
+        tokenizer._check_images(images)
+        z_sem = tokenizer.semantic_head(tokenizer.semantic_features(images))
+        z_pix = tokenizer.encoder(images)
+        codes = tokenizer.quantizer(z_sem, z_pix).codes
+        decoded, semantic = tokenizer.decode(codes), tokenizer.decode(codes, semantic_only=True)
+        tokens = (z_sem.float().flatten(0, 2), z_pix.float().flatten(0, 2), codes.flatten())
+        sources = source.repeat_interleave(codes[0].numel())
+        columns.append(
+            (patches(images), patches(decoded), patches(semantic), *(x.cpu() for x in tokens), sources.cpu())
+        )
+    if not columns:
+        raise ValueError("batches: expected at least one, got none")
+    return Tokens(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def analyze(tokenizer: SemHiTok, tokens: Tokens, seed: int = 0) -> dict[str, Any]:
+    """All figures about tokens, as JSON would have them, but for the `pairs` of `distances`; see the functions."""
+    quantizer, m = tokenizer.quantizer, tokenizer.config.num_sub_codes
+    generator = torch.Generator().manual_seed(seed)
+    apart, pairs = distances(quantizer, tokens.codes, generator)
+    return {
+        "images": int(tokens.source.unique().numel()),
+        "tokens": len(tokens.codes),
+        "explained_variance": explained_variance(tokens, m, generator),
+        "sub_codes_by_frequency": usage_by_frequency(tokens.codes, quantizer.num_codes, m),
+        "ownership": ownership(quantizer, tokens.z_pix, tokens.codes, generator),
+        "distances": apart,
+        "pairs": pairs,
+    }
+
+
+class _Rows:
+    """table[rows] without making it whole."""
+
+    def __init__(self, table: Tensor, rows: Tensor) -> None:
+        self.table, self.rows = table, rows
+
+    def __getitem__(self, at: slice) -> Tensor:
+        return self.table[self.rows[at]]
+
+
+def explained_variance(tokens: Tokens, m: int, generator: torch.Generator) -> dict[str, dict[str, float]]:
+    """Share of the patches' variance that is known once something else of them is known, at most 1.
+
+    1 - squared error / squared error of one mean patch. For ids the guess is the mean patch of the id (with one patch
+    added: the mean of all for a semantic id, of the semantic id for a flat one), for k-means the nearest centre: always
+    those of the other half of the images, so that nothing is explained by having been seen, and chance explains
+    nothing. The decoder also sees the neighbours.
+
+    Returns:
+        For semantic_id, random_id (the same ids, dealt anew), kmeans_pixels (as many centres as semantic codes occur),
+        flat_id, decoded_semantic and decoded: the share of all variance `pixels`, of that between the patches' mean
+        colours `colour`, and of the rest `texture`.
+    """
+    half = tokens.source % 2
+    if bool((half == half[0]).all()):  # all of one image
+        half = (torch.arange(len(half)) * 2 // len(half)).to(half)
+    semantic = tokens.codes // m
+    shuffled = semantic[torch.randperm(len(semantic), generator=generator)]
+    errors: dict[str, Tensor] = {}
+    nothing = torch.zeros(3, dtype=torch.float64)
+    for fold in (0, 1):
+        fit, test = (half != fold).nonzero().squeeze(1), (half == fold).nonzero().squeeze(1)
+        x = tokens.patches[fit]
+        mean = _sums(x, torch.zeros_like(fit), 1)[0] / len(fit)
+        guesses: dict[str, _Rows] = {"total": _Rows(mean, torch.zeros_like(test))}
+        for name, ids in (("semantic_id", semantic), ("random_id", shuffled)):
+            guesses[name] = _Rows(*_by_id(x, ids[fit], ids[test], mean))
+        parents, parent = _by_id(x, semantic[fit], tokens.codes[test].unique() // m, mean)
+        guesses["flat_id"] = _Rows(*_by_id(x, tokens.codes[fit], tokens.codes[test], parents[parent]))
+        centres = _kmeans(x, int(semantic[fit].unique().numel()), generator)
+        guesses["kmeans_pixels"] = _Rows(centres, _nearest(tokens.patches[test], centres))
+        guesses["decoded_semantic"] = _Rows(tokens.decoded_semantic, test)
+        guesses["decoded"] = _Rows(tokens.decoded, test)
+        for name, guess in guesses.items():
+            errors[name] = errors.get(name, nothing) + _squared_errors(tokens.patches, test, guess)
+    total = errors.pop("total").clamp_min(1e-9)
+    order = ("semantic_id", "random_id", "kmeans_pixels", "flat_id", "decoded_semantic", "decoded")
+    shares = {name: (1 - errors[name] / total).tolist() for name in order}
+    return {name: dict(zip(("pixels", "colour", "texture"), share, strict=True)) for name, share in shares.items()}
+
+
+def _squared_errors(patches: Tensor, rows: Tensor, guess: _Rows) -> Tensor:
+    """Sums of squared errors of patches[rows]: of all pixels, of mean colours, of what remains; float64 [3]."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        error = (patches[rows[part]].float() - guess[part].float()).unflatten(1, (3, -1)).double()
+        colour = error.mean(2).square().sum() * error.shape[2]
+        sums += torch.stack([error.square().sum(), colour])
+    return torch.stack([sums[0], sums[1], sums[0] - sums[1]])
+
+
+def _sums(patches: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums [count, P] and numbers [count] of the patches with each id in [0, count)."""
+    sums, counts = torch.zeros(count, patches.shape[1]), torch.zeros(count, dtype=torch.int64)
+    for start in range(0, len(ids), _CHUNK):
+        some, n = ops.segment_sum(patches[start : start + _CHUNK].float(), ids[start : start + _CHUNK], count)
+        sums += some
+        counts += n
+    return sums, counts
+
+
+def _by_id(patches: Tensor, ids: Tensor, wanted: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean patch of every wanted id, `prior` added as one more patch: a table, and each wanted id's row in it.
+
+    prior: one row, or a row for each different wanted id in ascending order.
+    """
+    present, row = wanted.unique(return_inverse=True)
+    place = torch.searchsorted(present, ids).clamp_max(len(present) - 1)
+    seen = present[place] == ids
+    sums, counts = _sums(patches[seen], place[seen], len(present))
+    return (sums + prior) / (counts + 1).unsqueeze(1), row
+
+
+def _nearest(patches: Tensor, centres: Tensor) -> Tensor:
+    return torch.cat([ops.nearest_code(x.float() / 255, centres / 255, "l2")[1] for x in patches.split(_CHUNK)])
+
+
+def _kmeans(patches: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k centres of patches, started from k of them: fp32 [k, P]. A centre without patches stays."""
+    centres = patches[torch.randperm(len(patches), generator=generator)[:k]].float()
+    for _ in range(_KMEANS_ITERATIONS):
+        ids = _nearest(patches, centres)
+        sums, counts = _sums(patches, ids, k)
+        centres = torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp_min(1).unsqueeze(1), centres)
+    return centres
+
+
+def usage_by_frequency(codes: Tensor, num_codes: int, num_sub_codes: int) -> list[dict[str, float]]:
+    """Use of the sub-codebooks under rare and under frequent semantic codes.
+
+    Codes that occur are binned by their number of tokens, a bin for every power of four.
+
+    Returns:
+        For each bin: tokens_from and tokens_to of a code (both included), codes, share of all tokens, the mean share of
+        the m sub-codes that occur under a code (usage), what it would be were sub-codes drawn at random, all alike
+        (usage_if_even), and the mean perplexity of sub-codes under a code, in [1, m].
+    """
+    usage = CodeUsage(num_codes, num_sub_codes)
+    usage.update(codes)
+    counts = usage.counts.double()
+    tokens = counts.sum(1)
+    p = counts / tokens.clamp_min(1).unsqueeze(1)
+    perplexity = (-torch.xlogy(p, p).sum(1)).exp()
+    used = (counts > 0).double().mean(1)
+    even = 1 - (1 - 1 / num_sub_codes) ** tokens
+    bins = []
+    low = 1
+    while low <= int(tokens.max()):
+        inside = (tokens >= low) & (tokens < 4 * low)
+        if bool(inside.any()):
+            bins.append(
+                {
+                    "tokens_from": low,
+                    "tokens_to": 4 * low - 1,
+                    "codes": int(inside.sum()),
+                    "share_of_tokens": (tokens[inside].sum() / tokens.sum()).item(),
+                    "usage": used[inside].mean().item(),
+                    "usage_if_even": even[inside].mean().item(),
+                    "perplexity": perplexity[inside].mean().item(),
+                }
+            )
+        low *= 4
+    return bins
+
+
+def ownership(
+    quantizer: HierarchicalQuantizer, z_pix: Tensor, codes: Tensor, generator: torch.Generator
+) -> dict[str, float]:
+    """Whether a sub-codebook fits the tokens of the semantic code that owns it.
+
+    Squared quantisation error of z_pix [N, Dp], as a share of its variance, with the sub-codebook of the token's own
+    code, with that of another code (of a random token with another code), and with all K * m sub-codes (that of a
+    sample of tokens).
+
+    Returns:
+        own, other, all; and gain, the decibels by which own is below other: about 0 where sub-codebooks and semantic
+        codes have nothing to do with each other.
+    """
+    book = quantizer.pix_codebook.detach().cpu()
+    semantic = codes // quantizer.num_sub_codes
+    variance = (z_pix - z_pix.mean(0)).square().sum(1).mean()
+    other = semantic[torch.randperm(len(semantic), generator=generator)]
+    differ = other != semantic
+
+    def error(z: Tensor, ids: Tensor) -> float:
+        total = 0.0
+        for rows, group in zip(z.split(_CHUNK), ids.split(_CHUNK), strict=True):
+            _, sub = ops.nearest_subcode(rows, book, group, "l2")
+            total += (rows - book[group, sub]).square().sum(1).double().sum().item()
+        return total / max(len(z), 1) / variance.item()
+
+    some = torch.randperm(len(z_pix), generator=generator)[:_FLAT_TOKENS]
+    flat = book.flatten(0, 1)
+    _, nearest = ops.nearest_code(z_pix[some], flat, "l2")
+    figures = {"own": error(z_pix, semantic), "other": error(z_pix[differ], other[differ])}
+    figures["all"] = (z_pix[some] - flat[nearest]).square().sum(1).mean().item() / variance.item()
+    own_where_other = error(z_pix[differ], semantic[differ])
+    ratio = torch.tensor(figures["other"] / max(own_where_other, 1e-12), dtype=torch.float64)
+    return figures | {"gain": 10 * ratio.log10().item() if bool(differ.any()) else 0.0}
+
+
+def distances(
+    quantizer: HierarchicalQuantizer, codes: Tensor, generator: torch.Generator
+) -> tuple[dict[str, float], Tensor]:
+    """Distances between sub-codebooks, and whether alike semantic codes own alike sub-codebooks.
+
+    The distance of two sub-codebooks is the mean distance from a sub-code of either to the nearest of the other.
+    Random pairs of the codes that occur among `codes`.
+
+    Returns:
+        within: mean distance from a sub-code to the nearest other of its own sub-codebook. between: mean distance of
+        two sub-codebooks. rank_correlation: Spearman's, of that distance with the angle between the semantic codes, 0
+        if fewer than three codes occur. And the pairs, [n, 2]: angle in degrees, distance.
+    """
+    book, m = quantizer.pix_codebook.detach().cpu(), quantizer.num_sub_codes
+    present = (codes // m).unique()
+    nothing = {"within": 0.0, "between": 0.0, "rank_correlation": 0.0}
+    own = book[present]
+    if m > 1:
+        inner = torch.cdist(own, own) + torch.full((m,), float("inf")).diag()
+        nothing["within"] = inner.amin(-1).mean().item()
+    if len(present) < 3:
+        return nothing, torch.zeros(0, 2)
+    pairs = torch.combinations(torch.arange(len(present))) if len(present) <= 200 else None
+    if pairs is None:
+        first = torch.randint(len(present), (_PAIRS,), generator=generator)
+        step = torch.randint(1, len(present), (_PAIRS,), generator=generator)
+        pairs = torch.stack([first, (first + step) % len(present)], dim=1)
+    a, b = own[pairs[:, 0]], own[pairs[:, 1]]
+    apart = torch.cdist(a, b)
+    distance = (apart.amin(1).mean(1) + apart.amin(2).mean(1)) / 2
+    semantic = quantizer.semantic.codebook.detach().cpu()[present]
+    cosine = (semantic[pairs[:, 0]] * semantic[pairs[:, 1]]).sum(1).clamp(-1, 1)
+    angle = torch.rad2deg(torch.acos(cosine))
+    correlation = require("scipy.stats", "eval").spearmanr(angle.numpy(), distance.numpy()).statistic
+    return nothing | {
+        "between": distance.mean().item(),
+        "rank_correlation": 0.0 if correlation != correlation else float(correlation),
+    }, torch.stack([angle, distance], dim=1)
