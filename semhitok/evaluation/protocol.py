@@ -421,7 +421,8 @@ def _replace(source: Path | None, folder: Path) -> None:
 
 def _sized(image: Tensor, size: int) -> Tensor:
     if image.shape != (3, size, size):
-        raise ValueError(f"expected {size} x {size} pixels (the width of the first), got {image.shape[1]} x {image.shape[2]}")
+        found = " x ".join(map(str, image.shape[1:]))
+        raise ValueError(f"expected {size} x {size} pixels (the width of the first), got {found}")
     return image
 
 
