@@ -124,6 +124,19 @@ def test_frechet_distance_by_hand():
     assert frechet_distance(statistics(rows), statistics(other)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("noise", [1, 0.01, 1e-4])
+def test_frechet_distance_is_exact_where_covariances_are_singular(noise):
+    """With fewer images than dimensions tr (C1 C2)^1/2 is the nuclear norm of X1 X2^T, of centred features, / (n - 1)."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(20, 200, generator=generator)
+    second = first + noise * torch.randn(20, 200, generator=generator)
+    (m1, x1), (m2, x2) = ((x.mean(0), x - x.mean(0)) for x in (first.double(), second.double()))
+    traces = (x1.square().sum() + x2.square().sum() - 2 * torch.linalg.svdvals(x1 @ x2.T).sum()) / 19
+    expected = ((m1 - m2).square().sum() + traces).item()
+    with pytest.warns(UserWarning, match="20 images for features of dimension 200"):
+        assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
 def test_frechet_distance_of_a_set_to_itself_is_0_even_where_covariances_are_singular():
     rows = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="20 images for features of dimension 50"):

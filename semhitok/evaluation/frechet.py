@@ -83,8 +83,8 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """The squared Fréchet distance of Gaussians with these statistics.
 
-    tr (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2, of symmetric roots. Eigenvalues that are noise of
-    float64 count as 0: the root of noise would be large.
+    tr (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2, of symmetric roots. Unlike the roots of the
+    eigenvalues of C1 C2 it stays exact where the covariances are singular.
 
     Raises:
         ValueError: fewer than 2 images, or features of different dimension.
@@ -104,13 +104,12 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
             stacklevel=2,
         )
     cross = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
-    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+    return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
 
 
 def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
-    noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * torch.where(values > noise, values, 0).sqrt()) @ vectors.T
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def feature_network(features: str, device: torch.device | str = "cpu") -> tuple[str, Network]:
