@@ -126,7 +126,7 @@ def test_frechet_distance_by_hand():
 
 @pytest.mark.parametrize("noise", [1, 0.01, 1e-4])
 def test_frechet_distance_is_exact_where_covariances_are_singular(noise):
-    """With fewer images than dimensions tr (C1 C2)^1/2 is the nuclear norm of X1 X2^T, of centred features, / (n - 1)."""
+    """With fewer images than dimensions tr (C1 C2)^1/2 is the nuclear norm of centred X1 X2^T, over n - 1."""
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(20, 200, generator=generator)
     second = first + noise * torch.randn(20, 200, generator=generator)
