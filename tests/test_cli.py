@@ -358,7 +358,7 @@ def test_missing_packages_name_the_extra(run, monkeypatch, ids):
     assert_refused(run("info", ids), 'safetensors is not installed: pip install "semhitok[models]"')
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "analyze", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -391,7 +391,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "analyze", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
 def test_parsers_need_no_torch(command):
     # The package itself imports torch; what the command line adds must not wait for anything heavy.
     package = os.path.dirname(os.path.dirname(common.__file__))
