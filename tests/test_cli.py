@@ -68,20 +68,6 @@ def ids(checkpoint, photos, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command: (exit code, stdout, stderr lines); any traceback fails the test."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err.splitlines()
-
-    return run
-
-
 def assert_refused(result, *words):
     code, out, err = result
     assert code == 2

@@ -279,17 +279,6 @@ def evaluated(checkpoint, photos, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def report_of(out):
     return json.loads((out / "evaluation.json").read_text())
 
@@ -349,7 +338,7 @@ def test_the_table_names_what_is_absent_and_no_rfid(run, checkpoint, photos, tmp
         report["figures"]["frechet[random:test_vit]"], abs=1e-4
     )
     assert "rfid" not in report["figures"] and set(report["absent"]) == {"rfid", "lpips"}
-    assert "37 images for features of dimension 64" in err
+    assert "37 images for features of dimension 64" in "\n".join(err)
     assert not any("probe" in name or "[z_sem]" in name for name in report["figures"])
 
 
@@ -439,7 +428,7 @@ def test_wrong_reconstructions_are_refused(run, evaluated, photos, tmp_path):
     def refused(*more):
         code, out, err = run("eval", "--reconstructions", theirs, photos, "--out", tmp_path / "out", *more)
         assert (code, out) == (2, "")
-        return err
+        return "\n".join(err)
 
     save_png(torch.rand(3, 32, 32), theirs / "extra.png")
     assert "without an original: extra" in refused()
@@ -457,7 +446,7 @@ def test_wrong_images_are_refused(run, checkpoint, photos, tmp_path):
     def refused(*sources, out=tmp_path / "out"):
         code, text, err = run("eval", checkpoint, *sources, "--out", out)
         assert (code, text) == (2, "")
-        return err
+        return "\n".join(err)
 
     mixed = tmp_path / "mixed"
     shutil.copytree(photos, mixed)
@@ -510,7 +499,7 @@ def test_an_image_without_label_is_refused_before_the_work(run, checkpoint, phot
     labels = tmp_path / "labels.json"
     code, out, err = run("eval", checkpoint, photos, "--out", tmp_path / "out", "--labels", labels)
     assert (code, out) == (2, "")
-    assert "36 have none, such as a/no 1" in err
+    assert "36 have none, such as a/no 1" in "\n".join(err)
     assert not (tmp_path / "out").exists()
 
 
