@@ -25,8 +25,9 @@ def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor)
     Equivalent to: F.cross_entropy((hidden @ torch.cat(weights).T).float(), targets, reduction="none").
 
     Args:
-        hidden: [N, width], floating point. Under autocast it and the weights are taken in autocast's dtype, tile by tile.
-        weights: blocks [V_b, width] that follow each other in one vocabulary of V = sum of V_b ids; one softmax for all.
+        hidden: [N, width], floating point. Under autocast it and the weights go into
+            the products in autocast's dtype, tile by tile.
+        weights: blocks [V_b, width] of one vocabulary of V = sum of V_b ids, with one softmax for all.
         targets: [N] int64 in [0, V), or -100 for no loss.
 
     Returns:
