@@ -8,6 +8,7 @@ that may come next, `Draw` takes one. They are ordinary logits processors: use t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ class Draw(LogitsProcessor):
         scores[rows, span] = of_image.masked_fill(others[:, :, None], -torch.inf).flatten(1)
         return scores
 
-    def _pick(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _pick(self, input_ids: Any, scores: Tensor) -> Tensor:
         """[B, 1] places in scores [B, n]."""
         if self.greedy:
             return scores.argmax(1, keepdim=True)
@@ -243,8 +244,9 @@ def generate(
             halves=guided, generator=generator,
         )
     )  # fmt: skip
-    # -1 is no id: `None` would be filled in from the LLM's own generation config.
-    out = model.generate(
+    # An id that never comes: None would be filled in from the LLM's own generation config.
+    transformers_model: Any = model
+    out = transformers_model.generate(
         ids,
         attention_mask=mask,
         logits_processor=processors,
@@ -255,7 +257,7 @@ def generate(
         top_k=50,
         top_p=1.0,
         repetition_penalty=1.0,
-        eos_token_id=-1 if eos_id is None else eos_id,
+        eos_token_id=model.vocabulary.size if eos_id is None else eos_id,
         pad_token_id=pad_id,
         use_cache=use_cache,
     )

@@ -142,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, targets, kept, normaliser, *weights = ctx.saved_tensors
         wants_hidden, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         make = torch.empty_like if len(kept) else torch.zeros_like
-        d_weights = [make(w) if want else None for w, want in zip(weights, wants, strict=True)]
+        d_weights: list[Any] = [make(w) if want else None for w, want in zip(weights, wants, strict=True)]
         d_kept = hidden.new_zeros(len(kept), hidden.shape[1], dtype=normaliser.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for block, start, end, first in _tiles(len(kept), weights):

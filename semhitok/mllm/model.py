@@ -6,13 +6,13 @@ image ids h -> code i, sub-code j              |                |               
    pix code i, j MLP --+-- concatenated -------+                |                           |
 begin, end, resolution -- embedding -----------+                +-- special head -----------+
 
-Source: SemHiTok (arXiv 2503.06764): one vocabulary, next-token prediction, dual-MLP adapter. `semhitok.vocabulary` alone
-knows the offsets.
+Source: SemHiTok (arXiv 2503.06764): one vocabulary, next-token prediction, dual-MLP adapter. `semhitok.vocabulary`
+alone knows the offsets.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class UnifiedMLLMConfig(PreTrainedConfig):
     """
 
     model_type = "semhitok_mllm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -153,9 +153,9 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}
-    _keep_in_fp32_modules_strict = ["codebooks"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["codebooks"]  # noqa: RUF012
 
     def __init__(self, config: UnifiedMLLMConfig) -> None:
         super().__init__(config)
@@ -211,12 +211,10 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         elif isinstance(llm, PreTrainedConfig):
             llm = AutoModelForCausalLM.from_config(llm, **kwargs)
         assert isinstance(llm, PreTrainedModel)
-        embedding, lm_head = llm.get_input_embeddings(), llm.get_output_embeddings()
-        if (
-            lm_head is None
-            or getattr(lm_head, "bias", None) is not None
-            or lm_head.weight.shape != embedding.weight.shape
-        ):
+        embedding: Any = llm.get_input_embeddings()
+        lm_head: Any = llm.get_output_embeddings()
+        bias = getattr(lm_head, "bias", None)
+        if lm_head is None or bias is not None or lm_head.weight.shape != embedding.weight.shape:
             raise ValueError(f"llm: expected an output head without bias as large as the embedding, got {lm_head}")
         sizes = tokenizer.config
         config = UnifiedMLLMConfig(
@@ -289,9 +287,9 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         semantic, pixel = image_features
         for name, x, dim in (("semantic", semantic, config.sem_dim), ("pixel", pixel, config.pix_dim)):
             if x.shape[-1] != dim or x.numel() != len(codes) * dim:
-                got = list(x.shape)
-                raise ValueError(f"image_features.{name}: expected {len(codes)} vectors of dimension {dim}, got {got}")
-        of_image = self.adapter(semantic.reshape(len(codes), -1), pixel.reshape(len(codes), -1))
+                words = f"expected {len(codes)} vectors of dimension {dim}, got {list(x.shape)}"
+                raise ValueError(f"image_features.{name}: {words}")
+        of_image = self.adapter(semantic.reshape(-1, config.sem_dim), pixel.reshape(-1, config.pix_dim))
         return embedded.masked_scatter(image.unsqueeze(-1), of_image.to(embedded.dtype))
 
     def forward(
@@ -388,11 +386,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
 
     def _rows(self) -> list[Tensor]:
         """Rows of the outer softmax, [ids, width] each: text; flat ids, or codes i; special."""
-        heads = [
-            self.text_head,
-            self.image_head if self.semantic_head is None else self.semantic_head,
-            self.special_head,
-        ]
+        of_image: Any = self.image_head if self.semantic_head is None else self.semantic_head
+        heads: list[Any] = [self.text_head, of_image, self.special_head]
         for head in heads:
             if hasattr(head, "lora_A"):
                 raise ValueError("heads: expected whole weights, got LoRA; name them in modules_to_save instead")
@@ -405,8 +400,9 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         self._init_weights(module)
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Vectors of a prompt's images go in with the prompt alone; a cache remembers them."""
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             kwargs.pop("image_features", None)
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(*args, **kwargs)

@@ -31,7 +31,11 @@ def parameter_table(model: UnifiedMLLM) -> dict[str, int]:
     seen: set[int] = set()
     table = {}
     trunk = [("text embedding", model.model.get_input_embeddings()), ("LLM's trunk", model.model)]
-    parts = [(name.replace("_", " "), module) for name, module in model.named_children() if name != "model"]
+    parts = [
+        (name.replace("_", " "), module)
+        for name, module in model.named_children()
+        if name not in ("model", "codebooks")
+    ]
     for name, module in [*trunk, *parts]:
         own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
         seen |= own.keys()
