@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import operator
 import sys
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ class Vocabulary:
         ids = _checked("ids", ids, 0, self.size)
         found = []
         begins = (ids == self.begin_of_image).nonzero().flatten().tolist()
-        for begin, limit in zip(begins, [*begins[1:], len(ids)], strict=True):
+        for begin, limit in itertools.pairwise([*begins, len(ids)]):
             ends = (ids[begin:limit] == self.end_of_image).nonzero().flatten().tolist()
             if ends:
                 inside = ids[begin + 1 : begin + ends[0]]
