@@ -59,7 +59,7 @@ class Picture(NamedTuple):
     caption: str
 
     @property
-    def count(self) -> int:
+    def num_objects(self) -> int:
         """The number of objects, 1 to 3."""
         return int((self.labels[:, 0] >= 0).sum())
 

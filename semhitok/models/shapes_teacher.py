@@ -33,8 +33,8 @@ default_cfgs = generate_default_cfgs(
 class ConvStem(PatchEmbed):
     """timm's patch embedding with six 3 x 3 convolutions, three of stride 2, as its projection."""
 
-    def __init__(self, *arguments: Any, embed_dim: int = 128, patch_size: int = 8, **options: Any) -> None:
-        super().__init__(*arguments, embed_dim=embed_dim, patch_size=patch_size, **options)
+    def __init__(self, *, embed_dim: int, patch_size: int, **options: Any) -> None:
+        super().__init__(embed_dim=embed_dim, patch_size=patch_size, **options)
         if patch_size != 8:
             raise AssertionError(f"patch_size: expected 8, got {patch_size}")  # as timm's own layers do
         layers: list[nn.Module] = []
@@ -48,7 +48,7 @@ class ConvStem(PatchEmbed):
 @register_model
 def vit_shapes_patch8_64(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """64 tokens of width 128, no class token."""
-    settings = {
+    settings: dict[str, Any] = {
         "img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4, "num_classes": 0,
         "class_token": False, "global_pool": "", "embed_layer": ConvStem,
     }  # fmt: skip

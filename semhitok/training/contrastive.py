@@ -2,7 +2,8 @@
 
 loss = sigmoid contrastive loss of images and captions
      + 10 (which words the caption has, from the image: binary cross-entropy)
-     + what is said of each cell, from the mean of its tokens: cross-entropy, shape counting three times
+     + what is said of each cell and of the background, from the mean of the cell's tokens: cross-entropy, shape
+       counting three times
 
 The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
 alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
@@ -39,6 +40,11 @@ _BACKGROUND_WORDS = [w for words in shapes.SURROUNDINGS.values() for w in words]
 _OBJECT = {word: n for n, word in enumerate(_OBJECT_WORDS)}
 _BACKGROUND = {word: n + len(_OBJECT) for n, word in enumerate(_BACKGROUND_WORDS)}
 VOCABULARY = len(_OBJECT) + len(_BACKGROUND)
+# Logits of a cell: its object's attributes with "empty", then the background's.
+CELL_SIZES = [
+    *(1 + len(words) for words in shapes.ATTRIBUTES.values()),
+    *(len(words) for words in shapes.SURROUNDINGS.values()),
+]
 PHRASES = 4  # at most in a caption: three objects and the background
 
 
@@ -87,8 +93,10 @@ class ImageHead(nn.Module):
     """What training reads off the teacher's tokens [B, 64, width], and nobody needs afterwards.
 
     Returns unit vectors [B, width]; logits [B, VOCABULARY] of the caption's words; logits [B, 9, sum of (1 + number of
-    words)] for each cell's shape, colour, texture and size, "empty" first.
+    words)] for each cell's shape, colour, texture and size, "empty" first, then for the background behind it.
     """
+
+    mean: Tensor
 
     def __init__(self, width: int, grid_size: int) -> None:
         super().__init__()
@@ -97,7 +105,7 @@ class ImageHead(nn.Module):
         self.pool = nn.MultiheadAttention(width, 4, batch_first=True)
         self.project = nn.Linear(width, width)
         self.words = nn.Linear(9 * width, VOCABULARY)
-        self.cells = nn.Linear(width, sum(1 + len(words) for words in shapes.ATTRIBUTES.values()))
+        self.cells = nn.Linear(width, sum(CELL_SIZES))
         one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), 9).float()
         self.register_buffer("mean", (one_hot / one_hot.sum(0)).T.contiguous())  # [9, tokens]
 
@@ -116,18 +124,20 @@ def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor)
     return -F.logsigmoid(signs * logits).sum(1).mean()
 
 
-def cell_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of ImageHead's cell logits [B, 9, .] with labels [B, 9, 4], -1 for an empty cell.
+def cell_loss(logits: Tensor, labels: Tensor, background: Tensor) -> Tensor:
+    """Cross-entropy of ImageHead's cell logits [B, 9, .] with labels [B, 9, 4] and background [B, 3].
 
-    Empty cells, most of them, count a tenth.
+    -1 stands for an empty cell; such cells, most of them, count a tenth in the objects' terms.
     """
     total = logits.new_zeros(())
-    parts = logits.float().split([1 + len(words) for words in shapes.ATTRIBUTES.values()], dim=-1)
-    for n, (name, part) in enumerate(zip(shapes.ATTRIBUTES, parts, strict=True)):
+    parts = logits.float().split(CELL_SIZES, dim=-1)
+    for n, (name, part) in enumerate(zip(shapes.ATTRIBUTES, parts, strict=False)):
         target = labels[..., n].flatten() + 1
         each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
         weight = torch.where(target > 0, 1.0, 0.1)
         total = total + (3 if name == "shape" else 1) * (each * weight).sum() / weight.sum()
+    for n, part in enumerate(parts[len(shapes.ATTRIBUTES) :]):
+        total = total + F.cross_entropy(part.transpose(1, 2), background[:, n, None].expand(-1, part.shape[1]))
     return total
 
 
@@ -162,8 +172,8 @@ def _train(config: ContrastiveConfig, data: shapes.Pictures) -> dict[str, Tensor
     width, grid = vit.embed_dim, vit.patch_embed.grid_size[0]
     text, head = TextEncoder(width), ImageHead(width, grid)
     scale = nn.Parameter(torch.tensor([2.3, -10.0]))  # SigLIP's log of the temperature, and its bias
-    parameters = [*vit.parameters(), *text.parameters(), *head.parameters()]
-    groups = [{"params": parameters}, {"params": [scale], "weight_decay": 0.0}]
+    parameters: list[nn.Parameter] = [*vit.parameters(), *text.parameters(), *head.parameters()]
+    groups: list[dict[str, Any]] = [{"params": parameters}, {"params": [scale], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, config.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
@@ -188,7 +198,7 @@ def _train(config: ContrastiveConfig, data: shapes.Pictures) -> dict[str, Tensor
         loss = (
             sigmoid_loss(embedding, texts.float(), scale[0], scale[1])
             + config.words_weight * F.binary_cross_entropy_with_logits(of_words.float(), words[pick].amax(1))
-            + config.cell_weight * cell_loss(of_cells, data.labels[pick])
+            + config.cell_weight * cell_loss(of_cells, data.labels[pick], data.background[pick])
         )
         optimizer.zero_grad()
         loss.backward()
