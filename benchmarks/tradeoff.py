@@ -62,7 +62,8 @@ class Settings:
     """What a result depends on besides its arm and seed; two results of the same settings compare.
 
     pictures: of training; probe, test: pictures that probes learn from and that everything is measured on.
-    steps, batch: updates of a branch and their pictures. teacher_*: see ContrastiveConfig.
+    steps, batch: updates of a branch and their pictures. teacher_*: see ContrastiveConfig. probe_steps: of the
+        attention-pool probe.
     """
 
     pictures: int = 16_000
@@ -72,6 +73,7 @@ class Settings:
     batch: int = 32
     teacher_steps: int = 1_500
     teacher_batch: int = 96
+    probe_steps: int = 400
     photographs: bool = False
 
 
@@ -271,10 +273,10 @@ def main() -> int:
             inputs.append((data, Trainer(data, teacher, settings)))
         data, trainer = inputs[0]
         if arm is None:
-            figures = understanding(data.features, data.labels, seed)
+            figures = understanding(data.features, data.labels, seed, settings.probe_steps)
         else:
             net, seconds = trainer.train(arm, seed)
-            figures = {**measure(net, data, seed), "seconds": seconds}
+            figures = {**measure(net, data, seed, settings.probe_steps), "seconds": seconds}
         write_atomic(path, json.dumps({**key, "figures": figures}, indent=1).encode())
         _say(f"{title}, seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
         return figures

@@ -25,7 +25,7 @@ class Data:
     labels: dict[str, Tensor] | None
 
 
-def measure(net: Network, data: Data, seed: int) -> dict[str, float]:
+def measure(net: Network, data: Data, seed: int, probe_steps: int) -> dict[str, float]:
     """Figures of a trained arm, under the keys of COLUMNS; a column that the design has nothing for is left out."""
     arm, codes = net.arm, net.codes
     found = {name: _encode(net, data, name) for name in ("probe", "test")}
@@ -57,7 +57,7 @@ def measure(net: Network, data: Data, seed: int) -> dict[str, float]:
     if data.labels is not None:
         # A half that a design has not is zeros: of no use to a probe, and the same number of inputs.
         vectors = {name: torch.cat(codes.vectors(*of), dim=-1) for name, of in found.items()}
-        figures |= understanding(vectors, data.labels, seed)
+        figures |= understanding(vectors, data.labels, seed, probe_steps)
         figures["by_id"] = probe_ids(ids, data.labels, codes.vocabulary)
     return figures
 
@@ -81,7 +81,7 @@ def explained(pixels: dict[str, Tensor], ids: dict[str, Tensor]) -> float:
 # ---- probes ----
 
 
-def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: int) -> dict[str, float]:
+def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: int, steps: int) -> dict[str, float]:
     """shape, colour and pair_ap from vectors [N, 8, 8, D] of the sets "probe" and "test"."""
     vectors = {name: vectors[name] for name in ("probe", "test")}
     cells = F.one_hot(shapes.cell_of_patches(GRID).flatten(), 9).float()
@@ -95,7 +95,7 @@ def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: i
     for n, name in enumerate(("shape", "colour")):
         y = {part: labels[part][held[part]][:, n] for part in x}
         figures[name] = linear_probe(x["probe"], y["probe"], x["test"], y["test"])
-    return figures | {"pair_ap": pair_probe(tokens, {name: pairs(labels[name]) for name in tokens}, seed)}
+    return figures | {"pair_ap": pair_probe(tokens, {name: pairs(labels[name]) for name in tokens}, seed, steps)}
 
 
 def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
@@ -123,7 +123,7 @@ def pairs(labels: Tensor) -> Tensor:
     return F.one_hot(pair, PAIRS + 1).amax(1)[:, :PAIRS].float()
 
 
-def pair_probe(tokens: dict[str, Tensor], targets: dict[str, Tensor], seed: int, steps: int = 400) -> float:
+def pair_probe(tokens: dict[str, Tensor], targets: dict[str, Tensor], seed: int, steps: int) -> float:
     """Mean average precision over pairs of a probe that attends to tokens [N, 64, D] with one query a pair."""
     torch.manual_seed(seed)
     hidden = nn.Sequential(nn.Linear(tokens["probe"].shape[-1], 128), nn.GELU())
