@@ -77,7 +77,7 @@ class Settings:
     photographs: bool = False
 
 
-QUICK = Settings(pictures=8_000, probe=3_000, test=750, steps=240, batch=32, teacher_steps=550, teacher_batch=64)
+QUICK = Settings(pictures=8_000, probe=3_000, test=750, steps=240, batch=32, teacher_steps=700, teacher_batch=64)
 
 
 def arms(K: int, m: int, quick: bool) -> list[Arm]:

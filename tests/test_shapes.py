@@ -143,7 +143,7 @@ def test_losses_against_loops() -> None:
     for n, part in enumerate(logits.split(sizes, -1)):
         if n >= 4:
             each = [part[image, cell].log_softmax(0)[background[image, n - 4]] for image in (0, 1) for cell in range(9)]
-            expected = expected - torch.stack(each).mean()
+            expected = expected - 0.3 * torch.stack(each).mean()
             continue
         top = bottom = torch.zeros(())
         for image in range(2):

@@ -3,7 +3,7 @@
 loss = sigmoid contrastive loss of images and captions
      + 10 (which words the caption has, from the image: binary cross-entropy)
      + what is said of each cell and of the background, from the mean of the cell's tokens: cross-entropy, shape
-       counting three times
+       counting three times, the background three tenths
 
 The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
 alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
@@ -137,7 +137,7 @@ def cell_loss(logits: Tensor, labels: Tensor, background: Tensor) -> Tensor:
         weight = torch.where(target > 0, 1.0, 0.1)
         total = total + (3 if name == "shape" else 1) * (each * weight).sum() / weight.sum()
     for n, part in enumerate(parts[len(shapes.ATTRIBUTES) :]):
-        total = total + F.cross_entropy(part.transpose(1, 2), background[:, n, None].expand(-1, part.shape[1]))
+        total = total + 0.3 * F.cross_entropy(part.transpose(1, 2), background[:, n, None].expand(-1, part.shape[1]))
     return total
 
 
