@@ -407,6 +407,8 @@ def test_interrupted_encode_leaves_no_file(checkpoint, photos, tmp_path):
         [sys.executable, "-m", "semhitok", "encode", checkpoint, many, "--out", out],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores the signal, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert "0.png" in encode.stderr.readline()  # the first image is skipped: it is at work
