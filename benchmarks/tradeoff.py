@@ -1,6 +1,6 @@
 """Understanding against reconstruction: the hierarchical codebook and its rivals, at equal networks, updates and codes.
 
-    python benchmarks/tradeoff.py --quick --out tradeoff      # one seed, under ten minutes on two cores
+    python benchmarks/tradeoff.py --quick --out tradeoff      # one seed, about ten minutes on two cores
     python benchmarks/tradeoff.py --out tradeoff-full         # three seeds, longer training, all sizes
 
 On generated pictures (`semhitok.data.shapes`) with a small text-aligned teacher trained on their captions. The designs
