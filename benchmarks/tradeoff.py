@@ -69,7 +69,7 @@ class Settings:
     pictures: int = 16_000
     probe: int = 6_000
     test: int = 1_500
-    steps: int = 1_200
+    steps: int = 800
     batch: int = 32
     teacher_steps: int = 1_500
     teacher_batch: int = 96
