@@ -67,9 +67,9 @@ class Settings:
     """
 
     pictures: int = 16_000
-    probe: int = 6_000
-    test: int = 1_500
-    steps: int = 800
+    probe: int = 4_000
+    test: int = 1_000
+    steps: int = 500
     batch: int = 32
     teacher_steps: int = 1_500
     teacher_batch: int = 96

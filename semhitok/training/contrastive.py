@@ -2,8 +2,7 @@
 
 loss = sigmoid contrastive loss of images and captions
      + 10 (which words the caption has, from the image: binary cross-entropy)
-     + what is said of each cell and of the background, from the mean of the cell's tokens: cross-entropy, shape
-       counting three times, the background three tenths
+     + what is said of each cell, of the background where it is empty, from the mean of its tokens: cross-entropy
 
 The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
 alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
@@ -45,6 +44,9 @@ CELL_SIZES = [
     *(1 + len(words) for words in shapes.ATTRIBUTES.values()),
     *(len(words) for words in shapes.SURROUNDINGS.values()),
 ]
+# Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
+CELL_WEIGHTS = {"shape": 3.0, "colour": 2.0, "texture": 0.1, "size": 0.1}
+BACKGROUND_WEIGHT = 0.3
 PHRASES = 4  # at most in a caption: three objects and the background
 
 
@@ -125,9 +127,10 @@ def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor)
 
 
 def cell_loss(logits: Tensor, labels: Tensor, background: Tensor) -> Tensor:
-    """Cross-entropy of ImageHead's cell logits [B, 9, .] with labels [B, 9, 4] and background [B, 3].
+    """Cross-entropy of ImageHead's cell logits [B, 9, .] with labels [B, 9, 4] and background [B, 3], weighted.
 
-    -1 stands for an empty cell; such cells, most of them, count a tenth in the objects' terms.
+    -1 stands for an empty cell; such cells, most of them, count a tenth in the objects' terms. The background is asked
+    of empty cells alone: an object's tokens that had to tell it too would need a code for every pair of both.
     """
     total = logits.new_zeros(())
     parts = logits.float().split(CELL_SIZES, dim=-1)
@@ -135,9 +138,11 @@ def cell_loss(logits: Tensor, labels: Tensor, background: Tensor) -> Tensor:
         target = labels[..., n].flatten() + 1
         each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
         weight = torch.where(target > 0, 1.0, 0.1)
-        total = total + (3 if name == "shape" else 1) * (each * weight).sum() / weight.sum()
+        total = total + CELL_WEIGHTS[name] * (each * weight).sum() / weight.sum()
+    empty = labels[..., 0] < 0  # at least six of a picture
     for n, part in enumerate(parts[len(shapes.ATTRIBUTES) :]):
-        total = total + 0.3 * F.cross_entropy(part.transpose(1, 2), background[:, n, None].expand(-1, part.shape[1]))
+        target = background[:, n, None].expand(-1, part.shape[1])
+        total = total + BACKGROUND_WEIGHT * F.cross_entropy(part[empty], target[empty])
     return total
 
 
