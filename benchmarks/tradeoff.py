@@ -47,7 +47,7 @@ from semhitok.data.crops import RandomCrops
 from semhitok.data.images import list_images
 from semhitok.data.photographs import write_photographs
 from semhitok.models.teacher import Teacher
-from semhitok.training.contrastive import ContrastiveConfig, train_shapes_teacher
+from semhitok.training.contrastive import ContrastiveConfig, shapes_lesson, train_teacher
 
 COLUMNS = {
     "shape": "shape", "colour": "colour", "by_id": "by id", "pair_ap": "pair AP", "psnr": "PSNR", "ssim": "SSIM",
@@ -95,12 +95,12 @@ def arms(K: int, m: int, quick: bool) -> list[Arm]:
 
 def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
     """The data, and the teacher that is trained or found in `out`."""
-    config = ContrastiveConfig(settings.pictures, settings.teacher_steps, settings.teacher_batch)
+    config = ContrastiveConfig("shapes", settings.pictures, settings.teacher_steps, settings.teacher_batch)
     began = time.perf_counter()
     sets = {"train": (0, settings.pictures), "probe": (1, settings.probe), "test": (2, settings.test)}
     made = {name: shapes.pictures(seed, 0, count) for name, (seed, count) in sets.items()}
     _say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
-    teacher = Teacher(train_shapes_teacher(config, out, made["train"]), GRID)
+    teacher = Teacher(train_teacher(config, out, lambda: shapes_lesson(made["train"])), GRID)
     images = {name: pictures.images for name, pictures in made.items()}
     if settings.photographs:
         folders = write_photographs(out / "photographs")

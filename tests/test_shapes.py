@@ -14,15 +14,15 @@ from semhitok.data import shapes
 from semhitok.models.teacher import Teacher
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.contrastive import (
-    CELL_SIZES,
     NAME,
-    VOCABULARY,
     ContrastiveConfig,
+    Lesson,
     TextEncoder,
-    cell_loss,
-    phrase_words,
+    logit_sizes,
+    region_loss,
+    shapes_lesson,
     sigmoid_loss,
-    train_shapes_teacher,
+    train_teacher,
 )  # fmt: skip
 
 
@@ -111,14 +111,14 @@ def test_negative_numbers_are_refused(arguments: tuple[int, int], name: str) -> 
 
 
 def test_phrases_keep_words_apart(some: shapes.Pictures) -> None:
-    words = phrase_words(some.captions)
+    words = shapes_lesson(some).words
     objects = (some.labels[:, :, 0] >= 0).sum(1)
     # an object has six words, the background three
     assert torch.equal(words.sum((1, 2)), 6.0 * objects + 3)
-    assert words.shape == (300, 4, VOCABULARY) and words.amax() == 1
+    assert words.shape == (300, 4, 6 + 8 + 4 + 3 + 3 + 3 + 5 + 6 + 3) and words.amax() == 1
     # The order of the phrases says nothing; which words share one does.
     torch.manual_seed(0)
-    text = TextEncoder(16)
+    text = TextEncoder(words.shape[-1], 16)
     two = words[objects == 2]
     swapped = two[:, [1, 0, 2, 3]]
     torch.testing.assert_close(text(two), text(swapped))
@@ -136,8 +136,9 @@ def test_losses_against_loops() -> None:
         F.softplus(-(1 if i == j else -1) * (a[i] @ b[j] * scale.exp() + bias)) for i in range(5) for j in range(5)
     ]
     torch.testing.assert_close(sigmoid_loss(a, b, scale, bias), torch.stack(pairs).sum() / 5)
-    _, labels, background, _ = shapes.pictures(0, 0, 2)
-    sizes = CELL_SIZES
+    lesson = shapes_lesson(shapes.pictures(0, 0, 3))
+    labels, background = lesson.labels[1:], lesson.background[1:]
+    sizes = logit_sizes(lesson)
     logits = torch.randn(2, 9, sum(sizes), generator=g)
     expected = torch.zeros(())
     for n, part in enumerate(logits.split(sizes, -1)):
@@ -154,16 +155,22 @@ def test_losses_against_loops() -> None:
                 top = top - weight * part[image, cell].log_softmax(0)[label]
                 bottom = bottom + weight
         expected = expected + (3, 2, 0.1, 0.1)[n] * top / bottom
-    torch.testing.assert_close(cell_loss(logits, labels, background), expected)
+    torch.testing.assert_close(region_loss(logits, lesson, torch.tensor([1, 2])), expected)
 
 
 def test_the_library_loads_the_trained_teacher(tmp_path: Path) -> None:
     config = ContrastiveConfig(pictures=24, steps=2, batch_size=8)
-    made = train_shapes_teacher(config, tmp_path)
+
+    def lesson() -> Lesson:
+        return shapes_lesson(shapes.pictures(0, 0, 24))
+
+    made = train_teacher(config, tmp_path, lesson)
     (path,) = tmp_path.iterdir()
     written = path.stat().st_mtime_ns
-    assert train_shapes_teacher(config, tmp_path) == made and path.stat().st_mtime_ns == written
-    assert train_shapes_teacher(ContrastiveConfig(24, 1, 8), tmp_path) != made  # other settings, another file
+    assert train_teacher(config, tmp_path, lesson) == made and path.stat().st_mtime_ns == written
+    assert (
+        train_teacher(ContrastiveConfig(steps=1, batch_size=8), tmp_path, lesson) != made
+    )  # other settings, another file
     teacher = Teacher(made, 8)
     images = shapes.pictures(0, 0, 3).images.float() / 255
     features = teacher(images)

@@ -2,7 +2,7 @@
 
 loss = sigmoid contrastive loss of images and captions
      + 10 (which words the caption has, from the image: binary cross-entropy)
-     + what is said of each cell, of the background where it is empty, from the mean of its tokens: cross-entropy
+     + what is said of each region, of the background where it is empty, from the mean of its tokens: cross-entropy
 
 The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
 alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
@@ -17,9 +17,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,57 +34,87 @@ from semhitok.models.teacher import vision_transformer
 
 NAME = "vit_shapes_patch8_64"
 
-_OBJECT_WORDS = [*(w for words in shapes.ATTRIBUTES.values() for w in words), *shapes.ROWS, *shapes.COLUMNS]
-_BACKGROUND_WORDS = [w for words in shapes.SURROUNDINGS.values() for w in words]
-# A word of an object and the same word of a background would be two.
-_OBJECT = {word: n for n, word in enumerate(_OBJECT_WORDS)}
-_BACKGROUND = {word: n + len(_OBJECT) for n, word in enumerate(_BACKGROUND_WORDS)}
-VOCABULARY = len(_OBJECT) + len(_BACKGROUND)
-# Logits of a cell: its object's attributes with "empty", then the background's.
-CELL_SIZES = [
-    *(1 + len(words) for words in shapes.ATTRIBUTES.values()),
-    *(len(words) for words in shapes.SURROUNDINGS.values()),
-]
+CELLS = shapes.CELLS**2
 # Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
-CELL_WEIGHTS = {"shape": 3.0, "colour": 2.0, "texture": 0.1, "size": 0.1}
+WEIGHTS = {"shape": 3.0, "colour": 2.0}
+OTHER_WEIGHT = 0.1  # of the other attributes
 BACKGROUND_WEIGHT = 0.3
-PHRASES = 4  # at most in a caption: three objects and the background
+
+
+class Lesson(NamedTuple):
+    """N pictures and what their captions say of them, in numbers.
+
+    images: uint8 [N, 3, 64, 64].
+    words: float32 [N, P, V], for each of a caption's phrases ones for the words that it has.
+    regions: float32 [N, R, 64], shares of the 8 x 8 tokens in regions of the picture; a region's sum to one.
+    labels: int64 [N, R, A], attributes of the object in each region; -1 where there is none.
+    background: int64 [N, B], attributes of the background.
+    attributes, surroundings: name -> number of values, of the columns of `labels` and of `background`.
+    """
+
+    images: Tensor
+    words: Tensor
+    regions: Tensor
+    labels: Tensor
+    background: Tensor
+    attributes: dict[str, int]
+    surroundings: dict[str, int]
 
 
 @dataclass
 class ContrastiveConfig:
     """Training of the small teacher.
 
-    pictures: size of the training set, `shapes.pictures(seed, 0, pictures)`.
+    data, pictures: name and size of the training set.
     steps, batch_size, lr: of AdamW; warm-up over the first tenth, then cosine decay to nothing.
-    words_weight, cell_weight: of the second and third term of the loss.
+    words_weight, region_weight: of the second and third term of the loss.
     """
 
+    data: str = "shapes"
     pictures: int = 16_000
     steps: int = 1500
     batch_size: int = 96
     lr: float = 1.5e-3
     words_weight: float = 10.0
-    cell_weight: float = 1.0
+    region_weight: float = 1.0
     seed: int = 0
 
 
-def phrase_words(captions: list[str]) -> Tensor:
-    """Captions of `shapes` -> for each of their phrases the words in it, as ones: float32 [N, 4, VOCABULARY]."""
-    found = torch.zeros(len(captions), PHRASES, VOCABULARY)
-    for caption, rows in zip(captions, found, strict=True):
+def shapes_lesson(data: shapes.Pictures) -> Lesson:
+    """What the captions of `semhitok.data.shapes` say: regions are the 3 x 3 cells, phrases objects and background."""
+    objects = [w for words in shapes.ATTRIBUTES.values() for w in words] + [*shapes.ROWS, *shapes.COLUMNS]
+    of_object = {word: n for n, word in enumerate(objects)}
+    # A word of an object and the same word of a background would be two.
+    behind = [w for words in shapes.SURROUNDINGS.values() for w in words]
+    of_background = {word: n + len(objects) for n, word in enumerate(behind)}
+    found = torch.zeros(len(data.captions), 4, len(objects) + len(behind))  # three objects at most and the background
+    for caption, rows in zip(data.captions, found, strict=True):
         for phrase, row in zip(caption.split(", "), rows, strict=False):
-            words = _BACKGROUND if phrase.endswith(" light") else _OBJECT
+            words = of_background if phrase.endswith(" light") else of_object
             row[[words[w] for w in phrase.split() if w in words]] = 1
-    return found
+    return Lesson(
+        data.images,
+        found,
+        cell_means().expand(len(found), -1, -1),
+        data.labels,
+        data.background,
+        {name: len(words) for name, words in shapes.ATTRIBUTES.items()},
+        {name: len(words) for name, words in shapes.SURROUNDINGS.items()},
+    )
+
+
+def cell_means(grid_size: int = 8) -> Tensor:
+    """Shares [9, grid_size^2] of the tokens in each of the 3 x 3 cells."""
+    one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), CELLS).float()
+    return (one_hot / one_hot.sum(0)).T.contiguous()
 
 
 class TextEncoder(nn.Module):
-    """Phrases as ones [N, 4, VOCABULARY] -> unit vectors [N, width]: each phrase through one MLP, summed."""
+    """Phrases as ones [N, P, V] -> unit vectors [N, width]: each phrase through one MLP, summed."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
-        self.phrase = nn.Sequential(nn.Linear(VOCABULARY, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.phrase = nn.Sequential(nn.Linear(vocabulary, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.project = nn.Linear(width, width)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -94,29 +125,28 @@ class TextEncoder(nn.Module):
 class ImageHead(nn.Module):
     """What training reads off the teacher's tokens [B, 64, width], and nobody needs afterwards.
 
-    Returns unit vectors [B, width]; logits [B, VOCABULARY] of the caption's words; logits [B, 9, sum of (1 + number of
-    words)] for each cell's shape, colour, texture and size, "empty" first, then for the background behind it.
+    Returns unit vectors [B, width]; logits [B, V] of the caption's words; logits [B, R, logits] of each region, for
+    `region_loss`.
     """
 
     mean: Tensor
 
-    def __init__(self, width: int, grid_size: int) -> None:
+    def __init__(self, width: int, vocabulary: int, logits: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pool = nn.MultiheadAttention(width, 4, batch_first=True)
         self.project = nn.Linear(width, width)
-        self.words = nn.Linear(9 * width, VOCABULARY)
-        self.cells = nn.Linear(width, sum(CELL_SIZES))
-        one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), 9).float()
-        self.register_buffer("mean", (one_hot / one_hot.sum(0)).T.contiguous())  # [9, tokens]
+        self.words = nn.Linear(CELLS * width, vocabulary)
+        self.regions = nn.Linear(width, logits)
+        self.register_buffer("mean", cell_means())
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self.norm(tokens)
         pooled, _ = self.pool(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
         of_cells = self.mean.to(tokens.dtype) @ tokens
         embedding = F.normalize(self.project(pooled[:, 0]).float(), dim=-1)
-        return embedding, self.words(of_cells.flatten(1)), self.cells(of_cells)
+        return embedding, self.words(of_cells.flatten(1)), self.regions(regions.to(tokens.dtype) @ tokens)
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
@@ -126,33 +156,39 @@ def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor)
     return -F.logsigmoid(signs * logits).sum(1).mean()
 
 
-def cell_loss(logits: Tensor, labels: Tensor, background: Tensor) -> Tensor:
-    """Cross-entropy of ImageHead's cell logits [B, 9, .] with labels [B, 9, 4] and background [B, 3], weighted.
+def logit_sizes(lesson: Lesson) -> list[int]:
+    """Of a region: logits of its object's attributes, "none" first in each, then of the background's."""
+    return [*(1 + count for count in lesson.attributes.values()), *lesson.surroundings.values()]
 
-    -1 stands for an empty cell; such cells, most of them, count a tenth in the objects' terms. The background is asked
-    of empty cells alone: an object's tokens that had to tell it too would need a code for every pair of both.
+
+def region_loss(logits: Tensor, lesson: Lesson, pick: Tensor) -> Tensor:
+    """Cross-entropy of ImageHead's logits of regions [B, R, .] with what is said of the pictures `pick` [B], weighted.
+
+    Regions without object, most of them, count a tenth in the objects' terms. The background is asked of those alone:
+    an object's tokens that had to tell it too would need a code for every pair of both.
     """
-    total = logits.new_zeros(())
-    parts = logits.float().split(CELL_SIZES, dim=-1)
-    for n, (name, part) in enumerate(zip(shapes.ATTRIBUTES, parts, strict=False)):
+    total = logits.new_zeros((), dtype=torch.float32)
+    labels, background = lesson.labels[pick], lesson.background[pick]
+    parts = logits.float().split(logit_sizes(lesson), dim=-1)
+    for n, (name, part) in enumerate(zip(lesson.attributes, parts, strict=False)):
         target = labels[..., n].flatten() + 1
         each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
         weight = torch.where(target > 0, 1.0, 0.1)
-        total = total + CELL_WEIGHTS[name] * (each * weight).sum() / weight.sum()
-    empty = labels[..., 0] < 0  # at least six of a picture
-    for n, part in enumerate(parts[len(shapes.ATTRIBUTES) :]):
+        total = total + WEIGHTS.get(name, OTHER_WEIGHT) * (each * weight).sum() / weight.sum()
+    empty = labels[..., 0] < 0
+    for n, part in enumerate(parts[len(lesson.attributes) :]):
         target = background[:, n, None].expand(-1, part.shape[1])
         total = total + BACKGROUND_WEIGHT * F.cross_entropy(part[empty], target[empty])
     return total
 
 
-def train_shapes_teacher(
-    config: ContrastiveConfig, folder: str | os.PathLike[str], data: shapes.Pictures | None = None
+def train_teacher(
+    config: ContrastiveConfig, folder: str | os.PathLike[str], lesson: Callable[[], Lesson]
 ) -> TeacherConfig:
     """Train the teacher, or find it trained with the same settings in `folder`.
 
     Args:
-        data: the training pictures that `config` describes, where the caller has them already.
+        lesson: makes what `config.data` and `config.pictures` name; called when it is needed.
 
     Returns:
         The configuration with which `Teacher` loads its weights, a safetensors file in `folder` named after the
@@ -166,16 +202,16 @@ def train_shapes_teacher(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors = require("safetensors.torch", "models")
-        weights = _train(config, data or shapes.pictures(config.seed, 0, config.pictures))
+        weights = _train(config, lesson())
         write_atomic(path, safetensors.save(weights, metadata={"format": "pt", "settings": settings}))
     return TeacherConfig(NAME, pretrained=False, checkpoint=str(path), image_size=shapes.SIZE, block=-1)
 
 
-def _train(config: ContrastiveConfig, data: shapes.Pictures) -> dict[str, Tensor]:
+def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
     torch.manual_seed(config.seed)
     vit: Any = vision_transformer("teacher", NAME, load=False, checkpoint=None, image_size=shapes.SIZE)
-    width, grid = vit.embed_dim, vit.patch_embed.grid_size[0]
-    text, head = TextEncoder(width), ImageHead(width, grid)
+    words, width = data.words, vit.embed_dim
+    text, head = TextEncoder(words.shape[-1], width), ImageHead(width, words.shape[-1], sum(logit_sizes(data)))
     scale = nn.Parameter(torch.tensor([2.3, -10.0]))  # SigLIP's log of the temperature, and its bias
     parameters: list[nn.Parameter] = [*vit.parameters(), *text.parameters(), *head.parameters()]
     groups: list[dict[str, Any]] = [{"params": parameters}, {"params": [scale], "weight_decay": 0.0}]
@@ -183,7 +219,6 @@ def _train(config: ContrastiveConfig, data: shapes.Pictures) -> dict[str, Tensor
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, config.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
     )
-    words = phrase_words(data.captions)
     cfg = vit.pretrained_cfg
     mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     draw = torch.Generator().manual_seed(config.seed)
@@ -196,14 +231,14 @@ def _train(config: ContrastiveConfig, data: shapes.Pictures) -> dict[str, Tensor
         pick = order[(step * config.batch_size + torch.arange(config.batch_size)) % len(words)]
         images = (data.images[pick].float() / 255 - mean) / std
         with torch.autocast("cpu", torch.bfloat16):
-            embedding, of_words, of_cells = head(
-                vit.forward_features(images.contiguous(memory_format=torch.channels_last))
+            embedding, of_words, of_regions = head(
+                vit.forward_features(images.contiguous(memory_format=torch.channels_last)), data.regions[pick]
             )
             texts = text(words[pick])
         loss = (
             sigmoid_loss(embedding, texts.float(), scale[0], scale[1])
             + config.words_weight * F.binary_cross_entropy_with_logits(of_words.float(), words[pick].amax(1))
-            + config.cell_weight * cell_loss(of_cells, data.labels[pick], data.background[pick])
+            + config.region_weight * region_loss(of_regions, data, pick)
         )
         optimizer.zero_grad()
         loss.backward()
