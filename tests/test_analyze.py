@@ -108,7 +108,7 @@ def test_having_been_seen_explains_nothing() -> None:
     """With two tokens an id, in-sample means would explain half of pure noise."""
     ids = torch.arange(2000) // 2
     tokens = planted(torch.zeros(2000, dtype=torch.int64), 40)._replace(codes=ids * M)
-    shares = explained_variance(tokens, Vocabulary(K, M), seeded())
+    shares = explained_variance(tokens, Vocabulary(1000, M), seeded())
     assert shares["semantic_id"]["pixels"] < 0.02
 
 

@@ -171,7 +171,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["codebooks"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["codebooks.sem", "codebooks.pix"]  # noqa: RUF012
 
     def __init__(self, config: UnifiedMLLMConfig) -> None:
         super().__init__(config)
