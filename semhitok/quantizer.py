@@ -186,6 +186,10 @@ class HierarchicalQuantizer(nn.Module):
         i = torch.searchsorted(self.offsets, codes, right=True) - 1
         return i, codes - self.offsets[i]
 
+    def join(self, i: Tensor, j: Tensor) -> Tensor:
+        """Flat ids [...] of semantic codes i and sub-codes j; nothing is checked."""
+        return (i * self.num_sub_codes if self.offsets is None else self.offsets[i]) + j
+
     def _places(self) -> tuple[Tensor, Tensor]:
         """Of every flat id [K * m] its semantic code and its sub-code."""
         return self.split(torch.arange(self.weights.numel(), device=self.weights.device))
@@ -256,10 +260,9 @@ class HierarchicalQuantizer(nn.Module):
         return torch.where((rank < have[owner]).unsqueeze(-1), own, filled).view_as(self.pix_codebook)
 
     def _fit(self, codebook: Tensor, z: Tensor, sem_codes: Tensor, iterations: int) -> Tensor:
-        first = sem_codes * self.num_sub_codes if self.offsets is None else self.offsets[sem_codes]
         for _ in range(iterations):
             _, sub = ops.nearest_subcode(z, codebook, sem_codes, "l2", self.offsets)
-            sums, used = ops.segment_sum(z, first + sub, self.weights.numel())
+            sums, used = ops.segment_sum(z, self.join(sem_codes, sub), self.weights.numel())
             means = (sums / used.clamp_min(1).unsqueeze(-1)).view_as(codebook)
             codebook = torch.where(used.view(self.weights.shape).unsqueeze(-1) > 0, means, codebook)
         return codebook

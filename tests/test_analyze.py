@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -76,6 +77,19 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer: SemHiTok, crops: Tensor, t
     assert torch.equal(tokens.decoded_semantic[row].view(3, 4, 4), decoded)
     with pytest.raises(ValueError, match="batches: expected at least one"):
         collect(tokenizer, [])
+
+
+def test_even_offsets_are_analysed_as_a_fixed_size(tokenizer: SemHiTok, tokens: Tokens) -> None:
+    twin = SemHiTok(dataclasses.replace(tokenizer.config, adaptive=True))
+    twin.quantizer.semantic.codebook.copy_(tokenizer.quantizer.semantic.codebook)
+    twin.quantizer.pix_codebook.copy_(tokenizer.quantizer.pix_codebook.flatten(0, 1))
+    fixed, own = (analyze(model, tokens) for model in (tokenizer, twin))
+    pairs = [result.pop("pairs") for result in (fixed, own)]
+    torch.testing.assert_close(*pairs)
+    for result in (fixed, own):
+        for bin_ in result["sub_codes_by_frequency"]:
+            bin_["perplexity"] = pytest.approx(bin_["perplexity"])
+    assert own == fixed
 
 
 def planted(ids: Tensor, noise: float) -> Tokens:

@@ -248,8 +248,7 @@ def uneven(n=4000, K=16, D=6, seed=0):
 
 def distortion(quantizer, z, group):
     _, sub = nearest_subcode(z, quantizer.pix_codebook, group, "l2", quantizer.offsets)
-    first = quantizer.sizes.cumsum(0) - quantizer.sizes
-    return (z - quantizer.pix_codebook.flatten(0, -2)[first[group] + sub]).square().sum(1).mean().item()
+    return (z - quantizer.pix_codebook.flatten(0, -2)[quantizer.join(group, sub)]).square().sum(1).mean().item()
 
 
 def adaptive(K=16, m=4, Ds=8, Dp=6, seed=0):

@@ -253,13 +253,12 @@ def ownership(
     variance = (z_pix - z_pix.mean(0)).square().sum(1).mean()
     other = semantic[torch.randperm(len(semantic), generator=generator)]
     differ = other != semantic
-    first = quantizer.sizes.cumsum(0) - quantizer.sizes
 
     def error(z: Tensor, ids: Tensor) -> float:
         total = 0.0
         for rows, group in zip(z.split(_CHUNK), ids.split(_CHUNK), strict=True):
             _, sub = ops.nearest_subcode(rows, book, group, "l2", quantizer.offsets)
-            total += (rows - flat[first[group] + sub]).square().sum(1).double().sum().item()
+            total += (rows - flat[quantizer.join(group, sub)]).square().sum(1).double().sum().item()
         return total / max(len(z), 1) / variance.item()
 
     some = torch.randperm(len(z_pix), generator=generator)[:_FLAT_TOKENS]
