@@ -175,9 +175,9 @@ class HierarchicalQuantizer(nn.Module):
     @property
     def sizes(self) -> Tensor:
         """m_i, the number of sub-codes of every semantic code, [K] int64."""
-        return (
-            torch.full_like(self.semantic.misses, self.num_sub_codes) if self.offsets is None else self.offsets.diff()
-        )
+        if self.offsets is None:
+            return torch.full_like(self.semantic.misses, self.num_sub_codes)
+        return self.offsets.diff()
 
     def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Flat ids [...] -> semantic codes i and sub-codes j; nothing is checked."""
@@ -190,9 +190,17 @@ class HierarchicalQuantizer(nn.Module):
         """Flat ids [...] of semantic codes i and sub-codes j; nothing is checked."""
         return (i * self.num_sub_codes if self.offsets is None else self.offsets[i]) + j
 
+    def _for_each(self, values: Tensor) -> Tensor:
+        """values [K] of semantic codes, for each of their sub-codes: like `weights`."""
+        if self.offsets is None:
+            return values.unsqueeze(1).expand_as(self.weights)
+        # told how many there will be, it does not wait for the device
+        return torch.repeat_interleave(values, self.offsets.diff(), output_size=len(self.weights))
+
     def _places(self) -> tuple[Tensor, Tensor]:
         """Of every flat id [K * m] its semantic code and its sub-code."""
-        return self.split(torch.arange(self.weights.numel(), device=self.weights.device))
+        owner = self._for_each(torch.arange(self.num_codes, device=self.weights.device)).reshape(-1)
+        return owner, torch.arange(len(owner), device=owner.device) - self.join(owner, torch.zeros_like(owner))
 
     def forward(self, z_sem: Tensor, z_pix: Tensor) -> HierarchicalOutput:
         """z_sem [..., Ds] unit vectors, z_pix [..., Dp] -> quantised vectors, flat ids and the commitment loss.
@@ -304,18 +312,17 @@ class HierarchicalQuantizer(nn.Module):
         dim = self.pix_codebook.shape[-1]
         z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
         codes = distributed.gather_rows(codes.reshape(-1))
-        semantic, (owner, rank) = self.split(codes)[0], self._places()
-        used = torch.zeros_like(owner).index_fill_(0, codes, 1) > 0
-        group = torch.zeros_like(self.sizes).scatter_add_(0, semantic, torch.ones_like(codes))
-        misses = self.misses.view(-1)
-        misses.copy_(torch.where(used, 0, misses + group[owner]))
-        late = misses * self.num_sub_codes >= window * self.sizes[owner]
-        dead = (late & (group[owner] > 0)).nonzero().squeeze(1)
+        semantic, sizes = self.split(codes)[0], self.sizes
+        counts = torch.zeros_like(sizes).scatter_add_(0, semantic, torch.ones_like(codes))
+        self.misses += self._for_each(counts)
+        self.misses.view(-1)[codes] = 0
+        dead = (self.misses * self.num_sub_codes >= self._for_each(window * sizes)) & (self._for_each(counts) > 0)
+        dead = dead.view(-1).nonzero().squeeze(1)
         if len(dead):
-            pick = _tokens_of_groups(semantic, group, owner, rank, generator)
-            self.pix_codebook.view(-1, dim)[dead] = z[pick[dead]]
+            pick = _tokens_of_groups(semantic, counts, *self.split(dead), generator)
+            self.pix_codebook.view(-1, dim)[dead] = z[pick]
             self.weights.view(-1)[dead] = 1
-            misses[dead] = 0
+            self.misses.view(-1)[dead] = 0
         return len(dead)
 
 
@@ -325,9 +332,9 @@ def _randint(high: int, size: int, generator: Generator, device: torch.device) -
 
 
 def _tokens_of_groups(group: Tensor, counts: Tensor, owner: Tensor, rank: Tensor, generator: Generator) -> Tensor:
-    """For every sub-code a token of its group, different ones while there are: [T].
+    """For some sub-codes a token of their group each, different ones while there are.
 
-    group [N], counts [K]: of the tokens. owner, rank [T]: of each sub-code its group, and its number there. A group
+    group [N], counts [K]: of the tokens. owner, rank [n]: of each sub-code its group, and its number there. A group
     without tokens gets some index in [0, N).
     """
     shuffle = torch.randperm(len(group), generator=generator, device=generator.device).to(group.device)
