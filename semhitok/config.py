@@ -252,7 +252,8 @@ class PixelStageConfig(StageConfig):
 
     continuous_steps: first steps without pixel quantisation, after which k-means inside each
         semantic group sets the sub-codebooks.
-    restart_window: a sub-code is restarted after its group received this many tokens without it.
+    restart_window: a sub-code is restarted after its group received this many tokens without it; with adaptive sizes,
+        this many for each sub-code of the group.
     decay: of the moving averages that the sub-codes are.
     drop: share of images decoded with the mean of its sub-codebook in every sub-code's place, so that the semantic part
         alone stays decodable.

@@ -305,19 +305,21 @@ class HierarchicalQuantizer(nn.Module):
         """Move every starved sub-code onto a random token of its own group.
 
         A sub-code ages by the tokens its group receives while none of them chooses it, so the
-        sub-codes of an absent semantic code do not age. At `window` tokens it is moved; where sizes are adaptive, at
-        `window` * m_i / m, as its share of the tokens is smaller in a larger group. z_pix
+        sub-codes of an absent semantic code do not age. At `window` tokens it is moved. z_pix
         [..., Dp], codes [...] flat ids of the same step. Returns the number moved.
+
+        Where sizes are adaptive, `window` * m_i tokens: sub-codes went where errors are large, not where tokens are
+        many, so that rare ones have their use.
         """
         dim = self.pix_codebook.shape[-1]
         z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
         codes = distributed.gather_rows(codes.reshape(-1))
-        semantic, sizes = self.split(codes)[0], self.sizes
-        counts = torch.zeros_like(sizes).scatter_add_(0, semantic, torch.ones_like(codes))
+        semantic, _ = self.split(codes)
+        counts = torch.zeros_like(self.semantic.misses).scatter_add_(0, semantic, torch.ones_like(codes))
         self.misses += self._for_each(counts)
         self.misses.view(-1)[codes] = 0
-        dead = (self.misses * self.num_sub_codes >= self._for_each(window * sizes)) & (self._for_each(counts) > 0)
-        dead = dead.view(-1).nonzero().squeeze(1)
+        limit = window if self.offsets is None else window * self._for_each(self.sizes)
+        dead = ((self.misses >= limit) & (self._for_each(counts) > 0)).view(-1).nonzero().squeeze(1)
         if len(dead):
             pick = _tokens_of_groups(semantic, counts, *self.split(dead), generator)
             self.pix_codebook.view(-1, dim)[dead] = z[pick]

@@ -340,17 +340,17 @@ def test_adaptive_ids_means_and_averages():
 
 def test_sub_codes_of_large_groups_starve_later():
     quantizer = adaptive(K=2, m=4, Dp=5)
-    quantizer.offsets.copy_(torch.tensor([0, 2, 8]))  # half of m, and one and a half
+    quantizer.offsets.copy_(torch.tensor([0, 2, 8]))
     z = torch.randn(40, 5, generator=generator())
     codes = torch.tensor([0, 2]).repeat(20)  # 20 tokens for each group, one sub-code of each
-    assert quantizer.restart(z, codes, 41, generator=generator()) == 0
-    assert quantizer.misses.tolist() == [0, 20] + [0] + [20] * 5
-    assert quantizer.restart(z, codes, 41, generator=generator()) == 1  # 40 of 20.5
-    assert quantizer.misses.tolist() == [0, 0] + [0] + [40] * 5
+    before = quantizer.pix_codebook.clone()
+    moved = [quantizer.restart(z, codes, 20, generator=generator()) for _ in range(5)]
+    assert moved == [0, 1, 0, 1, 0]  # at 40 tokens of the first group; the second has 100
+    assert quantizer.misses.tolist() == [0, 20] + [0] + [100] * 5
     assert (z[::2] == quantizer.pix_codebook[1]).all(1).any()
-    assert quantizer.restart(z, codes, 41, generator=generator()) == 0  # 60 of 61.5, 20 of 20.5
-    assert quantizer.restart(z, codes, 41, generator=generator()) == 6
-    assert not quantizer.misses.any()
+    assert torch.equal(quantizer.pix_codebook[2:], before[2:])
+    assert quantizer.restart(z, codes, 20, generator=generator()) == 6  # at 120 of the second
+    assert not quantizer.misses.any() and torch.equal(quantizer.pix_codebook[[0, 2]], before[[0, 2]])
     for code in quantizer.pix_codebook[3:]:
         assert (z[1::2] == code).all(1).any()
 
