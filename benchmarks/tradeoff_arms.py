@@ -16,12 +16,9 @@ Every branch gets the same number of updates in all arms that have it, on the sa
 from __future__ import annotations
 
 import copy
-import heapq
-import itertools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -64,24 +61,22 @@ class Codes(nn.Module):
     """The codebooks of an arm, made of the library's quantisers.
 
     `semantic` holds the semantic codes (None: flat). `pixel` holds the pixel codes (None: semantic) in groups, of which
-    a patch may use one: that of its semantic code (joint, staged), or the only one there is. Of a ragged hierarchy
-    `owner` [K * m] says whose each pixel code is.
+    a patch may use one: that of its semantic code (joint, staged, ragged), or the only one there is.
     """
-
-    owner: Tensor
 
     def __init__(self, arm: Arm) -> None:
         super().__init__()
         self.arm = arm
         kind, total = arm.kind, arm.K * arm.m
-        groups, each = {"independent": (1, arm.m), "joint": (arm.K, arm.m), "staged": (arm.K, arm.m)}.get(
-            kind, (1, total)
-        )
-        self.pixel = None if kind == "semantic" else HierarchicalQuantizer(groups, each, DIM, DIM, decay=DECAY)
+        groups, each = (arm.K, arm.m) if kind in ("joint", "staged", "ragged") else (1, total)
+        if kind == "independent":
+            each = arm.m
+        self.pixel = None
+        if kind != "semantic":
+            self.pixel = HierarchicalQuantizer(groups, each, DIM, DIM, decay=DECAY, adaptive=kind == "ragged")
         self.semantic = None
         if kind != "flat":
             self.semantic = SemanticQuantizer(total if kind == "shared" else arm.K, DIM, decay=DECAY)
-        self.register_buffer("owner", torch.zeros(total, dtype=torch.int64))
         self.scale = (1.0, 1.0)  # of both halves of a pair, for the shared index
 
     @property
@@ -101,11 +96,9 @@ class Codes(nn.Module):
             _, i = ops.nearest_code(z_sem, self.semantic.codebook, "ip")
         if self.pixel is None or z_pix is None:
             return i, torch.zeros_like(i)
-        if self.arm.kind == "ragged":
-            return i, nearest_owned(z_pix, self.pixel.pix_codebook[0], self.owner, i)
         group = self.group(i)
-        _, j = ops.nearest_subcode(z_pix, self.pixel.pix_codebook, group, "l2")
-        return i, group * self.pixel.num_sub_codes + j
+        _, j = ops.nearest_subcode(z_pix, self.pixel.pix_codebook, group, "l2", self.pixel.offsets)
+        return i, self.pixel.join(group, j)
 
     def group(self, i: Tensor) -> Tensor:
         """Of semantic ids, the groups of pixel codes that their patches may use."""
@@ -119,7 +112,7 @@ class Codes(nn.Module):
         """q_sem and q_pix of what `search` returned; zeros for codes that the arm has not."""
         zeros = torch.zeros(*i.shape, DIM)
         q_sem = zeros if self.semantic is None else self.semantic.codebook[i]
-        return q_sem, zeros if self.pixel is None else self.pixel.pix_codebook.flatten(0, 1)[p]
+        return q_sem, zeros if self.pixel is None else self.pixel.pix_codebook.flatten(0, -2)[p]
 
     def without_pixels(self, i: Tensor, p: Tensor) -> Tensor | None:
         """What stands for q_pix when only the semantic id is known; None where there is no such part."""
@@ -127,9 +120,6 @@ class Codes(nn.Module):
             return None
         if self.pixel is None:
             return torch.zeros(*i.shape, DIM)
-        if self.arm.kind == "ragged":
-            sums, counts = ops.segment_sum(self.pixel.pix_codebook[0], self.owner, self.arm.K)
-            return (sums / counts.clamp_min(1).unsqueeze(-1))[i]
         return self.pixel.group_means(p)
 
     @torch.no_grad()
@@ -151,10 +141,7 @@ class Codes(nn.Module):
             self.pixel.pix_codebook.copy_(centres[None, :, DIM:] / self.scale[1])
             return
         i, _ = self.search(z_sem, None)
-        if self.arm.kind == "ragged":
-            codebook, self.owner = allocate(z_pix, i, self.arm.K, self.vocabulary)
-            self.pixel.pix_codebook.copy_(codebook[None])
-        elif self.pixel is not None:
+        if self.pixel is not None:
             self.pixel.initialize(z_pix, self.group(i), generator=generator)
 
     @torch.no_grad()
@@ -176,8 +163,7 @@ class Codes(nn.Module):
             return
         if "semantic" in parts and self.semantic is not None:
             self.semantic.restart(z_sem, RESTART, generator=draw)
-        # The ragged codes all start with tokens; a restart would need the sizes of their groups.
-        if "pixel" in parts and self.pixel is not None and self.arm.kind != "ragged":
+        if "pixel" in parts and self.pixel is not None:
             window = RESTART if self.pixel.num_codes > 1 else RESTART * self.pixel.num_sub_codes
             self.pixel.restart(z_pix, p, window, generator=draw)
 
@@ -188,68 +174,6 @@ def nearest_pair(
     """argmin over pairs of scale[0]^2 |z_sem - c_sem|^2 + scale[1]^2 |z_pix - c_pix|^2 (TokenFlow), ids [...]."""
     z = torch.cat([z_sem * scale[0], z_pix * scale[1]], dim=-1)
     return ops.nearest_code(z, torch.cat([sem_codebook * scale[0], pix_codebook * scale[1]], dim=-1), "l2")[1]
-
-
-def nearest_owned(z: Tensor, codebook: Tensor, owner: Tensor, group: Tensor) -> Tensor:
-    """The nearest of the codes [C, D] that each token's group owns: z [..., D], group [...] -> places in codebook."""
-    found = []
-    for tokens, own in zip(z.reshape(-1, z.shape[-1]).split(4096), group.reshape(-1).split(4096), strict=True):
-        scores = tokens @ codebook.T - codebook.square().sum(1) / 2
-        found.append(scores.masked_fill_(owner != own[:, None], -math.inf).argmax(1))
-    return torch.cat(found).view(group.shape)
-
-
-def allocate(z: Tensor, group: Tensor, K: int, total: int, iterations: int = 5) -> tuple[Tensor, Tensor]:
-    """Pixel codes for K groups, `total` in all, where they lower the distortion of tokens z [N, D] most.
-
-    Every group starts with the mean of its tokens. Then always that code is split in two by which the squared error
-    falls most. k-means inside the groups follows. Returns codes [total, D] and their groups [total], in order.
-
-    Raises:
-        ValueError: total is less than K.
-    """
-    if total < K:
-        raise ValueError(f"total: expected at least K {K}, got {total}")
-    x, groups = z.double().numpy(), group.numpy()
-    order = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[order], np.arange(K + 1))
-    heap: list = []
-    ticket = itertools.count()
-
-    def push(own: int, tokens: np.ndarray) -> None:
-        gain, halves = _split(x[tokens])
-        heapq.heappush(heap, (-gain, next(ticket), own, tokens, halves))
-
-    for own in range(K):
-        push(own, order[starts[own] : starts[own + 1]])
-    while len(heap) < total:
-        _, _, own, tokens, halves = heapq.heappop(heap)
-        push(own, tokens[halves])
-        push(own, tokens[~halves])
-    heap.sort(key=lambda leaf: leaf[2])
-    codebook = torch.stack([z[torch.from_numpy(leaf[3])].mean(0) if len(leaf[3]) else z.mean(0) for leaf in heap])
-    owner = torch.tensor([leaf[2] for leaf in heap])
-    for _ in range(iterations):
-        sums, counts = ops.segment_sum(z, nearest_owned(z, codebook, owner, group), total)
-        means = sums / counts.clamp_min(1).unsqueeze(-1)
-        codebook = torch.where(counts.unsqueeze(-1) > 0, means, codebook)
-    return codebook, owner
-
-
-def _split(x: np.ndarray) -> tuple[float, np.ndarray]:
-    """2-means of points [n, D] from a cut across their longest axis: the error it saves, and who is in one half."""
-    if len(x) < 2:
-        return 0.0, np.zeros(len(x), bool)
-    away = x - x.mean(0)
-    half = away @ np.linalg.eigh(away.T @ away)[1][:, -1] > 0
-    for _ in range(3):
-        if half.all() or not half.any():
-            return 0.0, np.arange(len(x)) % 2 == 0
-        a, b = away[half].mean(0), away[~half].mean(0)
-        half = away @ (a - b) > (a @ a - b @ b) / 2
-    n = half.sum()
-    a, b = (away[side].sum(0) for side in (half, ~half))
-    return float(a @ a / max(n, 1) + b @ b / max(len(x) - n, 1)), half
 
 
 class Network(nn.Module):

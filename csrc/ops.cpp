@@ -6,6 +6,8 @@
 //     -> (q_sem[..., Ds], q_pix[..., Dp], codes[...]): i = nearest_code(z_sem), j = nearest_subcode(z_pix, group = i),
 //     codes = i * m + j, q_sem = sem_codebook[i], q_pix = pix_codebook[i, j]
 // hier_lookup(codes[...], sem_codebook[K, Ds], pix_codebook[K, m, Dp]) -> (q_sem[..., Ds], q_pix[..., Dp])
+// The last three take sub-codebooks of different sizes m_i as one table [T, Dp] with offsets[K + 1]: sub-codebook i is
+// its rows offsets[i] .. offsets[i + 1] - 1, and codes = offsets[i] + j. offsets is int64, from 0 to T, and m_i >= 1.
 // segment_sum(values[N, D], ids[N], S) -> (sums[S, D], counts[S])
 //
 // - Score: z.c ("ip") or z.c - |c|^2/2 ("l2": the same winner as the least distance). The lowest index wins among equal
@@ -22,6 +24,9 @@
 // - Shapes: any leading dimensions, none included; N = 0 gives empty outputs; K, m, D >= 1. Any strides. One device.
 // - Ids out of range cannot raise without a device synchronisation, so they have an outcome: nearest_subcode: id 0,
 //   score NaN; hier_lookup: rows of NaN; segment_sum: the row is left out.
+// - Offsets that do not ascend from 0 to T raise on the CPU. On CUDA that would take a device synchronisation, too: the
+//   ids are meaningless then, but in range, and nothing outside the table is read. A sub-codebook left without a row:
+//   id 0, score NaN.
 // - Everything else that is wrong raises std::runtime_error (RuntimeError in Python), naming the argument, what was
 //   expected and what came.
 // - Same input, same bits: on every run, with any number of threads.
@@ -33,6 +38,7 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -363,15 +369,63 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, cons
 }
 #endif
 
+// The sub-codebooks [K, m, D], or [T, D] with offsets: into a problem's groups, subcodes, total and offsets. codes: how
+// many semantic codes there are, or 0 where that is for the sub-codebooks to say. What is returned holds the offsets.
+template <typename Problem>
+std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, const Tensor& table,
+                                          const std::optional<Tensor>& offsets, int64_t codes, const Tensor& first,
+                                          const char* first_name, Problem* p) {
+  const std::string fixed = std::string("[K, m, ") + depth + "]", own = std::string("[T, ") + depth + "]";
+  if (!offsets.has_value()) {
+    check_dims(name, table, 3, fixed.c_str());
+    p->groups = table.size(0), p->subcodes = table.size(1), p->total = p->groups * p->subcodes;
+    check(codes == 0 || p->groups == codes, name, ": expected first dimension ", codes,
+          " (sem_codebook.shape[0]), got ", p->groups);
+    check_count(name, "codes", p->groups);
+    return std::nullopt;
+  }
+  const Tensor& bounds = *offsets;
+  check_dims(name, table, 2, (own + " (with offsets)").c_str());
+  check_ids("offsets", bounds);
+  const Sizes sizes = sizes_of(bounds);
+  if (codes != 0) {
+    check(sizes == Sizes{codes + 1}, "offsets: expected shape [", codes + 1, "] (sem_codebook.shape[0] + 1), got ",
+          shape_of(sizes));
+  } else {
+    check(sizes.size() == 1 && sizes[0] >= 2, "offsets: expected shape [K + 1] with K of at least 1, got ",
+          shape_of(sizes));
+  }
+  p->groups = sizes[0] - 1, p->total = table.size(0);
+  check_count(name, "codes", p->total);
+  check(p->total >= p->groups, name, ": expected at least ", p->groups,
+        " rows (offsets.shape[0] - 1, one a sub-codebook), got ", p->total);
+  check_device("offsets", bounds, first_name, first);
+  p->subcodes = (p->total + p->groups - 1) / p->groups;
+  const Tensor rows = torch::stable::contiguous(bounds);
+  p->offsets = ids_of(rows);
+  if (rows.is_cpu()) {
+    const int64_t* at = p->offsets;
+    check(at[0] == 0, "offsets: expected to begin with 0, got ", at[0]);
+    check(at[p->groups] == p->total, "offsets: expected to end with ", p->total, " (", name, ".shape[0]), got ",
+          at[p->groups]);
+    bool ascending = true;
+    for (int64_t g = 0; g < p->groups; ++g) ascending &= at[g] < at[g + 1];
+    for (int64_t g = 0; !ascending; ++g) {
+      check(at[g] < at[g + 1], "offsets: expected each greater than the one before, got ", at[g], " and ", at[g + 1],
+            " at ", g, " and ", g + 1);
+    }
+  }
+  return rows;
+}
+
 std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_codebooks, const Tensor& group,
-                                           const std::string& metric) {
+                                           const std::string& metric, const std::optional<Tensor>& offsets) {
   NearestSubcode p{};
   p.metric = parse_metric("metric", metric);
   p.z.dtype = float_dtype("z", z);
   p.sub_codebooks.dtype = float_dtype("sub_codebooks", sub_codebooks);
   check_ids("group", group);
-  check_dims("sub_codebooks", sub_codebooks, 3, "[K, m, D]");
-  check_count("sub_codebooks", "codes", sub_codebooks.size(0));
+  const auto bounds = check_sub_codebooks("sub_codebooks", "D", sub_codebooks, offsets, 0, z, "z", &p);
   const Sizes leading = check_tokens("z", z, "sub_codebooks", sub_codebooks);
   check_leading("group", sizes_of(group), "z", leading);
   check_device("sub_codebooks", sub_codebooks, "z", z);
@@ -379,7 +433,7 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
 
   p.wide = p.z.dtype == Dtype::kFloat64 || p.sub_codebooks.dtype == Dtype::kFloat64;
   p.tokens = count_of(leading);
-  p.groups = sub_codebooks.size(0), p.subcodes = sub_codebooks.size(1), p.depth = sub_codebooks.size(2);
+  p.depth = sub_codebooks.size(sub_codebooks.dim() - 1);
   const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(sub_codebooks);
   const Tensor group_rows = torch::stable::contiguous(group);
   Tensor scores = new_tensor(z, leading, p.wide ? ScalarType::Double : ScalarType::Float);
@@ -390,30 +444,31 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
   return {scores, ids};
 }
 
-// The checks and sizes hier_quantize and hier_lookup share.
-HierLookup lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook) {
+// The checks and sizes hier_quantize and hier_lookup share; first: the tensor whose device counts.
+std::pair<HierLookup, std::optional<Tensor>> lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook,
+                                                            const std::optional<Tensor>& offsets, const Tensor& first,
+                                                            const char* first_name) {
   HierLookup p{};
   p.sem_dtype = float_dtype("sem_codebook", sem_codebook);
   p.pix_dtype = float_dtype("pix_codebook", pix_codebook);
   check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]");
   check_count("sem_codebook", "codes", sem_codebook.size(0));
-  check_dims("pix_codebook", pix_codebook, 3, "[K, m, Dp]");
-  check(pix_codebook.size(0) == sem_codebook.size(0), "pix_codebook: expected first dimension ", sem_codebook.size(0),
-        " (sem_codebook.shape[0]), got ", pix_codebook.size(0));
-  p.groups = pix_codebook.size(0), p.subcodes = pix_codebook.size(1);
-  p.sem_depth = sem_codebook.size(1), p.pix_depth = pix_codebook.size(2);
-  return p;
+  const int64_t codes = sem_codebook.size(0);
+  auto bounds = check_sub_codebooks("pix_codebook", "Dp", pix_codebook, offsets, codes, first, first_name, &p);
+  p.sem_depth = sem_codebook.size(1), p.pix_depth = pix_codebook.size(pix_codebook.dim() - 1);
+  return {p, std::move(bounds)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tensor& z_pix, const Tensor& sem_codebook,
                                                  const Tensor& pix_codebook, const std::string& sem_metric,
-                                                 const std::string& pix_metric) {
+                                                 const std::string& pix_metric, const std::optional<Tensor>& offsets) {
   HierQuantize p{};
   p.sem.metric = parse_metric("sem_metric", sem_metric);
   p.pix.metric = parse_metric("pix_metric", pix_metric);
   p.sem.z.dtype = float_dtype("z_sem", z_sem);
   p.pix.z.dtype = float_dtype("z_pix", z_pix);
-  p.lookup = lookup_problem(sem_codebook, pix_codebook);
+  const auto [lookup, bounds] = lookup_problem(sem_codebook, pix_codebook, offsets, z_sem, "z_sem");
+  p.lookup = lookup;
   const Sizes leading = check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook);
   check_leading("z_pix", check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook), "z_sem", leading);
   check_device("z_pix", z_pix, "z_sem", z_sem);
@@ -428,6 +483,7 @@ std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tens
   p.sem.tokens = p.pix.tokens = p.lookup.tokens = tokens;
   p.sem.codes = p.pix.groups = p.lookup.groups;
   p.sem.depth = p.lookup.sem_depth, p.pix.depth = p.lookup.pix_depth, p.pix.subcodes = p.lookup.subcodes;
+  p.pix.total = p.lookup.total, p.pix.offsets = p.lookup.offsets;
 
   const Tensor sem_rows = torch::stable::contiguous(z_sem), pix_rows = torch::stable::contiguous(z_pix);
   const Tensor sem_codes = torch::stable::contiguous(sem_codebook), pix_codes = torch::stable::contiguous(pix_codebook);
@@ -443,9 +499,10 @@ std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tens
   return {q_sem, q_pix, codes};
 }
 
-std::tuple<Tensor, Tensor> hier_lookup(const Tensor& codes, const Tensor& sem_codebook, const Tensor& pix_codebook) {
+std::tuple<Tensor, Tensor> hier_lookup(const Tensor& codes, const Tensor& sem_codebook, const Tensor& pix_codebook,
+                                       const std::optional<Tensor>& offsets) {
   check_ids("codes", codes);
-  HierLookup p = lookup_problem(sem_codebook, pix_codebook);
+  auto [p, bounds] = lookup_problem(sem_codebook, pix_codebook, offsets, codes, "codes");
   check_device("sem_codebook", sem_codebook, "codes", codes);
   check_device("pix_codebook", pix_codebook, "codes", codes);
 
@@ -489,12 +546,14 @@ std::tuple<Tensor, Tensor> segment_sum(const Tensor& values, const Tensor& ids, 
 STABLE_TORCH_LIBRARY(semhitok, m) {
   m.def("nearest_code(Tensor z, Tensor codebook, str metric=\"ip\") -> (Tensor scores, Tensor ids)");
   m.def(
-      "nearest_subcode(Tensor z, Tensor sub_codebooks, Tensor group, str metric=\"l2\") -> "
+      "nearest_subcode(Tensor z, Tensor sub_codebooks, Tensor group, str metric=\"l2\", Tensor? offsets=None) -> "
       "(Tensor scores, Tensor ids)");
   m.def(
       "hier_quantize(Tensor z_sem, Tensor z_pix, Tensor sem_codebook, Tensor pix_codebook, str sem_metric=\"ip\", "
-      "str pix_metric=\"l2\") -> (Tensor q_sem, Tensor q_pix, Tensor codes)");
-  m.def("hier_lookup(Tensor codes, Tensor sem_codebook, Tensor pix_codebook) -> (Tensor q_sem, Tensor q_pix)");
+      "str pix_metric=\"l2\", Tensor? offsets=None) -> (Tensor q_sem, Tensor q_pix, Tensor codes)");
+  m.def(
+      "hier_lookup(Tensor codes, Tensor sem_codebook, Tensor pix_codebook, Tensor? offsets=None) -> "
+      "(Tensor q_sem, Tensor q_pix)");
   m.def(
       "nearest_code_probe(Tensor z, Tensor codebook, str metric=\"ip\", str capability=\"\", str first_pass=\"\", "
       "float bound_scale=1.0) -> (Tensor scores, Tensor ids, Tensor rescored)");

@@ -28,9 +28,12 @@ struct NearestCode {
   int64_t* ids;
 };
 
-// z [tokens, depth], sub_codebooks [groups, subcodes, depth], group [tokens] -> scores [tokens], ids [tokens].
+// z [tokens, depth], sub_codebooks [total, depth], group [tokens] -> scores [tokens], ids [tokens] in the sub-codebook.
+// The sub-codebooks lie one after another, group g's in the rows that rows_of_group tells: all of `subcodes` rows where
+// offsets is null, and else, with offsets [groups + 1], each of its own size; subcodes is then about the mean.
 struct NearestSubcode {
-  int64_t tokens, groups, subcodes, depth;
+  int64_t tokens, groups, subcodes, total, depth;
+  const int64_t* offsets;
   Metric metric;
   bool wide;
   Rows z, sub_codebooks;
@@ -39,9 +42,11 @@ struct NearestSubcode {
   int64_t* ids;
 };
 
-// codes [tokens] -> q_sem, q_pix: row codes/subcodes of the semantic codebook and row codes of the flattened pixel one.
+// codes [tokens] -> q_sem, q_pix: row group_of_row(codes) of the semantic codebook and row codes of the pixel one.
+// groups, subcodes, total and offsets: as above.
 struct HierLookup {
-  int64_t tokens, groups, subcodes;
+  int64_t tokens, groups, subcodes, total;
+  const int64_t* offsets;
   Dtype sem_dtype, pix_dtype;
   int64_t sem_depth, pix_depth;
   const int64_t* codes;
@@ -68,6 +73,42 @@ struct SegmentSum {
   void* sums;
   int64_t* counts;
 };
+
+#ifdef __CUDACC__
+#define SEMHITOK_ANYWHERE __host__ __device__ __forceinline__
+#else
+#define SEMHITOK_ANYWHERE inline
+#endif
+
+struct RowRange {
+  int64_t first, count;
+};
+
+// The rows of group's sub-codebook, group in [0, groups). Offsets on a GPU are never checked: whatever they hold, first
+// is a row of the table, and so are all others; where they leave a group no row, count is 0.
+template <typename Problem>
+SEMHITOK_ANYWHERE static RowRange rows_of_group(const Problem& p, int64_t group) {
+  if (p.offsets == nullptr) return {group * p.subcodes, p.subcodes};
+  const int64_t from = p.offsets[group], to = p.offsets[group + 1];
+  const int64_t first = from < 0 ? 0 : from < p.total ? from : p.total - 1, end = to < p.total ? to : p.total;
+  return {first, end > first ? end - first : 0};
+}
+
+// The group whose sub-codebook holds a row in [0, total); in [0, groups) whatever the offsets hold.
+template <typename Problem>
+SEMHITOK_ANYWHERE static int64_t group_of_row(const Problem& p, int64_t row) {
+  if (p.offsets == nullptr) return row / p.subcodes;
+  int64_t low = 0, high = p.groups;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (p.offsets[middle] <= row) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
 
 static constexpr int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;

@@ -58,6 +58,8 @@ class SemHiTokConfig:
     image_size, patch_size: pixels; the ids of an image form a square grid of
         image_size / patch_size on a side.
     sem_dim, pix_dim: dimensions of a semantic code and of a pixel sub-code.
+    adaptive: sub-codebooks have sizes of their own, K * m in all, by where sub-codes lower the distortion most; set
+        when the pixel stage begins to quantise.
     """
 
     image_size: int = 256
@@ -66,6 +68,7 @@ class SemHiTokConfig:
     num_sub_codes: int = 12
     sem_dim: int = 32
     pix_dim: int = 32
+    adaptive: bool = False
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     semantic_decoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 3, 12))
     encoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 12, 12))
@@ -249,7 +252,8 @@ class PixelStageConfig(StageConfig):
 
     continuous_steps: first steps without pixel quantisation, after which k-means inside each
         semantic group sets the sub-codebooks.
-    restart_window: a sub-code is restarted after its group received this many tokens without it.
+    restart_window: a sub-code is restarted after its group received this many tokens without it; with adaptive sizes,
+        this many for each sub-code of the group.
     decay: of the moving averages that the sub-codes are.
     drop: share of images decoded with the mean of its sub-codebook in every sub-code's place, so that the semantic part
         alone stays decodable.

@@ -11,6 +11,10 @@ The contract, the same on every backend (csrc/ops.cpp states and checks it):
   On CUDA ids are those of fp64 wherever its scores differ by more than fp32 rounding.
 - A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
 - Any leading dimensions and strides; no tokens gives empty outputs.
+- Sub-codebooks are all of one size m in a table [K, m, D], or of sizes m_i of their own in a table [T, D] with
+  `offsets` [K + 1] int64: sub-codebook i is rows offsets[i] to offsets[i + 1] - 1, each m_i >= 1, offsets[0] = 0,
+  offsets[K] = T. Flat code = offsets[i] + j. Other offsets raise on the CPU; on CUDA, where that would take waiting for
+  the device, ids are meaningless then, but in range, and nothing outside the table is read.
 - Ids out of range cannot raise without waiting for the device; each op says what they give.
 - Every other mistake raises RuntimeError, naming the argument, what was expected and what came.
 - The same input gives the same bits, on every run and with any number of threads.
@@ -19,6 +23,7 @@ The contract, the same on every backend (csrc/ops.cpp states and checks it):
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,23 +61,26 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
     return _ops.nearest_code(z, codebook, metric)
 
 
-def nearest_subcode(z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+def nearest_subcode(
+    z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2", offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best sub-code for every token inside the sub-codebook its group names (SemHiTok's pixel stage).
 
     Args:
         z: tokens [..., D], floating point.
-        sub_codebooks: [K, m, D], floating point, K, m >= 1.
+        sub_codebooks: [K, m, D], floating point, K, m >= 1; with offsets [T, D].
         group: [...] int64; outside [0, K) gives id 0 and score NaN.
         metric: "ip" or "l2".
+        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
     Returns:
         scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
-        ids [...] int64 in [0, m).
+        ids [...] int64 in [0, m), with offsets in [0, m_i).
     Raises:
         RuntimeError: a wrong dtype, shape, device or metric.
 
     Equivalent to: `(einsum("...d,...md->...m", z, sub_codebooks[group]) + bias).max(-1)`.
     """
-    return _ops.nearest_subcode(z, sub_codebooks, group, metric)
+    return _ops.nearest_subcode(z, sub_codebooks, group, metric, offsets)
 
 
 def hier_quantize(
@@ -82,6 +90,7 @@ def hier_quantize(
     pix_codebook: Tensor,
     sem_metric: str = "ip",
     pix_metric: str = "l2",
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both stages of the semantic-guided hierarchical codebook: semantic code i, then sub-code j of sub-codebook i.
 
@@ -89,28 +98,32 @@ def hier_quantize(
         z_sem: [..., Ds], floating point.
         z_pix: [..., Dp], floating point, the leading dimensions of z_sem.
         sem_codebook: [K, Ds], floating point.
-        pix_codebook: [K, m, Dp], floating point.
+        pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
         sem_metric, pix_metric: "ip" or "l2".
+        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
     Returns:
         q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
         constant in z (straight-through estimation is the quantizer module's);
-        codes [...] int64 = i * m + j.
+        codes [...] int64 = i * m + j, with offsets offsets[i] + j.
     Raises:
         RuntimeError: a wrong dtype, shape, device or metric.
 
     Equivalent to: nearest_code, nearest_subcode with group = i, and two gathers, without an N x K or N x m x Dp
     intermediate.
     """
-    return _ops.hier_quantize(z_sem, z_pix, sem_codebook, pix_codebook, sem_metric, pix_metric)
+    return _ops.hier_quantize(z_sem, z_pix, sem_codebook, pix_codebook, sem_metric, pix_metric, offsets)
 
 
-def hier_lookup(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tuple[Tensor, Tensor]:
+def hier_lookup(
+    codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The quantised vectors of flat codes.
 
     Args:
-        codes: [...] int64 = i * m + j; outside [0, K * m) gives rows of NaN.
+        codes: [...] int64 = i * m + j, with offsets offsets[i] + j; outside [0, K * m) or [0, T) gives rows of NaN.
         sem_codebook: [K, Ds], floating point.
-        pix_codebook: [K, m, Dp], floating point.
+        pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
+        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
     Returns:
         q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
     Raises:
@@ -118,7 +131,7 @@ def hier_lookup(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tu
 
     Equivalent to: `sem_codebook[codes // m], pix_codebook.flatten(0, 1)[codes]`.
     """
-    return _ops.hier_lookup(codes, sem_codebook, pix_codebook)
+    return _ops.hier_lookup(codes, sem_codebook, pix_codebook, offsets)
 
 
 def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
@@ -195,30 +208,53 @@ def _(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, codebook)), z.new_empty(z.shape[:-1], dtype=torch.int64)
 
 
+def _check_sub_codebooks(
+    name: str, table: Tensor, depth: str, offsets: Tensor | None, sem_codebook: Tensor | None = None
+) -> None:
+    if offsets is None:
+        _check_dims(name, table, 3, f"[K, m, {depth}]")
+        if sem_codebook is not None:
+            torch._check(
+                table.shape[0] == sem_codebook.shape[0],
+                lambda: (
+                    f"{name}: expected first dimension {sem_codebook.shape[0]} (sem_codebook.shape[0]), "
+                    f"got {table.shape[0]}"
+                ),
+            )
+        return
+    _check_dims(name, table, 2, f"[T, {depth}] (with offsets)")
+    _check_ids("offsets", offsets)
+    if sem_codebook is None:
+        _check(
+            offsets.dim() == 1 and offsets.shape[0] >= 2,
+            f"offsets: expected shape [K + 1] with K of at least 1, got {list(offsets.shape)}",
+        )
+    else:
+        codes = sem_codebook.shape[0]
+        message = f"offsets: expected shape [{codes + 1}] (sem_codebook.shape[0] + 1), got {list(offsets.shape)}"
+        _check(offsets.dim() == 1, message)
+        torch._check(offsets.shape[0] == codes + 1, lambda: message)
+
+
 @torch.library.register_fake("semhitok::nearest_subcode")
-def _(z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+def _(
+    z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2", offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_metric("metric", metric)
     _check_float("z", z)
     _check_float("sub_codebooks", sub_codebooks)
     _check_ids("group", group)
-    _check_dims("sub_codebooks", sub_codebooks, 3, "[K, m, D]")
+    _check_sub_codebooks("sub_codebooks", sub_codebooks, "D", offsets)
     _check_tokens("z", z, "sub_codebooks", sub_codebooks)
     _check_leading("group", group.shape, "z", z.shape[:-1])
     return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, sub_codebooks)), z.new_empty(z.shape[:-1], dtype=torch.int64)
 
 
-def _check_codebooks(sem_codebook: Tensor, pix_codebook: Tensor) -> None:
+def _check_codebooks(sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
     _check_float("sem_codebook", sem_codebook)
     _check_float("pix_codebook", pix_codebook)
     _check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]")
-    _check_dims("pix_codebook", pix_codebook, 3, "[K, m, Dp]")
-    torch._check(
-        pix_codebook.shape[0] == sem_codebook.shape[0],
-        lambda: (
-            f"pix_codebook: expected first dimension {sem_codebook.shape[0]} (sem_codebook.shape[0]), "
-            f"got {pix_codebook.shape[0]}"
-        ),
-    )
+    _check_sub_codebooks("pix_codebook", pix_codebook, "Dp", offsets, sem_codebook)
 
 
 @torch.library.register_fake("semhitok::hier_quantize")
@@ -229,30 +265,33 @@ def _(
     pix_codebook: Tensor,
     sem_metric: str = "ip",
     pix_metric: str = "l2",
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_metric("sem_metric", sem_metric)
     _check_metric("pix_metric", pix_metric)
     _check_float("z_sem", z_sem)
     _check_float("z_pix", z_pix)
-    _check_codebooks(sem_codebook, pix_codebook)
+    _check_codebooks(sem_codebook, pix_codebook, offsets)
     _check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook)
     _check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook)
     _check_leading("z_pix", z_pix.shape[:-1], "z_sem", z_sem.shape[:-1])
     leading = z_sem.shape[:-1]
     return (
         z_sem.new_empty((*leading, sem_codebook.shape[1]), dtype=sem_codebook.dtype),
-        z_sem.new_empty((*leading, pix_codebook.shape[2]), dtype=pix_codebook.dtype),
+        z_sem.new_empty((*leading, pix_codebook.shape[-1]), dtype=pix_codebook.dtype),
         z_sem.new_empty(leading, dtype=torch.int64),
     )
 
 
 @torch.library.register_fake("semhitok::hier_lookup")
-def _(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_ids("codes", codes)
-    _check_codebooks(sem_codebook, pix_codebook)
+    _check_codebooks(sem_codebook, pix_codebook, offsets)
     return (
         sem_codebook.new_empty((*codes.shape, sem_codebook.shape[1])),
-        pix_codebook.new_empty((*codes.shape, pix_codebook.shape[2])),
+        pix_codebook.new_empty((*codes.shape, pix_codebook.shape[-1])),
     )
 
 
@@ -313,54 +352,62 @@ def _nearest_code_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tens
 
 
 def _nearest_subcode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, sub_codebooks, group, ctx.metric = inputs
+    z, sub_codebooks, group, ctx.metric, offsets = inputs
     scores, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, sub_codebooks, group, ids, ~scores.detach().isnan())
+    ctx.save_for_backward(z, sub_codebooks, group, ids, ~scores.detach().isnan(), offsets)
 
 
 def _nearest_subcode_backward(
     ctx: Any, grad: Tensor | None, _: None
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     if grad is None:
-        return None, None, None, None
-    z, sub_codebooks, group, ids, found = ctx.saved_tensors
-    flat = torch.where(found, group * sub_codebooks.shape[1] + ids, 0)
-    grad_z, grad_codes = _score_gradients(ctx, grad, z, sub_codebooks.flatten(0, 1), flat, found)
-    return grad_z, None if grad_codes is None else grad_codes.view_as(sub_codebooks), None, None
+        return None, None, None, None, None
+    z, sub_codebooks, group, ids, found, offsets = ctx.saved_tensors
+    codes = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
+    if offsets is None:
+        flat = torch.where(found, group * sub_codebooks.shape[1] + ids, 0)
+    else:
+        # Offsets on a GPU may hold anything: no row outside the table is read.
+        flat = torch.where(found, offsets[torch.where(found, group, 0)] + ids, 0).clamp(0, codes.shape[0] - 1)
+    grad_z, grad_codes = _score_gradients(ctx, grad, z, codes, flat, found)
+    return grad_z, None if grad_codes is None else grad_codes.view(sub_codebooks.shape), None, None, None
 
 
 def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:
     """Gradients of sem_codebook and pix_codebook from those of q_sem and q_pix."""
-    (codes,) = ctx.saved_tensors
-    groups, subcodes, depth = ctx.pix_shape
+    codes, offsets = ctx.saved_tensors
     # Codes out of range gave constant rows; rounding down keeps a negative one out of range here too.
-    semantic = torch.div(codes, subcodes, rounding_mode="floor")
+    if offsets is None:
+        semantic = torch.div(codes, ctx.pix_shape[1], rounding_mode="floor")
+    else:
+        semantic = torch.searchsorted(offsets, codes, right=True) - 1
     to_sem = to_pix = None
     if sem and grad_sem is not None:
-        to_sem = _rows_gradient(grad_sem, semantic, groups, ctx.sem_dtype)
+        to_sem = _rows_gradient(grad_sem, semantic, ctx.groups, ctx.sem_dtype)
     if pix and grad_pix is not None:
-        to_pix = _rows_gradient(grad_pix, codes, groups * subcodes, ctx.pix_dtype).view(groups, subcodes, depth)
+        total = math.prod(ctx.pix_shape[:-1])
+        to_pix = _rows_gradient(grad_pix, codes, total, ctx.pix_dtype).view(ctx.pix_shape)
     return to_sem, to_pix
 
 
-def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> None:
+def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(codes)
-    ctx.pix_shape = pix_codebook.shape
+    ctx.save_for_backward(codes, offsets)
+    ctx.groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
     ctx.sem_dtype, ctx.pix_dtype = sem_codebook.dtype, pix_codebook.dtype
 
 
 def _hier_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[2])
-    _save_codes(ctx, output[2], inputs[2], inputs[3])
+    _save_codes(ctx, output[2], inputs[2], inputs[3], inputs[6])
 
 
 def _hier_quantize_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, _: None) -> Any:
     needs = ctx.needs_input_grad
     to_sem, to_pix = _codebook_gradients(ctx, grad_sem, grad_pix, needs[2], needs[3])
-    return None, None, to_sem, to_pix, None, None
+    return None, None, to_sem, to_pix, None, None, None
 
 
 def _hier_lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -368,7 +415,7 @@ def _hier_lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _hier_lookup_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None) -> Any:
-    return None, *_codebook_gradients(ctx, grad_sem, grad_pix, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+    return None, *_codebook_gradients(ctx, grad_sem, grad_pix, *ctx.needs_input_grad[1:3]), None
 
 
 def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Each op again in a few lines of plain PyTorch, with the contract of `semhitok.ops`.
 
-The tests' oracle (in float64) and the benchmark's baseline: what one would write without a fused op, N x K matrix and
-all.
+Sub-codebooks are [K, m, D], or with offsets [K + 1] [T, D]. The tests' oracle (in float64) and the benchmark's
+baseline: what one would write without a fused op, N x K matrix and all.
 """
 
 from __future__ import annotations
@@ -38,8 +38,20 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
     return _winner(z @ codes.T + bias, z.isfinite().all(-1))
 
 
-def nearest_subcode(z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+def _filled_up(table: Tensor, offsets: Tensor) -> Tensor:
+    """Sub-codebooks of different sizes, table[T, D] -> [K, largest, D], with codes of NaN, which never win."""
+    sizes = offsets.diff()
+    owner = torch.repeat_interleave(sizes)
+    whole = table.new_full((len(sizes), int(sizes.max()), table.shape[1]), torch.nan)
+    return whole.index_put((owner, torch.arange(len(table), device=table.device) - offsets[owner]), table)
+
+
+def nearest_subcode(
+    z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2", offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """z[..., D], sub_codebooks[K, m, D], group[...] -> scores[...], ids[...] in [0, m)."""
+    if offsets is not None:
+        sub_codebooks = _filled_up(sub_codebooks, offsets)
     dtype = _compute_dtype(z, sub_codebooks)
     known = (group >= 0) & (group < len(sub_codebooks))
     z = z.to(dtype)
@@ -55,20 +67,25 @@ def hier_quantize(
     pix_codebook: Tensor,
     sem_metric: str = "ip",
     pix_metric: str = "l2",
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_sem[..., Ds], z_pix[..., Dp], sem_codebook[K, Ds], pix_codebook[K, m, Dp] -> q_sem, q_pix, codes[...]."""
     dtype = _compute_dtype(z_sem, z_pix, sem_codebook, pix_codebook)
     i = nearest_code(z_sem.to(dtype), sem_codebook, sem_metric)[1]
-    j = nearest_subcode(z_pix.to(dtype), pix_codebook, i, pix_metric)[1]
-    return sem_codebook[i], pix_codebook[i, j], i * pix_codebook.shape[1] + j
+    j = nearest_subcode(z_pix.to(dtype), pix_codebook, i, pix_metric, offsets)[1]
+    codes = i * pix_codebook.shape[1] + j if offsets is None else offsets[i] + j
+    return sem_codebook[i], pix_codebook.flatten(0, -2)[codes], codes
 
 
-def hier_lookup(codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor) -> tuple[Tensor, Tensor]:
+def hier_lookup(
+    codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """codes[...], sem_codebook[K, Ds], pix_codebook[K, m, Dp] -> q_sem[..., Ds], q_pix[..., Dp]."""
-    flat = pix_codebook.flatten(0, 1)
+    flat = pix_codebook.flatten(0, -2)
     unknown = ((codes < 0) | (codes >= len(flat)))[..., None]
     codes = codes.masked_fill(unknown[..., 0], 0)
-    q_sem = sem_codebook[codes // pix_codebook.shape[1]]
+    i = codes // pix_codebook.shape[1] if offsets is None else torch.searchsorted(offsets, codes, right=True) - 1
+    q_sem = sem_codebook[i]
     return q_sem.masked_fill(unknown, torch.nan), flat[codes].masked_fill(unknown, torch.nan)
 
 

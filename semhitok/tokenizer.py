@@ -23,7 +23,7 @@ from semhitok.models.pixel import PixelDecoder, PixelEncoder
 from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
 from semhitok.quantizer import HierarchicalQuantizer
-from semhitok.vocabulary import Vocabulary, codebook_hash
+from semhitok.vocabulary import Vocabulary, check_offsets, codebook_hash
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -61,18 +61,27 @@ class SemHiTok(nn.Module):
         self.semantic_head = SemanticHead(frozen.width, config.sem_dim)
         self.semantic_decoder = SemanticDecoder(config.semantic_decoder, config.sem_dim, frozen.width, tokens)
         self.encoder = PixelEncoder(config.encoder, config.patch_size, grid, config.pix_dim)
-        self.quantizer = HierarchicalQuantizer(config.num_codes, config.num_sub_codes, config.sem_dim, config.pix_dim)
+        self.quantizer = HierarchicalQuantizer(
+            config.num_codes, config.num_sub_codes, config.sem_dim, config.pix_dim, adaptive=config.adaptive
+        )
         self.decoder = PixelDecoder(config.decoder, config.patch_size, grid, config.sem_dim + config.pix_dim)
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The image ids, with the hash of the codebooks they belong to."""
-        return Vocabulary(self.config.num_codes, self.config.num_sub_codes, codebook_hash=self.codebook_hash)
+        offsets = self.quantizer.offsets
+        return Vocabulary(
+            self.config.num_codes,
+            self.config.num_sub_codes,
+            codebook_hash=self.codebook_hash,
+            offsets=None if offsets is None else tuple(offsets.tolist()),
+        )
 
     @property
     def codebook_hash(self) -> str:
-        """SHA-256 of both codebooks, as hexadecimal text."""
-        return codebook_hash(self.quantizer.semantic.codebook, self.quantizer.pix_codebook)
+        """SHA-256 of both codebooks and, where they are adaptive, of the sizes, as hexadecimal text."""
+        q = self.quantizer
+        return codebook_hash(q.semantic.codebook, q.pix_codebook, q.offsets)
 
     def semantic_features(self, images: Tensor) -> Tensor:
         """The frozen teacher's features [B, h, w, C] of images."""
@@ -213,6 +222,14 @@ class SemHiTok(nn.Module):
                 raise ValueError(
                     f"{weights_path}: {key}: expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
                 )
+        if config.adaptive:
+            offsets = state["quantizer.offsets"]
+            try:
+                if offsets.dtype != torch.int64:
+                    raise ValueError(f"offsets: expected int64, got {offsets.dtype}")
+                check_offsets(offsets.tolist(), config.num_codes, config.vocabulary_size)
+            except ValueError as error:
+                raise ValueError(f"{weights_path}: quantizer.{error}") from None
         model.load_state_dict(state, strict=False)
         if description.get("codebook_sha256") != model.codebook_hash:
             raise ValueError(f"{weights_path}: codebooks do not match codebook_sha256 of config.json")

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
+from semhitok import ops
 from semhitok.vocabulary import Vocabulary
+
+
+class GroupUsage(NamedTuple):
+    """Of every semantic code [K], float64: tokens, its sub-codes that occur, all its sub-codes, their perplexity."""
+
+    tokens: torch.Tensor
+    used: torch.Tensor
+    sizes: torch.Tensor
+    perplexity: torch.Tensor
 
 
 class CodeUsage:
@@ -22,11 +35,20 @@ class CodeUsage:
 
     Attributes:
         counts: int64 [K, m], times each flat id occurred. Add those of other processes to merge.
+        offsets: None, or [K + 1]: sub-codebook i holds the flat ids from offsets[i] to offsets[i + 1] - 1, and m is the
+            mean size. counts, of the same shape, is then to be read flat.
     """
 
-    def __init__(self, num_codes: int, num_sub_codes: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        num_codes: int,
+        num_sub_codes: int,
+        device: torch.device | str | None = None,
+        offsets: torch.Tensor | Sequence[int] | None = None,
+    ) -> None:
         self.vocabulary = Vocabulary(num_codes, num_sub_codes)
         self.counts = torch.zeros(num_codes, num_sub_codes, dtype=torch.int64, device=device)
+        self.offsets = None if offsets is None else torch.as_tensor(offsets)
 
     def update(self, codes: torch.Tensor) -> None:
         """Count flat ids: integers of any shape in [0, K * m), on any device.
@@ -48,11 +70,10 @@ class CodeUsage:
     def summary(self) -> dict[str, dict[str, float]]:
         """`{"semantic" | "flat" | "group": {"usage", "perplexity"}}` of the ids counted so far."""
         counts = self.counts.double()
-        tokens = counts.sum(dim=1)  # of each group
+        tokens, within_used, sizes, within = self.groups()
         if not bool(tokens.any()):
             return {view: {"usage": 0.0, "perplexity": 0.0} for view in ("semantic", "flat", "group")}
         used = tokens > 0
-        within = _entropy(counts).exp()
         return {
             "semantic": {
                 "usage": used.double().mean().item(),
@@ -63,10 +84,24 @@ class CodeUsage:
                 "perplexity": _entropy(counts.flatten()).exp().item(),
             },
             "group": {
-                "usage": (counts[used] > 0).double().mean().item(),
+                "usage": (within_used[used].sum() / sizes[used].sum()).item(),
                 "perplexity": ((within * tokens).sum() / tokens.sum()).item(),
             },
         }
+
+    def groups(self) -> GroupUsage:
+        """Of every semantic code, what was counted."""
+        counts = self.counts.double()
+        if self.offsets is None:
+            sizes = torch.full_like(counts[:, 0], counts.shape[1])
+            return GroupUsage(counts.sum(1), (counts > 0).sum(1).double(), sizes, _entropy(counts).exp())
+        flat, sizes = counts.flatten(), self.offsets.to(counts.device).diff()
+        owner = torch.repeat_interleave(sizes)
+        columns = torch.stack([flat, (flat > 0).double(), torch.xlogy(flat, flat)], dim=1)
+        tokens, used, c_log_c = ops.segment_sum(columns, owner, len(sizes))[0].unbind(1)
+        # The entropy of c_j / n is log n - (sum of c_j log c_j) / n.
+        entropy = torch.where(tokens > 0, tokens.clamp_min(1).log() - c_log_c / tokens.clamp_min(1), 0.0)
+        return GroupUsage(tokens, used, sizes.double(), entropy.exp())
 
 
 def _entropy(counts: torch.Tensor) -> torch.Tensor:

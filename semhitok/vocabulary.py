@@ -3,7 +3,7 @@
 A patch has a semantic code i in [0, K) and a sub-code j in [0, m) of the sub-codebook that i owns.
 One flat id stands for both, and the flat ids follow the text ids of a language model:
 
-    flat id   h = i * m + j                                          in [0, K * m)
+    flat id   h = i * m + j, or offsets[i] + j where sub-codebooks have sizes m_i of their own      in [0, K * m)
     ids       | text: text_size | image: K * m | begin, end of image | one per resolution |
 
 Layout: SemHiTok (arXiv 2503.06764), one flat id per patch in one vocabulary with the text.
@@ -11,12 +11,15 @@ Layout: SemHiTok (arXiv 2503.06764), one flat id per patch in one vocabulary wit
 
 from __future__ import annotations
 
+import bisect
 import ctypes
+import functools
 import hashlib
 import itertools
 import operator
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -35,11 +38,12 @@ class Vocabulary:
 
     Args:
         num_codes: K, semantic codes, at least 1.
-        num_sub_codes: m, sub-codes of each semantic code, at least 1.
+        num_sub_codes: m, sub-codes of each semantic code, at least 1; on average, where they have numbers of their own.
         text_size: ids before the first image id: the rows of the language model's embedding, which
             may be more than its tokenizer has words.
         codebook_hash: hex SHA-256 of the codebooks the ids belong to, see `codebook_hash`.
         resolutions: image sizes in pixels that get a special id each, none by default.
+        offsets: the first flat id of every semantic code, and K * m after the last, where sub-codebooks differ in size.
 
     Raises:
         ValueError: an argument out of range.
@@ -50,6 +54,7 @@ class Vocabulary:
     text_size: int = 0
     codebook_hash: str | None = None
     resolutions: tuple[int, ...] = ()
+    offsets: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _checked("num_codes", self.num_codes, 1, _MAX_SIZE)
@@ -60,6 +65,9 @@ class Vocabulary:
             raise ValueError(f"resolutions: expected each size once, got {self.resolutions}")
         if self.size > _MAX_SIZE:
             raise ValueError(f"num_codes * num_sub_codes: expected int64 ids, got {self.size} ids")
+        if self.offsets is not None:
+            object.__setattr__(self, "offsets", tuple(map(operator.index, self.offsets)))
+            check_offsets(self.offsets, self.num_codes, self.num_flat_codes)
 
     @property
     def num_flat_codes(self) -> int:
@@ -97,23 +105,45 @@ class Vocabulary:
         return self.end_of_image + 1 + self.resolutions.index(pixels)
 
     def flat(self, semantic: Ids, sub: Ids) -> Ids:
-        """Flat ids h = i * m + j of semantic codes i in [0, K) and sub-codes j in [0, m).
+        """Flat ids i * m + j, or offsets[i] + j, of semantic codes i in [0, K) and sub-codes j in [0, m) or [0, m_i).
 
         Raises:
             ValueError: not integers, or out of range.
         """
         semantic = _checked("semantic", semantic, 0, self.num_codes)
-        sub = _checked("sub", sub, 0, self.num_sub_codes)
-        return semantic * self.num_sub_codes + sub
+        if self.offsets is None:
+            sub = _checked("sub", sub, 0, self.num_sub_codes)
+            return semantic * self.num_sub_codes + sub
+        sub = _checked("sub", sub, 0, self.num_flat_codes)
+        first, end = self._bounds(semantic), self._bounds(semantic + 1)
+        if bool(torch.as_tensor(first + sub >= end).any()):
+            raise ValueError("sub: expected ids below the size of their semantic code's sub-codebook, got more")
+        return first + sub
 
     def split(self, codes: Ids) -> tuple[Ids, Ids]:
-        """Semantic codes and sub-codes (i, j) = (h // m, h % m) of flat ids h.
+        """Semantic codes and sub-codes (i, j) of flat ids h: (h // m, h % m), where there are no offsets.
 
         Raises:
             ValueError: not integers, or out of [0, K * m).
         """
         codes = self.check(codes)
-        return codes // self.num_sub_codes, codes % self.num_sub_codes
+        if self.offsets is None:
+            return codes // self.num_sub_codes, codes % self.num_sub_codes
+        if isinstance(codes, torch.Tensor):
+            semantic = torch.searchsorted(self._table.to(codes.device), codes, right=True) - 1
+        else:
+            semantic = bisect.bisect_right(self.offsets, codes) - 1
+        return semantic, codes - self._bounds(semantic)
+
+    @functools.cached_property
+    def _table(self) -> torch.Tensor:
+        return torch.tensor(self.offsets)
+
+    def _bounds(self, at: Ids) -> Ids:
+        if isinstance(at, torch.Tensor):
+            return self._table.to(at.device)[at]
+        assert self.offsets is not None
+        return self.offsets[at]
 
     def to_text(self, codes: Ids) -> Ids:
         """Flat ids to ids of the language model: `text_size` is added.
@@ -192,14 +222,29 @@ class Vocabulary:
             )
 
 
-def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor) -> str:
-    """Name of a pair of codebooks: SHA-256 of their shapes and little-endian fp32 values.
+def check_offsets(offsets: Sequence[int], num_codes: int, total: int) -> None:
+    """Check that `offsets` cut `total` flat ids among `num_codes` semantic codes, at least one for each.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if len(offsets) != num_codes + 1:
+        raise ValueError(f"offsets: expected {num_codes + 1}, one a semantic code and the end, got {len(offsets)}")
+    if offsets[0] != 0 or offsets[-1] != total:
+        raise ValueError(f"offsets: expected from 0 to {total}, got from {offsets[0]} to {offsets[-1]}")
+    if not all(a < b for a, b in itertools.pairwise(offsets)):
+        raise ValueError("offsets: expected each greater than the one before")
+
+
+def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offsets: torch.Tensor | None = None) -> str:
+    """Name of a pair of codebooks: SHA-256 of their shapes and little-endian fp32 values, and of the offsets.
 
     The same on every device and machine. fp16 and bf16 codebooks hash as the fp32 they stand for.
 
     Args:
         sem_codebook: [K, Ds], floating point.
-        pix_codebook: [K, m, Dp], floating point.
+        pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
+        offsets: [K + 1], the first rows of sub-codebooks of different sizes, and T.
 
     Returns:
         64 hexadecimal digits.
@@ -209,9 +254,14 @@ def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor) -> str
     """
     if sem_codebook.ndim != 2:
         raise ValueError(f"sem_codebook: expected [K, Ds], got {list(sem_codebook.shape)}")
-    if pix_codebook.ndim != 3 or pix_codebook.shape[0] != sem_codebook.shape[0]:
+    if offsets is not None:
+        if pix_codebook.ndim != 2:
+            raise ValueError(f"pix_codebook: expected [T, Dp] (with offsets), got {list(pix_codebook.shape)}")
+    elif pix_codebook.ndim != 3 or pix_codebook.shape[0] != sem_codebook.shape[0]:
         raise ValueError(f"pix_codebook: expected [{sem_codebook.shape[0]}, m, Dp], got {list(pix_codebook.shape)}")
     digest = hashlib.sha256(b"semhitok codebooks 1")
+    if offsets is not None:
+        digest.update(f"offsets {offsets.tolist()}".encode())
     for codebook in (sem_codebook, pix_codebook):
         digest.update(str(list(codebook.shape)).encode())
         values = codebook.detach().to("cpu", torch.float32).contiguous()

@@ -55,6 +55,15 @@ def every_op() -> None:
         looked_up = [t.cpu() for t in ops.hier_lookup(codes.to(DEVICE), *on_device[2:])]
         assert torch.equal(looked_up[0], q_sem) and torch.equal(looked_up[1], q_pix)
         assert torch.equal(q_sem, sem[i.cpu()]) and torch.equal(q_pix, pix.flatten(0, 1)[codes])
+        # The same table cut into sub-codebooks of different sizes: of the first group all that others can spare.
+        offsets = torch.arange(k + 1) + (m - 1) * k * (torch.arange(k + 1) > 0)
+        table = pix.flatten(0, 1)
+        own = [*on_device[:3], table.to(DEVICE)]
+        codes = ops.hier_quantize(*own, offsets=offsets.to(DEVICE))[2]
+        expected_codes = reference.hier_quantize(z_sem.double(), z_pix.double(), sem, table, offsets=offsets)[2]
+        assert (codes.cpu() == expected_codes).double().mean() > 0.98
+        looked_up = ops.hier_lookup(codes, *own[2:], offsets.to(DEVICE))
+        assert torch.equal(looked_up[1].cpu(), table[codes.cpu()])
         sums, counts = (t.cpu() for t in ops.segment_sum(on_device[0], i, k))
         expected, expected_counts = reference.segment_sum(z_sem, i.cpu(), k)
         assert torch.equal(counts, expected_counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from semhitok.evaluation.analyze import (
 )
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
+from semhitok.vocabulary import Vocabulary
 
 K, M = 32, 4
 
@@ -77,6 +79,19 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer: SemHiTok, crops: Tensor, t
         collect(tokenizer, [])
 
 
+def test_even_offsets_are_analysed_as_a_fixed_size(tokenizer: SemHiTok, tokens: Tokens) -> None:
+    twin = SemHiTok(dataclasses.replace(tokenizer.config, adaptive=True))
+    twin.quantizer.semantic.codebook.copy_(tokenizer.quantizer.semantic.codebook)
+    twin.quantizer.pix_codebook.copy_(tokenizer.quantizer.pix_codebook.flatten(0, 1))
+    fixed, own = (analyze(model, tokens) for model in (tokenizer, twin))
+    pairs = [result.pop("pairs") for result in (fixed, own)]
+    torch.testing.assert_close(*pairs)
+    for result in (fixed, own):
+        for bin_ in result["sub_codes_by_frequency"]:
+            bin_["perplexity"] = pytest.approx(bin_["perplexity"])
+    assert own == fixed
+
+
 def planted(ids: Tensor, noise: float) -> Tokens:
     """Patches that are the pattern of their id in [0, 8), and noise."""
     patterns = torch.rand(8, 12, generator=seeded()) * 200
@@ -88,7 +103,7 @@ def planted(ids: Tensor, noise: float) -> Tokens:
 def test_explained_variance_is_what_was_planted() -> None:
     ids = torch.randint(8, (4000,), generator=seeded())
     tokens = planted(ids, 20)
-    shares = explained_variance(tokens, M, seeded())
+    shares = explained_variance(tokens, Vocabulary(K, M), seeded())
     x = tokens.patches.double()
     means = torch.stack([x[ids == k].mean(0) for k in range(8)])
     within, total = (x - means[ids]).square().sum(), (x - x.mean(0)).square().sum()
@@ -107,14 +122,14 @@ def test_having_been_seen_explains_nothing() -> None:
     """With two tokens an id, in-sample means would explain half of pure noise."""
     ids = torch.arange(2000) // 2
     tokens = planted(torch.zeros(2000, dtype=torch.int64), 40)._replace(codes=ids * M)
-    shares = explained_variance(tokens, M, seeded())
+    shares = explained_variance(tokens, Vocabulary(1000, M), seeded())
     assert shares["semantic_id"]["pixels"] < 0.02
 
 
 def test_a_single_image_is_halved() -> None:
     tokens = planted(torch.randint(8, (1000,), generator=seeded()), 20)
     one = tokens._replace(source=torch.zeros(1000, dtype=torch.int64))
-    assert explained_variance(one, M, seeded())["semantic_id"]["pixels"] > 0.7
+    assert explained_variance(one, Vocabulary(K, M), seeded())["semantic_id"]["pixels"] > 0.7
 
 
 def test_analysis_tells_shuffled_codes_and_codebooks_from_real_ones(tokenizer: SemHiTok, tokens: Tokens) -> None:
@@ -127,7 +142,7 @@ def test_analysis_tells_shuffled_codes_and_codebooks_from_real_ones(tokenizer: S
 
     # Ids dealt anew: they say nothing of their own token.
     dealt = tokens._replace(codes=tokens.codes[torch.randperm(len(tokens.codes), generator=seeded())])
-    assert abs(explained_variance(dealt, M, seeded())["semantic_id"]["pixels"]) < 0.05
+    assert abs(explained_variance(dealt, Vocabulary(K, M), seeded())["semantic_id"]["pixels"]) < 0.05
 
     # Sub-codebooks dealt anew: the codes are as before, but what they own is another one's.
     quantizer = HierarchicalQuantizer(K, M, 16, 16)
@@ -144,7 +159,7 @@ def test_analysis_tells_shuffled_codes_and_codebooks_from_real_ones(tokenizer: S
 def test_usage_by_frequency_by_hand() -> None:
     # Code 0: one token. Code 1: four tokens of sub-codes 0, 0, 1, 1. Code 3: 16, all of sub-code 2.
     codes = torch.tensor([0] + [M, M, M + 1, M + 1] + [3 * M + 2] * 16)
-    bins = usage_by_frequency(codes, 5, M)
+    bins = usage_by_frequency(codes, Vocabulary(5, M))
     assert [(b["tokens_from"], b["tokens_to"], b["codes"]) for b in bins] == [(1, 3, 1), (4, 15, 1), (16, 63, 1)]
     assert [b["usage"] for b in bins] == [0.25, 0.5, 0.25]
     assert [b["perplexity"] for b in bins] == pytest.approx([1, 2, 1])

@@ -302,6 +302,22 @@ def test_info_of_a_checkpoint(run, checkpoint, tokenizer):
     assert rows["codebook pixel"] == " x ".join(map(str, tokenizer.quantizer.pix_codebook.shape))
 
 
+def test_info_of_adaptive_sizes(run, tmp_path):
+    torch.manual_seed(0)
+    config = preset("semhitok-tiny")
+    config.num_codes, config.num_sub_codes, config.adaptive = 5, 3, True
+    model = SemHiTok(config)
+    model.quantizer.offsets.copy_(torch.tensor([0, 6, 7, 9, 12, 15]))
+    model.save_pretrained(tmp_path)
+    save_codes(tmp_path / "ids", torch.arange(6).view(1, 2, 3), ["x"], model.vocabulary)
+    for subject in (tmp_path, tmp_path / "ids"):
+        code, printed, err = run("info", subject)
+        assert (code, err) == (0, [])
+        rows = dict(re.split(r"  +", line, maxsplit=1) for line in printed.splitlines())
+        assert rows["sub-codes of a code"] == "least 1, quartiles 2 3 3, most 6"
+    assert rows["group usage"] == "1.000, perplexity 6.0"
+
+
 def test_info_of_the_installation(run):
     code, printed, err = run("info")
     assert (code, err) == (0, [])

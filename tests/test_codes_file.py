@@ -56,6 +56,19 @@ def test_round_trip(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_round_trip_of_sizes(tmp_path):
+    uneven = Vocabulary(4, 3, codebook_hash=HASH, offsets=(0, 1, 6, 8, 12))
+    path, codes = tmp_path / "ids.safetensors", random_codes() % 12
+    save_codes(path, codes, NAMES, uneven)
+    file = load_codes(path)
+    assert torch.equal(file.codes, codes) and file.vocabulary == uneven
+    sizes = {"num_codes": "4", "num_sub_codes": "3"}
+    for offsets in (torch.tensor([0, 1, 6, 12]), torch.tensor([0, 1, 6, 8, 12]).int(), torch.arange(5)):
+        write(path, {"codes": codes.int(), "offsets": offsets}, **sizes)
+        with pytest.raises(ValueError, match="offsets: expected"):
+            load_codes(path)
+
+
 def test_same_ids_same_bytes(path, tmp_path):
     again = tmp_path / "again.safetensors"
     for _ in range(8):

@@ -163,12 +163,13 @@ def test_tables_that_are_not_aligned(kernels: emulated.Kernels) -> None:
     moved = [torch.cat([torch.zeros(1), t.reshape(-1)])[1:].view(t.shape) for t in (z, codes)]
     for a, b in [(moved[0], codes), (z, moved[1]), (moved[0], moved[1])]:
         scores, ids = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
-        kernels.call("nearest_subcode", n, k, m, d, 1, 0, a.data_ptr(), 0, b.data_ptr(), 0, group, scores, ids)
+        kernels.call("nearest_subcode", n, k, m, d, 1, 0, a.data_ptr(), 0, b.data_ptr(), 0, group, scores, ids, 0, 0)
         assert torch.equal(ids, expected[1]) and torch.allclose(scores, expected[0], rtol=1e-5, atol=1e-5)
         kernels.call("nearest_code", n, k * m, d, 1, 0, a.data_ptr(), 0, b.data_ptr(), 0, scores, ids)
         assert_nearest(z, codes.view(-1, d), "l2", scores, ids)
     q_sem, q_pix, flat = torch.zeros(n, d), torch.zeros(n, d), ints(n, 0, k * m, 5)
-    kernels.call("hier_lookup", n, k, m, moved[0].data_ptr(), 0, d, moved[1].data_ptr(), 0, d, flat, q_sem, q_pix)
+    rows = (moved[0].data_ptr(), 0, d, moved[1].data_ptr(), 0, d)
+    kernels.call("hier_lookup", n, k, m, *rows, flat, q_sem, q_pix, 0, 0)
     assert same_bits(q_sem, z[flat // m]) and same_bits(q_pix, codes.view(-1, d)[flat])
 
 
@@ -183,6 +184,85 @@ def test_lookup_is_indexing(kernels: emulated.Kernels, sem_dtype: torch.dtype, p
             run(kernels, "hier_lookup", codes, sem, pix), reference.hier_lookup(codes, sem, pix), strict=True
         ):
             assert ours.dtype == theirs.dtype and torch.equal(ours.nan_to_num(9), theirs.nan_to_num(9))
+
+
+# ---- sub-codebooks of different sizes ----
+
+SIZES = [3, 1, 4, 2, 130, 1, 7, 65, 12]
+
+
+def offsets_of(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("d", [1, 4, 8, 12, 16, 31, 32, 48, 64, 128, 136])
+def test_sizes_of_their_own(kernels: emulated.Kernels, d: int, dtype: torch.dtype) -> None:
+    """Tokens of long and of short sub-codebooks in one warp; each finds what it finds alone."""
+    n, k, offsets = 61, len(SIZES), offsets_of(SIZES)
+    z, table, group = randn(n, d, seed=1), randn(sum(SIZES), d, seed=2, dtype=dtype), ints(n, -1, k + 1, 3)
+    for metric in METRICS:
+        scores, ids = run(kernels, "nearest_subcode", z, table, group, metric, offsets)
+        for i, own in enumerate(table.split(SIZES)):
+            mine = group == i
+            assert_nearest(z[mine], own, metric, scores[mine], ids[mine])
+            alone = kernels.nearest_subcode(z[mine], own[None], torch.zeros_like(group[mine]), metric)
+            assert same_bits(alone[0], scores[mine]) and torch.equal(alone[1], ids[mine])
+        bad = (group < 0) | (group >= k)
+        assert bad.any() and scores[bad].isnan().all() and (ids[bad] == 0).all()
+    sem, z_sem = randn(k, 9, seed=4), randn(n, 9, seed=5)
+    z_sem[3, 0], z[4, d - 1] = torch.nan, torch.nan
+    q_sem, q_pix, codes = run(kernels, "hier_quantize", z_sem, z, sem, table, "ip", "l2", offsets)
+    wide = dtype == torch.float64
+    i = kernels.nearest_code(z_sem.double() if wide else z_sem, sem, "ip")[1]
+    j = kernels.nearest_subcode(z, table, i, "l2", offsets)[1]
+    assert torch.equal(codes, offsets[i] + j) and same_bits(q_sem, sem[i]) and same_bits(q_pix, table[codes])
+    codes = torch.arange(-1, sum(SIZES) + 1)
+    expected = reference.hier_lookup(codes, sem, table, offsets)
+    for ours, theirs in zip(run(kernels, "hier_lookup", codes, sem, table, offsets), expected, strict=True):
+        assert torch.equal(ours.nan_to_num(9), theirs.nan_to_num(9))
+
+
+def test_large_sub_codebooks_of_their_own(kernels: emulated.Kernels) -> None:
+    """The mean is beyond LARGE_ROW: tokens are taken by group."""
+    sizes, d, n = [200, 1, 90, 3, 120], 32, 70
+    offsets, k = offsets_of(sizes), len(sizes)
+    z, table, group = randn(n, d, seed=1), randn(sum(sizes), d, seed=2), ints(n, -1, k + 1, 3)
+    scores, ids = run(kernels, "nearest_subcode", z, table, group, "l2", offsets)
+    assert sum(sizes) / k * d * 4 > LARGE_ROW and kernels.c.launches() > 1
+    for i, own in enumerate(table.split(sizes)):
+        assert_nearest(z[group == i], own, "l2", scores[group == i], ids[group == i])
+
+
+@pytest.mark.parametrize("d", [5, 32])
+def test_equal_sizes_give_the_bits_of_a_fixed_size(kernels: emulated.Kernels, d: int) -> None:
+    n, k, m = 45, 12, 9
+    z, sem, pix = randn(n, d, seed=1), randn(k, d, seed=2), randn(k, m, d, seed=3)
+    offsets, flat, group = torch.arange(k + 1) * m, pix.flatten(0, 1), ints(n, 0, k, 4)
+    fixed = [*kernels.nearest_subcode(z, pix, group), *kernels.hier_quantize(z, z, sem, pix)]
+    own = [*kernels.nearest_subcode(z, flat, group, "l2", offsets),
+           *kernels.hier_quantize(z, z, sem, flat, "ip", "l2", offsets)]  # fmt: skip
+    assert all(same_bits(a, b) for a, b in zip(own, fixed, strict=True))
+
+
+@pytest.mark.parametrize("d", [5, 32])
+@pytest.mark.parametrize("bad", [[0, 0, 0, 0, 0], [20, 20, 20, 20, 20], [-5, -1, 3, 2, 99], [7, 2**62, -(2**63), 9, 1],
+                                 [0, 5, 5, 12, 20], [19, 19, 0, 20, 0]], ids=str)  # fmt: skip
+def test_offsets_that_nobody_checked(kernels: emulated.Kernels, bad: list[int], d: int) -> None:
+    """On a GPU they may hold anything. The table lies between guards: a read outside of it would bring NaN."""
+    n, k, total, offsets = 40, 4, 20, torch.tensor(bad)
+    z, sem, table, group = randn(n, d, seed=1), randn(k, d, seed=2), randn(total, d, seed=3), ints(n, 0, k, 4)
+    scores, ids = run(kernels, "nearest_subcode", z, table, group, "l2", offsets)
+    first = offsets.clamp(0, total - 1)[group]
+    count = (offsets[1:].clamp(0, total)[group] - first).clamp_min(0)
+    assert torch.equal(scores.isnan(), count == 0) and (ids < count.clamp_min(1)).all() and (ids >= 0).all()
+    some = count > 0
+    won = table[first + ids]
+    torch.testing.assert_close(scores[some], ((z * won).sum(1) - won.square().sum(1) / 2)[some])
+    q_sem, q_pix, codes = run(kernels, "hier_quantize", z, z, sem, table, "ip", "l2", offsets)
+    assert ((codes >= 0) & (codes < total)).all() and same_bits(q_pix, table[codes]) and q_sem.isfinite().all()
+    looked_up = run(kernels, "hier_lookup", torch.arange(total), sem, table, offsets)
+    assert same_bits(looked_up[1], table) and (looked_up[0][:, None] == sem).all(-1).any(1).all()
 
 
 # ---- sums of segments ----

@@ -28,7 +28,7 @@ def llm_config(kind="qwen2", **overrides):
     return transformers.AutoConfig.for_model(kind, **{**sizes, **overrides})
 
 
-def small_tokenizer(seed=0):
+def small_tokenizer(seed=0, **more):
     torch.manual_seed(seed)
     teacher = TeacherConfig("vit_tiny_patch16_224", pretrained=False, image_size=16, options={
         "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 1,
@@ -36,7 +36,7 @@ def small_tokenizer(seed=0):
     vit = ViTConfig(8, 1, 1)
     config = SemHiTokConfig(
         image_size=16, patch_size=8, num_codes=5, num_sub_codes=3, sem_dim=6, pix_dim=4,
-        teacher=teacher, semantic_decoder=vit, encoder=vit, decoder=vit,
+        teacher=teacher, semantic_decoder=vit, encoder=vit, decoder=vit, **more,
     )  # fmt: skip
     return SemHiTok(config).eval()
 
@@ -327,6 +327,21 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, head, tied):
         assert (loaded.text_head.weight is loaded.model.embed_tokens.weight) == tied
     ids = image_ids(model)[0]
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_tokenizer_with_adaptive_sizes(tmp_path):
+    tokenizer = small_tokenizer(adaptive=True)
+    tokenizer.quantizer.offsets.copy_(torch.tensor([0, 1, 5, 7, 13, 15]))
+    model = UnifiedMLLM.from_parts(llm_config(), tokenizer).bfloat16().eval()
+    codes = torch.arange(15)
+    expected = tokenizer.quantizer.lookup(codes)
+    assert all(torch.equal(a, b) for a, b in zip(model.codebooks(codes), expected, strict=True))
+    model.save_pretrained(tmp_path)
+    loaded = UnifiedMLLM.from_pretrained(tmp_path)  # which checks the hash
+    assert torch.equal(loaded.codebooks.offsets, tokenizer.quantizer.offsets)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.codebooks(codes), expected, strict=True))
+    with pytest.raises(ValueError, match="head: expected flat, as the tokenizer's sub-codebooks differ in size"):
+        UnifiedMLLM.from_parts(llm_config(), tokenizer, head="hierarchical")
 
 
 def test_codebooks_stay_fp32_and_are_checked_on_loading(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, spherical_kmeans
+from semhitok.ops import nearest_subcode
+from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, _cut, allocate, spherical_kmeans
 
 
 def generator(seed=0):
@@ -233,3 +234,130 @@ def test_a_step_allocates_nothing_of_size_n_by_k():
     largest = max(abs(event.cpu_memory_usage) for event in record.events())
     assert 0 < largest < 13 * 2**20
     assert math.isfinite(out.commitment.item())
+
+
+# ---- adaptive sizes ----
+
+
+def uneven(n=4000, K=16, D=6, seed=0):
+    """Tokens of groups that differ in how many they are and in how far they spread; and their groups."""
+    group = (torch.rand(n, generator=generator(seed)) ** 2 * K).long()
+    spread = torch.rand(K, generator=generator(seed + 1)) ** 2 * 3
+    return torch.randn(n, D, generator=generator(seed + 2)) * spread[group, None], group
+
+
+def distortion(quantizer, z, group):
+    _, sub = nearest_subcode(z, quantizer.pix_codebook, group, "l2", quantizer.offsets)
+    return (z - quantizer.pix_codebook.flatten(0, -2)[quantizer.join(group, sub)]).square().sum(1).mean().item()
+
+
+def adaptive(K=16, m=4, Ds=8, Dp=6, seed=0):
+    torch.manual_seed(seed)
+    return HierarchicalQuantizer(K, m, Ds, Dp, adaptive=True)
+
+
+def test_adaptive_sizes_beat_equal_ones_at_the_same_total():
+    z, group = uneven()
+    errors = {}
+    for kind in (False, True):
+        quantizer = HierarchicalQuantizer(16, 4, 8, 6, adaptive=kind)
+        quantizer.initialize(z, group, generator=generator(3))
+        errors[kind] = distortion(quantizer, z, group)
+    sizes = quantizer.sizes
+    assert sizes.sum() == 64 and sizes.min() >= 1 and sizes.max() > 8
+    assert errors[True] < 0.85 * errors[False]  # .7 dB
+
+
+def test_allocation_is_greedy():
+    """Against a heap that always makes the best cut, one at a time."""
+    z, group = uneven(n=600, K=6, D=3)
+    sizes, codes = allocate(z, group, 6, 40)
+    cells = {(i,): (group == i).nonzero().squeeze(1) for i in range(6)}
+
+    def cut(tokens):
+        gain, half = _cut(z[tokens], torch.zeros_like(tokens), 1)
+        return gain.item(), tokens[half == 0], tokens[half == 1]
+
+    tried = {name: cut(tokens) for name, tokens in cells.items()}
+    while len(tried) < 40:
+        name = max(tried, key=lambda name: tried[name][0])
+        _, *halves = tried.pop(name)
+        tried |= {(*name, side): cut(tokens) for side, tokens in enumerate(halves)}
+        cells |= {(*name, side): tokens for side, tokens in enumerate(halves)}
+    assert sizes.tolist() == [sum(name[0] == i for name in tried) for i in range(6)]
+    for i, book in enumerate(codes.split(sizes.tolist())):
+        means = torch.stack([z[tokens].mean(0) for name, tokens in cells.items() if name in tried and name[0] == i])
+        torch.testing.assert_close(book[book[:, 0].argsort()], means[means[:, 0].argsort()], atol=1e-5, rtol=1e-5)
+
+
+def test_allocation_where_there_is_little_to_allocate():
+    z = torch.tensor([[1.0], [2.0], [5.0], [5.0]])
+    sizes, codes = allocate(z, torch.tensor([0, 0, 2, 2]), 4, 9)
+    assert sizes.tolist() == [2, 1, 1, 1] and codes.flatten().tolist() == [1, 2, z.mean(), 5, z.mean()]
+    assert allocate(z, torch.tensor([0, 0, 2, 2]), 4, 4)[0].tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"total: expected at least num_groups 4, got 3"):
+        allocate(z, torch.zeros(4, dtype=torch.int64), 4, 3)
+    with pytest.raises(ValueError, match=r"z: expected at least one token"):
+        allocate(z[:0], torch.zeros(0, dtype=torch.int64), 1, 3)
+    quantizer = adaptive(K=4, m=5, Dp=1)  # far more codes than tokens: the rest is shared, none twice in a group
+    quantizer.initialize(z + 0.1 * torch.arange(4)[:, None], torch.tensor([0, 0, 2, 2]), 0, generator=generator())
+    assert quantizer.sizes.sum() == 20 and quantizer.sizes.min() >= 4 and quantizer.pix_codebook.isfinite().all()
+
+
+def test_adaptive_ids_means_and_averages():
+    quantizer = adaptive()
+    z, group = uneven()
+    quantizer.initialize(z, group, generator=generator(3))
+    offsets, owner = quantizer.offsets, torch.repeat_interleave(quantizer.sizes)
+    assert offsets[0] == 0 and offsets[-1] == 64 and len(quantizer.sizes.unique()) > 2
+    z_sem, z_pix = unit(2, 70, 8), torch.randn(2, 70, 6, generator=generator(1))
+    out = quantizer(z_sem, z_pix)
+    i = (z_sem.double() @ quantizer.semantic.codebook.double().T).argmax(-1)
+    far = torch.cdist(z_pix.view(-1, 6).double(), quantizer.pix_codebook.double())
+    far = far.masked_fill(owner != i.view(-1, 1), math.inf)
+    assert torch.equal(out.codes.flatten(), far.argmin(1))
+    assert torch.equal(quantizer.split(out.codes)[0], i) and torch.equal(
+        offsets[i] + quantizer.split(out.codes)[1], out.codes
+    )
+    assert torch.equal(quantizer.lookup(out.codes)[1], quantizer.pix_codebook[out.codes])
+    means = torch.stack([book.mean(0) for book in quantizer.pix_codebook.split(quantizer.sizes.tolist())])
+    torch.testing.assert_close(quantizer.group_means(out.codes), means[i])
+    # The averages are those of a quantizer with one group that owns all.
+    one = HierarchicalQuantizer(1, 64, 8, 6)
+    one.pix_codebook.copy_(quantizer.pix_codebook[None])
+    for step in range(3):
+        z_pix = torch.randn(70, 6, generator=generator(step))
+        for q in (quantizer, one):
+            q.update(z_pix, out.codes[0])
+    assert torch.equal(one.pix_codebook[0], quantizer.pix_codebook) and torch.equal(one.weights[0], quantizer.weights)
+    tokens, used, sizes, perplexity = quantizer.usage.groups()
+    assert torch.equal(tokens, 3 * torch.bincount(i[0], minlength=16).double())
+    for n, book in enumerate(quantizer.usage.counts.flatten().double().split(quantizer.sizes.tolist())):
+        p = book / book.sum().clamp_min(1)
+        assert used[n] == (book > 0).sum() and sizes[n] == len(book)
+        torch.testing.assert_close(perplexity[n], (-torch.xlogy(p, p)).sum().exp())
+
+
+def test_sub_codes_of_large_groups_starve_later():
+    quantizer = adaptive(K=2, m=4, Dp=5)
+    quantizer.offsets.copy_(torch.tensor([0, 2, 8]))
+    z = torch.randn(40, 5, generator=generator())
+    codes = torch.tensor([0, 2]).repeat(20)  # 20 tokens for each group, one sub-code of each
+    before = quantizer.pix_codebook.clone()
+    moved = [quantizer.restart(z, codes, 20, generator=generator()) for _ in range(5)]
+    assert moved == [0, 1, 0, 1, 0]  # at 40 tokens of the first group; the second has 100
+    assert quantizer.misses.tolist() == [0, 20] + [0] + [100] * 5
+    assert (z[::2] == quantizer.pix_codebook[1]).all(1).any()
+    assert torch.equal(quantizer.pix_codebook[2:], before[2:])
+    assert quantizer.restart(z, codes, 20, generator=generator()) == 6  # at 120 of the second
+    assert not quantizer.misses.any() and torch.equal(quantizer.pix_codebook[[0, 2]], before[[0, 2]])
+    for code in quantizer.pix_codebook[3:]:
+        assert (z[1::2] == code).all(1).any()
+
+
+def test_fixed_sizes_keep_their_state_and_adaptive_ones_save_theirs():
+    assert "offsets" not in hierarchical().state_dict()
+    quantizer, other = adaptive(), adaptive(seed=1)
+    quantizer.initialize(*uneven(), generator=generator(3))
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other.offsets, quantizer.offsets) and torch.equal(other.sizes, quantizer.sizes)

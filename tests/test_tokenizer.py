@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from semhitok.config import (
@@ -128,6 +129,50 @@ def test_bad_images(tokenizer, bad, message):
 def test_bad_codes(tokenizer, bad, message):
     with pytest.raises(ValueError, match=message):
         tokenizer.decode(bad)
+
+
+def adaptive_tokenizer():
+    """One whose sub-codebooks differ in size."""
+    torch.manual_seed(0)
+    model = SemHiTok(small_config(adaptive=True)).eval()
+    z, group = torch.randn(600, 5), torch.rand(600).square().mul(12).long()
+    model.quantizer.initialize(z * group[:, None], group, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def test_a_tokenizer_with_adaptive_sizes_is_saved_and_loaded(tmp_path):
+    tokenizer, x = adaptive_tokenizer(), images()
+    sizes = tokenizer.quantizer.sizes
+    assert sizes.sum() == 36 and len(sizes.unique()) > 2
+    codes = tokenizer.encode(x)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = SemHiTok.from_pretrained(tmp_path)
+    assert torch.equal(loaded.quantizer.sizes, sizes) and loaded.vocabulary == tokenizer.vocabulary
+    assert torch.equal(loaded.encode(x), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+    i, _ = loaded.vocabulary.split(codes)
+    assert torch.equal(loaded.features(codes).semantic, loaded.quantizer.semantic.codebook[i])
+    # Another sub-code of the same semantic code is another image, but not to its semantic part.
+    other = loaded.vocabulary.flat(i, torch.zeros_like(i))
+    first, second = (loaded.decode(c, semantic_only=True) for c in (codes, other))
+    assert not torch.equal(codes, other) and torch.equal(first, second)
+    # The sizes are part of the hash, and checked.
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for bad, message in (
+        (sizes.flip(0).cumsum(0), "codebook_sha256"),
+        (sizes.cumsum(0) * 0, "offsets: expected from 0"),
+    ):
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), bad])
+        safetensors.torch.save_file({**state, "quantizer.offsets": offsets}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            SemHiTok.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_from_before_there_were_adaptive_sizes(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"].pop("adaptive") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(SemHiTok.from_pretrained(tmp_path).encode(images()), tokenizer.encode(images()))
 
 
 def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):

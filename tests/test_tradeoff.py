@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import tradeoff
 import tradeoff_measures
-from tradeoff_arms import DIM, Arm, Codes, Network, allocate, fit, nearest_owned, nearest_pair
+from tradeoff_arms import DIM, Arm, Codes, Network, fit, nearest_pair
 
 from semhitok.config import TeacherConfig
 from semhitok.data import shapes
@@ -79,23 +79,22 @@ def test_ids_tell_both_parts_apart() -> None:
 
 def test_ragged_sizes_add_up_and_go_where_they_help() -> None:
     """Group 0 is a point, group 1 a wide cloud, group 2 a narrow one, group 3 has no tokens."""
+    codes = Codes(Arm("ragged", 4, 10))
+    codes.semantic.codebook.copy_(torch.eye(4, DIM))
     group = torch.tensor([0, 1, 2]).repeat_interleave(300)
-    z = random(900, 5) * torch.tensor([0.0, 2.0, 1.0])[group, None]
-    codebook, owner = allocate(z, group, 4, 40)
-    sizes = torch.bincount(owner, minlength=4)
-    assert codebook.shape == (40, 5) and sizes.sum() == 40 and codebook.isfinite().all()
-    assert sizes[0] == sizes[3] == 1 and sizes[1] > 2 * sizes[2] > 4
-    assert torch.equal(owner, owner.sort().values)
-    found = nearest_owned(z, codebook, owner, group)
+    z_pix = random(900, DIM) * torch.tensor([0.0, 2.0, 1.0])[group, None]
+    codes.initialize_pixel(torch.eye(4, DIM)[group], z_pix, torch.Generator().manual_seed(0))
+    sizes = codes.pixel.sizes
+    assert sizes.sum() == 40 and sizes[0] == sizes[3] == 1 and sizes[1] > 2 * sizes[2] > 4
+    i, p = codes.search(torch.eye(4, DIM)[group], z_pix)
+    owner = torch.repeat_interleave(sizes)
+    assert torch.equal(i, group) and torch.equal(owner[p], group) and torch.equal(codes.ids(i, p), p)
+    q_sem, q_pix = codes.vectors(i, p)
+    assert torch.equal(q_pix, codes.pixel.pix_codebook[p]) and torch.equal(q_sem, codes.semantic.codebook[i])
     for token in range(0, 900, 50):
         own = (owner == group[token]).nonzero().flatten()
-        assert found[token] == own[(codebook[own] - z[token]).square().sum(1).argmin()]
-    # Ten codes for everyone, from the same procedure, leave more error.
-    even = torch.cat([allocate(z[group == n], torch.zeros(300, dtype=torch.int64), 1, 10)[0] for n in range(3)])
-    fixed = nearest_owned(z, even, torch.arange(3).repeat_interleave(10), group)
-    assert (z - codebook[found]).square().sum() < 0.9 * (z - even[fixed]).square().sum()
-    with pytest.raises(ValueError, match="total: expected at least K 4, got 3"):
-        allocate(z, group, 4, 3)
+        assert p[token] == own[(codes.pixel.pix_codebook[own] - z_pix[token]).square().sum(1).argmin()]
+    assert torch.equal(codes.without_pixels(i, p)[0], codes.pixel.pix_codebook[0])
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,34 @@ def test_a_kill_while_the_state_is_written_loses_nothing(pictures, finished, tmp
         monkeypatch.setattr(os, "replace", real_replace)
     train(small_config(), [pictures], tmp_path)
     assert checkpoint_bytes(tmp_path) == checkpoint_bytes(finished)
+
+
+def test_adaptive_sizes_are_set_by_training_and_survive_a_kill(pictures, tmp_path, monkeypatch):
+    """Killed before and after the sizes are set, at step 12; the log has the use of the codes."""
+    config = small_config("model.adaptive=true", "pixel.steps=50", "semantic.steps=20")
+    train(config, [pictures], tmp_path / "whole")
+    quantizer = SemHiTok.from_pretrained(tmp_path / "whole" / "checkpoint").quantizer
+    assert quantizer.sizes.sum() == 64 and quantizer.sizes.min() >= 1 and len(quantizer.sizes.unique()) > 2
+    lines = (tmp_path / "whole" / "pixel" / "log.jsonl").read_text().splitlines()
+    used = [record for record in map(json.loads, lines) if "group_usage" in record]
+    assert used and all(record["dead_sub_codes"] == pytest.approx(1 - record["group_usage"]) for record in used)
+    update = PixelStage.update
+    for last in (11, 30):
+
+        def killed(stage, step, seed, last=last):
+            if step == last:
+                raise _Killed
+            return update(stage, step, seed)
+
+        out = tmp_path / f"killed-{last}"
+        shutil.copytree(tmp_path / "whole" / "semantic", out / "semantic")
+        shutil.copy(tmp_path / "whole" / "config.json", out)
+        with monkeypatch.context() as patch, pytest.raises(_Killed):
+            patch.setattr(PixelStage, "update", killed)
+            train(config, [pictures], out)
+        train(config, [pictures], out)
+        assert checkpoint_bytes(out) == checkpoint_bytes(tmp_path / "whole")
+        assert (out / "pixel" / "log.jsonl").read_text().splitlines() == lines
 
 
 def test_a_run_refuses_other_settings_and_other_images(pictures, finished, tmp_path):

@@ -54,7 +54,15 @@ MICRO = ("pixel.micro_batch=1", "semantic.micro_batch=1", "pixel.loss.critic.ada
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [(2, ()), (4, ()), (2, MICRO), (2, ("data.workers=1",)), (2, ("shard=true",)), (2, DINO)],
+    [
+        (2, ()),
+        (4, ()),
+        (2, MICRO),
+        (2, ("data.workers=1",)),
+        (2, ("shard=true",)),
+        (2, DINO),
+        (2, ("model.adaptive=true",)),
+    ],
 )
 def test_processes_hold_equal_codebooks_and_lose_what_one_process_loses(
     world_size, more, pictures, backbone, alone, tmp_path

@@ -184,3 +184,51 @@ def test_images_are_the_whole_ones():
         vocabulary.images(torch.tensor([22, 10, 5, 23]))
     with pytest.raises(ValueError, match=r"ids: expected shape \[T\], got \[1, 2\]"):
         vocabulary.images(torch.tensor([[22, 23]]))
+
+
+# ---- sub-codebooks of different sizes ----
+
+UNEVEN = Vocabulary(4, 3, text_size=100, offsets=(0, 1, 6, 8, 12))
+
+
+def test_flat_and_split_follow_the_offsets():
+    pairs = [(i, j) for i, size in enumerate((1, 5, 2, 4)) for j in range(size)]
+    assert [UNEVEN.split(h) for h in range(12)] == pairs
+    assert [UNEVEN.flat(i, j) for i, j in pairs] == list(range(12))
+    codes = torch.arange(12).view(3, 4)
+    i, j = UNEVEN.split(codes.int())
+    assert i.dtype == j.dtype == torch.int64 and list(zip(i.flatten(), j.flatten(), strict=True)) == pairs
+    assert torch.equal(UNEVEN.flat(i, j), codes)
+    assert UNEVEN.num_flat_codes == 12 and UNEVEN.begin_of_image == 112
+    assert len({UNEVEN, Vocabulary(4, 3, 100, offsets=[0, 1, 6, 8, 12]), Vocabulary(4, 3, 100)}) == 2
+    even = Vocabulary(4, 3, offsets=range(0, 13, 3))
+    assert torch.equal(torch.stack(even.split(codes)), torch.stack(Vocabulary(4, 3).split(codes)))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: UNEVEN.flat(0, 1), "sub: expected ids below the size"),
+        (lambda: UNEVEN.flat(torch.tensor([1, 2]), torch.tensor([4, 2])), "sub: expected ids below the size"),
+        (lambda: UNEVEN.flat(1, -1), "sub: expected ids in"),
+        (lambda: UNEVEN.split(12), r"codes: expected ids in \[0, 12\), got 12"),
+        (
+            lambda: Vocabulary(4, 3, offsets=(0, 1, 6, 12)),
+            "offsets: expected 5, one a semantic code and the end, got 4",
+        ),
+        (lambda: Vocabulary(4, 3, offsets=(0, 1, 6, 8, 13)), "offsets: expected from 0 to 12, got from 0 to 13"),
+        (lambda: Vocabulary(4, 3, offsets=(0, 6, 6, 8, 12)), "offsets: expected each greater"),
+    ],
+)
+def test_offsets_that_do_not_fit(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_the_hash_is_that_of_the_sizes_too():
+    sem, pix = torch.arange(8.0).view(4, 2), torch.arange(24.0).view(12, 2)
+    offsets = [torch.tensor(o) for o in ([0, 1, 6, 8, 12], [0, 1, 6, 9, 12])]
+    hashes = {codebook_hash(sem, pix, o) for o in offsets} | {codebook_hash(sem, pix.view(4, 3, 2))}
+    assert len(hashes) == 3
+    with pytest.raises(ValueError, match=r"pix_codebook: expected \[T, Dp\] \(with offsets\), got \[4, 3, 2\]"):
+        codebook_hash(sem, pix.view(4, 3, 2), offsets[0])

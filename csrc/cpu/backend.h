@@ -63,7 +63,8 @@ int64_t subcode_scratch(const NearestSubcode& problem);  // bytes
 void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
                  void* scores, int64_t* ids);
 
-void lookup_rows(const HierLookup& problem, int64_t first, int64_t count);
+// groups [count]: of the tokens first .. first + count; null: found from their codes.
+void lookup_rows(const HierLookup& problem, int64_t first, int64_t count, const int64_t* groups);
 
 // The ops.
 void nearest_code(const NearestCode& problem);

@@ -1,6 +1,7 @@
 // Code rows by flat id on the CPU: copies of bytes, whatever the dtype, tokens in parallel.
-// An id outside [0, groups * subcodes) gives rows of NaN in the codebook's dtype.
+// An id outside [0, total) gives rows of NaN in the codebook's dtype.
 // Cost: every row read once and written once; rows of tokens ahead are prefetched, because their addresses are random.
+// Where sub-codebooks have sizes of their own, a binary search among the offsets finds the semantic code of an id.
 #include <cstring>
 #include <limits>
 
@@ -34,24 +35,28 @@ __attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t
 
 }  // namespace
 
-void lookup_rows(const HierLookup& p, int64_t first, int64_t count) {
+void lookup_rows(const HierLookup& p, int64_t first, int64_t count, const int64_t* groups) {
   const int64_t sem_bytes = p.sem_depth * element_size(p.sem_dtype);
   const int64_t pix_bytes = p.pix_depth * element_size(p.pix_dtype);
-  const int64_t most = p.groups * p.subcodes, end = first + count;
+  const int64_t end = first + count;
   const char* sem = static_cast<const char*>(p.sem_codebook);
   const char* pix = static_cast<const char*>(p.pix_codebook);
+  int64_t waiting[kPrefetchTokens] = {};  // groups of the tokens ahead
   for (int64_t t = first - kPrefetchTokens; t < end; ++t) {
-    const int64_t ahead = t + kPrefetchTokens < end ? p.codes[t + kPrefetchTokens] : -1;
-    if (ahead >= 0 && ahead < most) {
-      prefetch_row(sem + ahead / p.subcodes * sem_bytes, sem_bytes);
+    int64_t& slot = waiting[(t - first + kPrefetchTokens) % kPrefetchTokens];
+    const int64_t group = slot, later = t + kPrefetchTokens;
+    const int64_t ahead = later < end ? p.codes[later] : -1;
+    if (ahead >= 0 && ahead < p.total) {
+      slot = groups != nullptr ? groups[later - first] : group_of_row(p, ahead);
+      prefetch_row(sem + slot * sem_bytes, sem_bytes);
       prefetch_row(pix + ahead * pix_bytes, pix_bytes);
     }
     if (t < first) continue;
     char* q_sem = static_cast<char*>(p.q_sem) + t * sem_bytes;
     char* q_pix = static_cast<char*>(p.q_pix) + t * pix_bytes;
     const int64_t code = p.codes[t];
-    if (code >= 0 && code < most) {
-      std::memcpy(q_sem, sem + code / p.subcodes * sem_bytes, sem_bytes);
+    if (code >= 0 && code < p.total) {
+      std::memcpy(q_sem, sem + group * sem_bytes, sem_bytes);
       std::memcpy(q_pix, pix + code * pix_bytes, pix_bytes);
     } else {
       fill_nan(q_sem, p.sem_depth, p.sem_dtype);
@@ -64,7 +69,7 @@ void hier_lookup(const HierLookup& problem) {
   const int64_t bytes =
       problem.sem_depth * element_size(problem.sem_dtype) + problem.pix_depth * element_size(problem.pix_dtype);
   parallel_for(0, problem.tokens, ceil_div(kInlineBytes, bytes),
-               [&](int64_t begin, int64_t end) { lookup_rows(problem, begin, end - begin); });
+               [&](int64_t begin, int64_t end) { lookup_rows(problem, begin, end - begin, nullptr); });
 }
 
 }  // namespace semhitok::cpu

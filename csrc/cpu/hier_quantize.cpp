@@ -1,7 +1,8 @@
 // Hierarchical quantisation on the CPU, both stages and the gather fused per block of tokens.
 //
-// codes = i * subcodes + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in sub-codebook i;
-// q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x depth exists.
+// codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
+// sub-codebook i; q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x
+// depth exists.
 //
 // Plan. The sub-codebooks are a table of megabytes read at random. So a block's second stage waits until the semantic
 // search of the next block is done, which brings the block's sub-codebooks into the cache while it computes; the rows
@@ -35,7 +36,7 @@ void hier_quantize(const HierQuantize& problem) {
     int64_t waiting = -1;  // the block whose groups are known
     for (int64_t b = next(); b >= 0 || waiting >= 0; waiting = b, b = b >= 0 ? next() : -1) {
       if (b >= 0) {
-        const bool worth = waiting >= 0 && row_bytes <= kMostAhead;
+        const bool worth = waiting >= 0 && row_bytes <= kMostAhead && problem.pix.offsets == nullptr;
         const RowsAhead ahead{table, row_bytes, groups.get(), worth ? tokens_of(waiting) : 0};
         search.run(b * block, tokens_of(b), ahead, search_scratch.get(), scores.get(), searched.get());
       }
@@ -43,8 +44,8 @@ void hier_quantize(const HierQuantize& problem) {
         const int64_t first = waiting * block, count = tokens_of(waiting);
         int64_t* codes = problem.codes + first;
         subcode_run(problem.pix, first, count, groups.get(), sub_scratch.get(), scores.get(), codes);
-        for (int64_t t = 0; t < count; ++t) codes[t] += groups[t] * problem.pix.subcodes;
-        lookup_rows(problem.lookup, first, count);
+        for (int64_t t = 0; t < count; ++t) codes[t] += rows_of_group(problem.pix, groups[t]).first;
+        lookup_rows(problem.lookup, first, count, groups.get());
       }
       std::swap(groups, searched);
     }

@@ -20,8 +20,9 @@ void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const i
     double best = -std::numeric_limits<double>::infinity();
     int64_t id = 0;
     const bool valid = poison == 0.0 && group[t] >= 0 && group[t] < p.groups;
-    for (int64_t j = 0; valid && j < p.subcodes; ++j) {
-      read(p.sub_codebooks, (group[t] * p.subcodes + j) * p.depth, p.depth, code);
+    const RowRange own = valid ? rows_of_group(p, group[t]) : RowRange{0, 0};
+    for (int64_t j = 0; j < own.count; ++j) {
+      read(p.sub_codebooks, (own.first + j) * p.depth, p.depth, code);
       double dot = 0.0, norm = 0.0, bad = 0.0;
       for (int64_t d = 0; d < p.depth; ++d) dot += x[d] * code[d], norm += code[d] * code[d], bad += code[d] * 0.0;
       const double score = dot + (p.metric == Metric::kL2 ? -0.5 * norm : 0.0) + bad;

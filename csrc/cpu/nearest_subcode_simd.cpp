@@ -4,13 +4,14 @@
 // lowest j of the greatest score wins. id 0 and score NaN for a group out of range, a token with NaN or Inf, or no
 // score above -inf. Scores and ids have the same bits on every instruction set.
 //
-// Plan. No packing: a sub-codebook is one contiguous row of subcodes * depth values, read once. The sum over the depth
+// Plan. No packing: a sub-codebook is one contiguous row of its sub-codes' values, read once. The sum over the depth
 // runs in kSumLanes lanes and ends in a fixed tree, whatever the registers hold. Products of two fp32 values are exact
 // in fp64, so it does not matter where they are fused into the sum; and no sum of finite ones overflows, so NaN or Inf
 // in the token or the code shows in the total and needs no test of its own. kTile sub-codes are summed together and
 // their lanes added by one transposition. Rows of tokens ahead are prefetched, into the second level: the first has too
 // few slots for lines on their way, and the addresses are random in a table larger than the caches.
-// Cost: tokens * subcodes * depth values read, converted to fp64 and multiplied once (ip) or twice (l2).
+// Cost: tokens * subcodes * depth values read, converted to fp64 and multiplied once (ip) or twice (l2); of sub-codebooks
+// of different sizes, each token those of its own.
 #include "convert.h"
 #include "kernels.h"
 #include "simd.h"
@@ -148,8 +149,7 @@ template <bool kL2>
 void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, float* scratch, float* scores,
             int64_t* ids) {
   const int64_t depth = p.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
-  const int64_t row_bytes = p.subcodes * depth * element_size(p.sub_codebooks.dtype);
-  const int64_t ahead_bytes = row_bytes < kPrefetchBytes ? row_bytes : kPrefetchBytes;
+  const int64_t code_bytes = depth * element_size(p.sub_codebooks.dtype);
   const char* table = static_cast<const char*>(p.sub_codebooks.data);
   // Where fp32 codes are whole sums they are read in place, elsewhere from a padded copy of a few at a time.
   const bool direct = p.sub_codebooks.dtype == Dtype::kFloat32 && depth == padded;
@@ -162,14 +162,19 @@ void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t
   const auto known = [&](int64_t g) { return g >= 0 && g < p.groups; };
   for (int64_t t = -kPrefetchTokens; t < count; ++t) {
     const int64_t ahead = t + kPrefetchTokens;
-    if (ahead < count && known(group[ahead])) prefetch_row(table + group[ahead] * row_bytes, ahead_bytes);
+    if (ahead < count && known(group[ahead])) {
+      const RowRange own = rows_of_group(p, group[ahead]);
+      const int64_t bytes = own.count * code_bytes;
+      prefetch_row(table + own.first * code_bytes, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
+    }
     if (t < 0) continue;
     float best = -kInfinity;
     int64_t id = 0;
     if (known(group[t])) {
       read(p.z, (first + t) * depth, depth, x);
-      for (int64_t j = 0; j < p.subcodes; j += most) {
-        const int64_t code = group[t] * p.subcodes + j, n = p.subcodes - j < most ? p.subcodes - j : most;
+      const RowRange own = rows_of_group(p, group[t]);
+      for (int64_t j = 0; j < own.count; j += most) {
+        const int64_t code = own.first + j, n = own.count - j < most ? own.count - j : most;
         const float* codes = rows;
         if (direct) {
           codes = static_cast<const float*>(p.sub_codebooks.data) + code * depth;

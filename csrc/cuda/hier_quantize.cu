@@ -1,7 +1,7 @@
 // Hierarchical quantisation: the semantic search, then one launch for all that follows from its winners.
 //
-// codes = i * subcodes + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in sub-codebook i;
-// q_sem and q_pix are copies of the two rows.
+// codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
+// sub-codebook i; q_sem and q_pix are copies of the two rows.
 //
 // Plan. nearest_code, then the pixel stage (nearest_subcode.cu) behind it on the stream: it reads the ids, and writes
 // codes and rows. Nobody waits for the device in between. Scratch: 8 bytes a token for the ids and, in fp32, 4 for

@@ -2,11 +2,12 @@
 // what hier_quantize writes for the token. One kernel for both, so that they agree bit for bit.
 //
 // Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]]; the lowest j of the greatest score wins. id 0
-// and score NaN for a group out of range, a token with NaN or Inf, or no score above -inf.
+// and score NaN for a group out of range or without sub-codes, a token with NaN or Inf, or no score above -inf.
 //
 // Arithmetic. score = sum_d c_d (z_d + h c_d), h = -1/2 for l2 and 0 for ip: two FMAs a value and one sum, where a dot
-// product, a norm and a test for NaN and Inf would be three. z_d + h c_d is rounded once, so the error is that of the
-// plain form: at most (depth + 2) eps/2 sum |c_d| |z_d + h c_d|. An Inf or NaN in c makes the second factor NaN (ip) or
+// product, a norm and a test for NaN and Inf would be three. (Named as FMAs, so that all kernels here give the same
+// bits.) z_d + h c_d is rounded once, so the error is that of the plain form: at most (depth + 2) eps/2 sum |c_d|
+// |z_d + h c_d|. An Inf or NaN in c makes the second factor NaN (ip) or
 // the product -Inf or NaN (l2), and the sum never +Inf: the code cannot win. fp64 would not be free: its conversions
 // alone take as long as a third of the reading below, and far longer on GPUs with few units for them.
 //
@@ -20,6 +21,10 @@
 // order of their groups: one group's are then in one warp, whose lanes' equal addresses are one read, and in one block
 // and its neighbours, which find them in L1 and L2. So a sub-codebook comes from memory once, however the tokens are
 // shared out among the groups, with no block that waits for the largest group.
+//
+// Sub-codebooks of sizes of their own: the tokens of a warp go on together until the largest is searched, those that
+// are done repeating their last code, which cannot win against itself. For kLargeRow it is the mean size that counts:
+// the others nobody knows without waiting for the device.
 //
 // Cost, tokens 65,536, subcodes 12, depth 32, fp32, H200: reads 1.5 KiB of sub-codes a token from L2 (the table is 25
 // MB) = 100 MB, z 8 MB, winners' rows 8 to 16 MB, writes 17 MB: 24 us at 5.5 TB/s. Issue: about 500 instructions for 4
@@ -40,8 +45,8 @@ constexpr int kBatch = 4;
 constexpr int64_t kLargeRow = 8192;  // bytes of a sub-codebook
 constexpr int64_t kMostIds = (int64_t{1} << 31) - 1 - kBatch;
 
-// What a lane knows of its token, and its part of the scores. One piece of 16 bytes of every code; kWhole: every lane
-// has one, so that the codes of a batch lie at constant distances.
+// What a lane knows of its token, whose sub-codebook begins with row `code`, and its part of the scores. One piece of
+// 16 bytes of every code; kWhole: every lane has one, so that the codes of a batch lie at constant distances.
 template <Dtype kDtype, int kLanes, bool kWhole>
 class Vector {
  public:
@@ -49,9 +54,9 @@ class Vector {
   using Id = int32_t;
   static constexpr int kBlocks = kDtype == Dtype::kFloat32 ? 5 : 4;  // an SM: up to 48 or 64 registers a thread
 
-  __device__ Vector(const NearestSubcode& p, int64_t token, int64_t group, int lane, float half)
+  __device__ Vector(const NearestSubcode& p, int64_t token, int64_t code, int lane, float half)
       : lane_(lane), ragged_(static_cast<int>(p.depth / kValues)), half_(half) {
-    codes_ = static_cast<const uint4*>(p.sub_codebooks.data) + group * p.subcodes * pieces() + lane;
+    codes_ = static_cast<const uint4*>(p.sub_codebooks.data) + code * pieces() + lane;
     const int64_t first = token * p.depth + lane * kValues;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) z_[i] = 0.0f;
@@ -92,7 +97,7 @@ class Vector {
       unpack<kDtype>(piece[u], c);
       part[u] = start;
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) part[u] += c[i] * (z_[i] + half_ * c[i]);
+      for (int i = 0; i < kValues; ++i) part[u] = fmaf(c[i], fmaf(half_, c[i], z_[i]), part[u]);
     }
   }
 
@@ -114,9 +119,9 @@ class Scalar {
   using Id = int64_t;
   static constexpr int kBlocks = 2;
 
-  __device__ Scalar(const NearestSubcode& p, int64_t token, int64_t group, int lane, T half)
-      : codes_(p.sub_codebooks), z_(p.z), depth_(p.depth), code_(group * p.subcodes * p.depth), token_(token * p.depth),
-        lane_(lane), half_(half) {}
+  __device__ Scalar(const NearestSubcode& p, int64_t token, int64_t code, int lane, T half)
+      : codes_(p.sub_codebooks), z_(p.z), depth_(p.depth), code_(code * p.depth), token_(token * p.depth), lane_(lane),
+        half_(half) {}
 
   __device__ bool finite() const {
     T poison = 0;
@@ -133,7 +138,7 @@ class Scalar {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const T c = read<T>(codes_, code[u] + d);
-        part[u] += c * (z + half_ * c);
+        part[u] = fma(c, fma(half_, c, z), part[u]);
       }
     }
   }
@@ -172,8 +177,9 @@ __device__ __forceinline__ int add_lanes(int lane, T (&part)[kBatch]) {
   return first;
 }
 
-template <typename Lane, int kLanes>
-__global__ void __launch_bounds__(kThreads, Lane::kBlocks)
+// kOwnSizes: there are offsets. It takes registers, which sub-codebooks of one size have not to spare.
+template <typename Lane, int kLanes, bool kOwnSizes>
+__global__ void __launch_bounds__(kThreads, kOwnSizes && Lane::kBlocks > 4 ? 4 : Lane::kBlocks)
     stage_kernel(PixelStage p, const int32_t* order, CodePieces pieces) {
   using T = typename Lane::Score;
   using Id = typename Lane::Id;
@@ -186,16 +192,25 @@ __global__ void __launch_bounds__(kThreads, Lane::kBlocks)
   const int64_t named = p.search.group[token];
   const bool known = named >= 0 && named < p.search.groups;
   const int64_t group = known ? named : 0;
+  const int64_t subcodes = p.search.subcodes;
+  const RowRange own = kOwnSizes ? rows_of_group(p.search, group) : RowRange{group * subcodes, subcodes};
 
-  const Lane mine(p.search, token, group, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
+  const Lane mine(p.search, token, own.first, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
   constexpr unsigned kGroup = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
   const unsigned bad = __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kGroup;
-  const T start = known && bad == 0 ? T(0) : nan_of(T());
+  const T start = known && bad == 0 && (!kOwnSizes || own.count > 0) ? T(0) : nan_of(T());
 
   T best = -infinity(T());
   Id id = 0;
-  const Id last = static_cast<Id>(p.search.subcodes - 1);
-  for (Id j = 0; j <= last; j += kBatch) {
+  const Id last = !kOwnSizes || own.count > 0 ? static_cast<Id>(own.count - 1) : 0;
+  Id longest = last;  // of the warp's tokens: its lanes add up together
+  if constexpr (kOwnSizes) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset >= kLanes; offset /= 2) {
+      longest = max(longest, __shfl_xor_sync(kAllLanes, longest, offset));
+    }
+  }
+  for (Id j = 0; j <= longest; j += kBatch) {
     T part[kBatch];
     mine.score(j, last, start, part);
     const int first = add_lanes<kLanes>(lane, part);
@@ -219,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, Lane::kBlocks)
     if (p.search.ids != nullptr) p.search.ids[token] = id;
   }
   if (p.codes == nullptr) return;
-  const int64_t code = group * p.search.subcodes + id;
+  const int64_t code = own.first + id;
   if (lane == 0) p.codes[token] = code;
   copy_code(p.lookup, pieces, group, code, token, lane, kLanes);
 }
@@ -227,39 +242,46 @@ __global__ void __launch_bounds__(kThreads, Lane::kBlocks)
 using Kernel = void (*)(PixelStage, const int32_t*, CodePieces);
 
 template <Dtype kDtype, int kLanes>
-Kernel with_lanes(bool whole) {
-  if constexpr (kLanes > 2) {
-    if (!whole) return stage_kernel<Vector<kDtype, kLanes, false>, kLanes>;
-  }
-  return stage_kernel<Vector<kDtype, kLanes, true>, kLanes>;
+Kernel with_lanes(bool whole, bool own_sizes) {
+  constexpr bool kAlwaysWhole = kLanes <= 2;
+  if (own_sizes) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, true>;  // one for both: fewer kernels
+  if (!whole) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, false>;
+  return stage_kernel<Vector<kDtype, kLanes, true>, kLanes, false>;
 }
 
 template <Dtype kDtype>
-Kernel with_dtype(int lanes, bool whole) {
+Kernel with_dtype(int lanes, bool whole, bool own_sizes) {
   switch (lanes) {
-    case 1: return with_lanes<kDtype, 1>(whole);
-    case 2: return with_lanes<kDtype, 2>(whole);
-    case 4: return with_lanes<kDtype, 4>(whole);
-    case 8: return with_lanes<kDtype, 8>(whole);
-    case 16: return with_lanes<kDtype, 16>(whole);
-    default: return with_lanes<kDtype, 32>(whole);
+    case 1: return with_lanes<kDtype, 1>(whole, own_sizes);
+    case 2: return with_lanes<kDtype, 2>(whole, own_sizes);
+    case 4: return with_lanes<kDtype, 4>(whole, own_sizes);
+    case 8: return with_lanes<kDtype, 8>(whole, own_sizes);
+    case 16: return with_lanes<kDtype, 16>(whole, own_sizes);
+    default: return with_lanes<kDtype, 32>(whole, own_sizes);
   }
+}
+
+template <typename T, int kLanes>
+Kernel by_value(bool own_sizes) {
+  return own_sizes ? stage_kernel<Scalar<T, kLanes>, kLanes, true> : stage_kernel<Scalar<T, kLanes>, kLanes, false>;
 }
 
 // The kernel for a problem, and the lanes it gives to a token.
 Kernel choose(const NearestSubcode& p, int* lanes) {
   const Rows& codes = p.sub_codebooks;
   const int64_t pieces = p.depth * element_size(codes.dtype) / kPiece;
-  if (p.wide || pieces > kWarp || !in_pieces(codes.data, codes.dtype, p.depth) || p.subcodes * pieces > kMostIds) {
+  const bool own_sizes = p.offsets != nullptr;
+  const int64_t most = own_sizes ? p.total : p.subcodes;
+  if (p.wide || pieces > kWarp || !in_pieces(codes.data, codes.dtype, p.depth) || most * pieces > kMostIds) {
     *lanes = p.depth <= 8 ? 8 : kWarp;
-    if (*lanes == 8) return p.wide ? stage_kernel<Scalar<double, 8>, 8> : stage_kernel<Scalar<float, 8>, 8>;
-    return p.wide ? stage_kernel<Scalar<double, kWarp>, kWarp> : stage_kernel<Scalar<float, kWarp>, kWarp>;
+    if (*lanes == 8) return p.wide ? by_value<double, 8>(own_sizes) : by_value<float, 8>(own_sizes);
+    return p.wide ? by_value<double, kWarp>(own_sizes) : by_value<float, kWarp>(own_sizes);
   }
   *lanes = lanes_for(pieces);
   const bool whole = *lanes == pieces;
-  if (codes.dtype == Dtype::kFloat32) return with_dtype<Dtype::kFloat32>(*lanes, whole);
-  if (codes.dtype == Dtype::kFloat16) return with_dtype<Dtype::kFloat16>(*lanes, whole);
-  return with_dtype<Dtype::kBFloat16>(*lanes, whole);
+  if (codes.dtype == Dtype::kFloat32) return with_dtype<Dtype::kFloat32>(*lanes, whole, own_sizes);
+  if (codes.dtype == Dtype::kFloat16) return with_dtype<Dtype::kFloat16>(*lanes, whole, own_sizes);
+  return with_dtype<Dtype::kBFloat16>(*lanes, whole, own_sizes);
 }
 
 // Fewer tokens than groups seldom share one: the sort would cost more than it saves.

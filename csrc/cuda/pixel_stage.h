@@ -7,7 +7,7 @@ namespace semhitok::cuda {
 
 struct PixelStage {
   NearestSubcode search;  // scores and ids are written where they are not null
-  int64_t* codes;         // null: the search alone; else group * subcodes + id, and the rows of lookup
+  int64_t* codes;         // null: the search alone; else the group's first row + id, and the rows of lookup
   HierLookup lookup;
 };
 

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     codes = tokens.codes.view(-1, grid, grid)
     codebook = tokenizer.quantizer.semantic.codebook.cpu()
-    fit = (tokens.z_sem * codebook[tokens.codes // config.num_sub_codes]).sum(1).view_as(codes)
+    semantic, _ = tokenizer.vocabulary.split(tokens.codes)
+    fit = (tokens.z_sem * codebook[semantic]).sum(1).view_as(codes)
     maps, start = [], 0
     for image in pictures:
         columns = image.shape[2] // size

@@ -72,11 +72,15 @@ def _checkpoint(name: str) -> Iterable[tuple[str, Any]]:
     codebooks = (tokenizer.quantizer.semantic.codebook, tokenizer.quantizer.pix_codebook)
     for part, codebook in zip(("semantic", "pixel"), codebooks, strict=True):
         yield f"codebook {part}", " x ".join(map(str, codebook.shape))
+    if tokenizer.quantizer.offsets is not None:
+        yield "sub-codes of a code", _spread(tokenizer.quantizer.sizes)
     yield "parameters without teacher", f"{_parameters(tokenizer):,}"
     yield "codebook hash", tokenizer.codebook_hash
 
 
 def _ids(path: str) -> Iterable[tuple[str, Any]]:
+    import torch
+
     from semhitok.data.codes import load_codes
     from semhitok.usage import CodeUsage
 
@@ -84,9 +88,11 @@ def _ids(path: str) -> Iterable[tuple[str, Any]]:
     yield "shape", "{} images of {} x {} ids".format(*file.codes.shape)
     yield "num_codes K", f"{file.num_codes:,}"
     yield "num_sub_codes m", f"{file.num_sub_codes:,}"
+    if file.offsets is not None:
+        yield "sub-codes of a code", _spread(torch.tensor(file.offsets).diff())
     yield "codebook hash", file.codebook_hash
     if file.vocabulary.num_flat_codes <= _MAX_COUNTERS:
-        usage = CodeUsage(file.num_codes, file.num_sub_codes)
+        usage = CodeUsage(file.num_codes, file.num_sub_codes, offsets=file.offsets)
         usage.update(file.codes)
         for view, figures in usage.summary().items():
             values = f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
@@ -101,6 +107,13 @@ def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _fields(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value
+
+
+def _spread(sizes: Any) -> str:
+    """How sizes [K] int64 are spread: least, quartiles, most."""
+    ordered = sizes.sort().values
+    quarters = [int(ordered[(len(ordered) - 1) * q // 4]) for q in range(5)]
+    return "least {}, quartiles {} {} {}, most {}".format(*quarters)
 
 
 def _parameters(module: Any) -> int:

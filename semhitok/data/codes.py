@@ -1,6 +1,7 @@
 """Ids files: the flat ids of many images with what is needed to decode them, as `.safetensors`.
 
-One tensor `codes` [N, h, w], int32 where it holds K * m ids and int64 otherwise, and as metadata:
+One tensor `codes` [N, h, w], int32 where it holds K * m ids and int64 otherwise; where sub-codebooks have sizes of
+their own, another `offsets` [K + 1] int64, the first id of every semantic code and K * m; and as metadata:
 `format`, `version`, `shape` (JSON), `num_codes` (K), `num_sub_codes` (m), `codebook_hash`
 (hex SHA-256) and `names` (JSON list of N strings, the images' sources).
 """
@@ -31,8 +32,9 @@ class CodesFile:
         codes: int64 [N, h, w], flat ids in [0, num_codes * num_sub_codes), on the CPU.
         names: N strings, where each image came from. As found in the file: not safe as paths.
         num_codes: K, semantic codes.
-        num_sub_codes: m, sub-codes of each.
+        num_sub_codes: m, sub-codes of each; with offsets, their mean number.
         codebook_hash: hex SHA-256 of the codebooks the ids belong to.
+        offsets: the first flat id of every semantic code, and K * m, where sub-codebooks have sizes of their own.
     """
 
     codes: torch.Tensor
@@ -40,11 +42,12 @@ class CodesFile:
     num_codes: int
     num_sub_codes: int
     codebook_hash: str
+    offsets: tuple[int, ...] | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of the ids, without text ids."""
-        return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash)
+        return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash, offsets=self.offsets)
 
 
 def save_codes(
@@ -59,7 +62,7 @@ def save_codes(
         path: file to write, in an existing folder; an old file is replaced.
         codes: integers [N, h, w] in [0, K * m), on any device.
         names: N strings, the sources of the images.
-        vocabulary: K, m and the codebook hash.
+        vocabulary: K, m, offsets and the codebook hash.
 
     Raises:
         ValueError: another shape, ids out of range, names of another number, no codebook hash.
@@ -83,6 +86,8 @@ def save_codes(
         "names": json.dumps(list(names)),  # ASCII, so that names that are no UTF-8 survive
     }
     tensors = {"codes": stored.contiguous()}
+    if vocabulary.offsets is not None:
+        tensors["offsets"] = torch.tensor(vocabulary.offsets)
     write_atomic(path, _ordered(require("safetensors.torch").save(tensors, metadata)))
 
 
@@ -121,8 +126,8 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
     if metadata.get("version") != _VERSION:
         got = _field(metadata, "version")
         raise ValueError(f"version: expected {_VERSION}, got {got}; update semhitok")
-    if list(file.keys()) != ["codes"]:
-        raise ValueError(f"expected one tensor named codes, got {list(file.keys())}")
+    if sorted(file.keys()) not in (["codes"], ["codes", "offsets"]):
+        raise ValueError(f"expected one tensor named codes, and at most offsets, got {list(file.keys())}")
     codes = file.get_tensor("codes")
     if codes.dtype not in (torch.int32, torch.int64) or codes.ndim != 3:
         raise ValueError(f"codes: expected int32 or int64 [N, h, w], got {codes.dtype} {list(codes.shape)}")
@@ -137,8 +142,15 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
     digest = _field(metadata, "codebook_hash")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"codebook_hash: expected 64 hexadecimal digits, got {digest!r}")
-    vocabulary = Vocabulary(_count(metadata, "num_codes"), _count(metadata, "num_sub_codes"), codebook_hash=digest)
-    return CodesFile(vocabulary.check(codes), names, vocabulary.num_codes, vocabulary.num_sub_codes, digest)
+    offsets = None
+    if "offsets" in file.keys():  # noqa: SIM118  (no mapping)
+        bounds = file.get_tensor("offsets")
+        if bounds.dtype != torch.int64 or bounds.ndim != 1:
+            raise ValueError(f"offsets: expected int64 [K + 1], got {bounds.dtype} {list(bounds.shape)}")
+        offsets = tuple(bounds.tolist())
+    sizes = _count(metadata, "num_codes"), _count(metadata, "num_sub_codes")
+    vocabulary = Vocabulary(*sizes, codebook_hash=digest, offsets=offsets)
+    return CodesFile(vocabulary.check(codes), names, *sizes, digest, offsets)
 
 
 def _field(metadata: dict[str, str], key: str) -> str:

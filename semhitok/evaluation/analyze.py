@@ -7,6 +7,7 @@ sub-codebook fits the tokens of its own code better than those of others, and wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from semhitok._optional import require
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
+from semhitok.vocabulary import Vocabulary
 
 _CHUNK = 65536  # tokens at once
 _KMEANS_ITERATIONS = 10
@@ -84,14 +86,14 @@ def collect(tokenizer: SemHiTok, batches: Iterable[tuple[Tensor, Tensor]]) -> To
 
 def analyze(tokenizer: SemHiTok, tokens: Tokens, seed: int = 0) -> dict[str, Any]:
     """All figures about tokens, as JSON would have them, but for the `pairs` of `distances`; see the functions."""
-    quantizer, m = tokenizer.quantizer, tokenizer.config.num_sub_codes
+    quantizer, vocabulary = copy.deepcopy(tokenizer.quantizer).cpu(), tokenizer.vocabulary
     generator = torch.Generator().manual_seed(seed)
     apart, pairs = distances(quantizer, tokens.codes, generator)
     return {
         "images": int(tokens.source.unique().numel()),
         "tokens": len(tokens.codes),
-        "explained_variance": explained_variance(tokens, m, generator),
-        "sub_codes_by_frequency": usage_by_frequency(tokens.codes, quantizer.num_codes, m),
+        "explained_variance": explained_variance(tokens, vocabulary, generator),
+        "sub_codes_by_frequency": usage_by_frequency(tokens.codes, vocabulary),
         "ownership": ownership(quantizer, tokens.z_pix, tokens.codes, generator),
         "distances": apart,
         "pairs": pairs,
@@ -108,7 +110,9 @@ class _Rows:
         return self.table[self.rows[at]]
 
 
-def explained_variance(tokens: Tokens, m: int, generator: torch.Generator) -> dict[str, dict[str, float]]:
+def explained_variance(
+    tokens: Tokens, vocabulary: Vocabulary, generator: torch.Generator
+) -> dict[str, dict[str, float]]:
     """Share of the patches' variance that is known once something else of them is known, at most 1.
 
     1 - squared error / squared error of one mean patch. For ids the guess is the mean patch of the id (with one patch
@@ -124,7 +128,7 @@ def explained_variance(tokens: Tokens, m: int, generator: torch.Generator) -> di
     half = tokens.source % 2
     if bool((half == half[0]).all()):  # all of one image
         half = (torch.arange(len(half)) * 2 // len(half)).to(half)
-    semantic = tokens.codes // m
+    semantic, _ = vocabulary.split(tokens.codes)
     shuffled = semantic[torch.randperm(len(semantic), generator=generator)]
     errors: dict[str, Tensor] = {}
     nothing = torch.zeros(3, dtype=torch.float64)
@@ -135,7 +139,7 @@ def explained_variance(tokens: Tokens, m: int, generator: torch.Generator) -> di
         guesses: dict[str, _Rows] = {"total": _Rows(mean, torch.zeros_like(test))}
         for name, ids in (("semantic_id", semantic), ("random_id", shuffled)):
             guesses[name] = _Rows(*_by_id(x, ids[fit], ids[test], mean))
-        parents, parent = _by_id(x, semantic[fit], tokens.codes[test].unique() // m, mean)
+        parents, parent = _by_id(x, semantic[fit], vocabulary.split(tokens.codes[test].unique())[0], mean)
         guesses["flat_id"] = _Rows(*_by_id(x, tokens.codes[fit], tokens.codes[test], parents[parent]))
         centres = _kmeans(x, int(semantic[fit].unique().numel()), generator)
         guesses["kmeans_pixels"] = _Rows(centres, _nearest(tokens.patches[test], centres))
@@ -196,24 +200,21 @@ def _kmeans(patches: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return centres
 
 
-def usage_by_frequency(codes: Tensor, num_codes: int, num_sub_codes: int) -> list[dict[str, float]]:
+def usage_by_frequency(codes: Tensor, vocabulary: Vocabulary) -> list[dict[str, float]]:
     """Use of the sub-codebooks under rare and under frequent semantic codes.
 
     Codes that occur are binned by their number of tokens, a bin for every power of four.
 
     Returns:
         For each bin: tokens_from and tokens_to of a code (both included), codes, share of all tokens, the mean share of
-        the m sub-codes that occur under a code (usage), what it would be were sub-codes drawn at random, all alike
-        (usage_if_even), and the mean perplexity of sub-codes under a code, in [1, m].
+        a code's sub-codes that occur (usage), what it would be were sub-codes drawn at random, all alike
+        (usage_if_even), and the mean perplexity of sub-codes under a code, from 1 to their number.
     """
-    usage = CodeUsage(num_codes, num_sub_codes)
+    usage = CodeUsage(vocabulary.num_codes, vocabulary.num_sub_codes, offsets=vocabulary.offsets)
     usage.update(codes)
-    counts = usage.counts.double()
-    tokens = counts.sum(1)
-    p = counts / tokens.clamp_min(1).unsqueeze(1)
-    perplexity = (-torch.xlogy(p, p).sum(1)).exp()
-    used = (counts > 0).double().mean(1)
-    even = 1 - (1 - 1 / num_sub_codes) ** tokens
+    tokens, occurring, sizes, perplexity = usage.groups()
+    used = occurring / sizes
+    even = 1 - (1 - 1 / sizes) ** tokens
     bins = []
     low = 1
     while low <= int(tokens.max()):
@@ -247,8 +248,8 @@ def ownership(
         own, other, all; and gain, the decibels by which own is below other: about 0 where sub-codebooks and semantic
         codes have nothing to do with each other.
     """
-    book = quantizer.pix_codebook.detach().cpu()
-    semantic = codes // quantizer.num_sub_codes
+    book, flat = quantizer.pix_codebook, quantizer.pix_codebook.flatten(0, -2)
+    semantic, _ = quantizer.split(codes)
     variance = (z_pix - z_pix.mean(0)).square().sum(1).mean()
     other = semantic[torch.randperm(len(semantic), generator=generator)]
     differ = other != semantic
@@ -256,12 +257,11 @@ def ownership(
     def error(z: Tensor, ids: Tensor) -> float:
         total = 0.0
         for rows, group in zip(z.split(_CHUNK), ids.split(_CHUNK), strict=True):
-            _, sub = ops.nearest_subcode(rows, book, group, "l2")
-            total += (rows - book[group, sub]).square().sum(1).double().sum().item()
+            _, sub = ops.nearest_subcode(rows, book, group, "l2", quantizer.offsets)
+            total += (rows - flat[quantizer.join(group, sub)]).square().sum(1).double().sum().item()
         return total / max(len(z), 1) / variance.item()
 
     some = torch.randperm(len(z_pix), generator=generator)[:_FLAT_TOKENS]
-    flat = book.flatten(0, 1)
     _, nearest = ops.nearest_code(z_pix[some], flat, "l2")
     figures = {"own": error(z_pix, semantic), "other": error(z_pix[differ], other[differ])}
     figures["all"] = (z_pix[some] - flat[nearest]).square().sum(1).mean().item() / variance.item()
@@ -283,13 +283,13 @@ def distances(
         two sub-codebooks. rank_correlation: Spearman's, of that distance with the angle between the semantic codes, 0
         if fewer than three codes occur. And the pairs, [n, 2]: angle in degrees, distance.
     """
-    book, m = quantizer.pix_codebook.detach().cpu(), quantizer.num_sub_codes
-    present = (codes // m).unique()
+    books = quantizer.pix_codebook.flatten(0, -2).split(quantizer.sizes.tolist())
+    present = quantizer.split(codes)[0].unique()
     nothing = {"within": 0.0, "between": 0.0, "rank_correlation": 0.0}
-    own = book[present]
-    if m > 1:
-        inner = torch.cdist(own, own) + torch.full((m,), float("inf")).diag()
-        nothing["within"] = inner.amin(-1).mean().item()
+    own = [books[i] for i in present.tolist()]
+    inner = [_apart(book, book).fill_diagonal_(torch.inf).amin(1) for book in own if len(book) > 1]
+    if inner:
+        nothing["within"] = torch.cat(inner).mean().item()
     if len(present) < 3:
         return nothing, torch.zeros(0, 2)
     pairs = torch.combinations(torch.arange(len(present))) if len(present) <= 200 else None
@@ -297,10 +297,9 @@ def distances(
         first = torch.randint(len(present), (_PAIRS,), generator=generator)
         step = torch.randint(1, len(present), (_PAIRS,), generator=generator)
         pairs = torch.stack([first, (first + step) % len(present)], dim=1)
-    a, b = own[pairs[:, 0]], own[pairs[:, 1]]
-    apart = torch.cdist(a, b)
-    distance = (apart.amin(1).mean(1) + apart.amin(2).mean(1)) / 2
-    semantic = quantizer.semantic.codebook.detach().cpu()[present]
+    apart = (_apart(own[a], own[b]) for a, b in pairs.tolist())
+    distance = torch.stack([(between.amin(0).mean() + between.amin(1).mean()) / 2 for between in apart])
+    semantic = quantizer.semantic.codebook[present]
     cosine = (semantic[pairs[:, 0]] * semantic[pairs[:, 1]]).sum(1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine))
     correlation = require("scipy.stats", "eval").spearmanr(angle.numpy(), distance.numpy()).statistic
@@ -308,3 +307,7 @@ def distances(
         "between": distance.mean().item(),
         "rank_correlation": 0.0 if correlation != correlation else float(correlation),
     }, torch.stack([angle, distance], dim=1)
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from semhitok import distributed
 from semhitok.evaluation.metrics import psnr, ssim
+from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.usage import CodeUsage
 
 _LOWER_IS_BETTER = {"cosine", "l1", "l2", "lpips", "rfid"}
@@ -60,8 +61,8 @@ class MeanOverImages:
 class Usage:
     """Usage and perplexity of the ids, by exact counts."""
 
-    def __init__(self, num_codes: int, num_sub_codes: int, device: torch.device | str) -> None:
-        self.usage = CodeUsage(num_codes, num_sub_codes, device)
+    def __init__(self, usage: CodeUsage) -> None:
+        self.usage = usage
 
     def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
         self.usage.update(codes)
@@ -73,9 +74,10 @@ class Usage:
         return {f"{view}_{key}": v for view, row in self.usage.summary().items() for key, v in row.items()}
 
 
-def default_metrics(num_codes: int, num_sub_codes: int, device: torch.device | str) -> list[Metric]:
+def default_metrics(quantizer: HierarchicalQuantizer, device: torch.device | str) -> list[Metric]:
     """PSNR, SSIM, and the use of the codes."""
-    return [MeanOverImages("psnr", psnr), MeanOverImages("ssim", ssim), Usage(num_codes, num_sub_codes, device)]
+    usage = CodeUsage(quantizer.num_codes, quantizer.num_sub_codes, device, quantizer.offsets)
+    return [MeanOverImages("psnr", psnr), MeanOverImages("ssim", ssim), Usage(usage)]
 
 
 @torch.no_grad()

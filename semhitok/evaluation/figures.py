@@ -37,7 +37,7 @@ def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]]
 
     rows: image [3, H, W], the flat ids [T, h, w] of its tiles, tiles in a row.
     """
-    codebook = tokenizer.quantizer.semantic.codebook.cpu()
+    codebook, device = tokenizer.quantizer.semantic.codebook.cpu(), tokenizer.quantizer.pix_codebook.device
     centered = codebook - codebook.mean(0)
     colors = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:3].T
     colors = (colors - colors.amin(0)) / (colors.amax(0) - colors.amin(0)).clamp_min(1e-9)
@@ -46,7 +46,7 @@ def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]]
         len(rows), 2, figsize=(10, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
     )
     for line, (image, codes, columns) in zip(axes, rows, strict=True):
-        semantic = codes.cpu() // tokenizer.config.num_sub_codes
+        semantic = tokenizer.quantizer.split(codes.to(device))[0].cpu()
         title = f"semantic ids ({len(semantic.unique())} of {len(codebook)} occur)"
         drawn = untile(colors[semantic].permute(0, 3, 1, 2), columns)
         for axis, name, shown in ((line[0], "image", image), (line[1], title, drawn)):
@@ -68,8 +68,8 @@ def patches_of_codes(
     """
     rows, columns, context = 10, 24, 8
     config = tokenizer.config
-    p, codes = config.patch_size, codes.cpu()
-    semantic, sub = codes // config.num_sub_codes, codes % config.num_sub_codes
+    p, device = config.patch_size, tokenizer.quantizer.pix_codebook.device
+    semantic, sub = (ids.cpu() for ids in tokenizer.quantizer.split(codes.to(device)))
     counts = torch.bincount(semantic.flatten(), minlength=config.num_codes)
     order = counts.argsort(descending=True, stable=True)
     columns = min(columns, int(counts.max()))

@@ -176,13 +176,13 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
     q = tokenizer.features(codes)
     reconstructions = to_uint8(tokenizer.decode(codes))
     again = tokenizer.encode(reconstructions.float() / 255)
-    m = tokenizer.config.num_sub_codes
+    semantic, semantic_again = (tokenizer.quantizer.split(ids)[0] for ids in (codes, again))
     predicted = tokenizer.semantic_decoder(q.semantic).float()
     target = tokenizer.semantic_head.standardize(teacher)
     rows = {
         "codes": codes,
         "flat_ids_kept": (again == codes).double().mean((1, 2)),
-        "semantic_ids_kept": (again // m == codes // m).double().mean((1, 2)),
+        "semantic_ids_kept": (semantic_again == semantic).double().mean((1, 2)),
         "semantic_cosine": F.cosine_similarity(predicted, target, dim=-1).double().mean((1, 2)),
     }
     if pool:
@@ -272,7 +272,10 @@ def _evaluate(
         _staged(lambda folder: store(reconstructions, folder, lambda image: _sized(image, size), "copy"), folders[1])
 
     names = list(images)
-    usage = CodeUsage(tokenizer.config.num_codes, tokenizer.config.num_sub_codes) if tokenizer is not None else None
+    usage = None
+    if tokenizer is not None:
+        quantizer = tokenizer.quantizer
+        usage = CodeUsage(quantizer.num_codes, quantizer.num_sub_codes, offsets=quantizer.offsets)
 
     def compute(numbers: Tensor) -> dict[str, Tensor]:
         group = [names[n] for n in numbers.tolist()]

@@ -36,6 +36,7 @@ class UnifiedMLLMConfig(PreTrainedConfig):
     image_size: pixels on one side of an image; with `resolution_id` it gets a special id after begin of image.
     codebook_hash: of the codebooks the model holds; None while it holds none.
     head: "flat", one row for every id; "hierarchical", code i first, then sub-code j by the rows of i alone.
+    adaptive: the tokenizer's sub-codebooks have sizes of their own; for the flat head only.
     """
 
     model_type = "semhitok_mllm"
@@ -53,6 +54,7 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         resolution_id: bool = False,
         codebook_hash: str | None = None,
         head: str = "flat",
+        adaptive: bool = False,
         **kwargs: Any,
     ) -> None:
         if text_config is None:  # transformers compares configs with their default
@@ -69,6 +71,9 @@ class UnifiedMLLMConfig(PreTrainedConfig):
             setattr(self, name, value)
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+        if adaptive and head == "hierarchical":
+            raise ValueError("head: expected flat, as the tokenizer's sub-codebooks differ in size, got 'hierarchical'")
+        self.adaptive = adaptive
         self.text_config = text_config
         self.resolution_id = resolution_id
         self.codebook_hash = codebook_hash
@@ -89,26 +94,37 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
 
 class Codebooks(nn.Module):
-    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], fp32 whatever the model is cast to."""
+    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], fp32 whatever the model is cast to.
+
+    With adaptive sizes pix is [K * m, Dp], and sub-codebook i its rows from offsets[i] on; offsets [K + 1] int64.
+    """
 
     sem: Tensor
     pix: Tensor
+    offsets: Tensor | None
 
     def __init__(self, config: UnifiedMLLMConfig) -> None:
         super().__init__()
         K, m = config.num_codes, config.num_sub_codes
         self.register_buffer("sem", torch.zeros(K, config.sem_dim, dtype=torch.float32))
-        self.register_buffer("pix", torch.zeros(K, m, config.pix_dim, dtype=torch.float32))
+        shape = (K * m,) if config.adaptive else (K, m)
+        self.register_buffer("pix", torch.zeros(*shape, config.pix_dim, dtype=torch.float32))
+        self.register_buffer("offsets", torch.arange(K + 1) * m if config.adaptive else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Codebooks:
         # As integers they move between devices and are not rounded, so their hash stays true.
-        return super()._apply(lambda t: fn(t.view(torch.int32)).view(torch.float32), recurse)
+        return super()._apply(
+            lambda t: fn(t.view(torch.int32)).view(torch.float32) if t.is_floating_point() else fn(t), recurse
+        )
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
+        if self.offsets is None:
+            semantic = codes // self.pix.shape[1]
+        else:
+            semantic = torch.searchsorted(self.offsets, codes, right=True) - 1
         return Features(
-            nn.functional.embedding(codes // self.pix.shape[1], self.sem),
-            nn.functional.embedding(codes, self.pix.flatten(0, 1)),
+            nn.functional.embedding(semantic, self.sem), nn.functional.embedding(codes, self.pix.flatten(0, -2))
         )
 
 
@@ -155,7 +171,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["codebooks"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["codebooks.sem", "codebooks.pix"]  # noqa: RUF012
 
     def __init__(self, config: UnifiedMLLMConfig) -> None:
         super().__init__(config)
@@ -203,7 +219,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             kwargs: for `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
 
         Raises:
-            ValueError: an LLM whose head has a bias, or another number of rows than its embedding.
+            ValueError: an LLM whose head has a bias, or another number of rows than its embedding; a hierarchical head
+                for a tokenizer with adaptive sizes.
             OSError: `llm` cannot be read or fetched.
         """
         if isinstance(llm, str):
@@ -220,7 +237,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         config = UnifiedMLLMConfig(
             llm.config,
             sizes.num_codes, sizes.num_sub_codes, sizes.sem_dim, sizes.pix_dim, sizes.grid_size, sizes.image_size,
-            resolution_id, tokenizer.codebook_hash, head,
+            resolution_id, tokenizer.codebook_hash, head, sizes.adaptive,
         )  # fmt: skip
         # The LLM's parts are made without memory, and then replaced.
         with torch.device("meta"):
@@ -234,6 +251,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
                     module.apply(model._init_fresh)
         model.codebooks.sem.copy_(tokenizer.quantizer.semantic.codebook)
         model.codebooks.pix.copy_(tokenizer.quantizer.pix_codebook)
+        if model.codebooks.offsets is not None and tokenizer.quantizer.offsets is not None:
+            model.codebooks.offsets.copy_(tokenizer.quantizer.offsets)
         model.tie_weights()
         if llm.generation_config is not None:
             model.generation_config = llm.generation_config
@@ -246,7 +265,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         books = model.codebooks
         if model.config.codebook_hash is not None and not books.sem.is_meta:
-            model.config.vocabulary.check_hash(codebook_hash(books.sem, books.pix))
+            model.config.vocabulary.check_hash(codebook_hash(books.sem, books.pix, books.offsets))
         return loaded
 
     @property

@@ -128,12 +128,11 @@ def usage_figures(usage: CodeUsage, step: int, window: int) -> dict[str, float]:
     if (step + 1) % window:
         return {}
     summary = usage.summary()
-    counts = usage.counts
-    present = counts.sum(1) > 0
+    groups = usage.groups()
     figures = {f"{view}_{key}": v for view, row in summary.items() for key, v in row.items()}
-    if counts.shape[1] > 1:
+    if usage.counts.shape[1] > 1:
         figures["dead_sub_codes"] = 1 - summary["group"]["usage"]
-        lacking = (counts[present] == 0).any(1).double()
+        lacking = (groups.used < groups.sizes)[groups.tokens > 0].double()
         figures["groups_with_dead_sub_codes"] = lacking.mean().item() if len(lacking) else 0.0
     usage.reset()
     return figures

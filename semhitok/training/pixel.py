@@ -4,7 +4,8 @@ loss = reconstruction loss (see `reconstruction`) + commitment (z_pix - sg(q_pix
 
 The sub-codes follow their tokens by moving averages, which stand for the codebook loss; starved ones are
 restarted. The first steps run without pixel quantisation; then k-means inside every semantic group, on the
-encoder's own features, sets the sub-codebooks. This initialisation decides how many of them live.
+encoder's own features, sets the sub-codebooks, and before it their sizes, where `model.adaptive` says so. This
+initialisation decides how many of them live.
 """
 
 from __future__ import annotations
@@ -119,8 +120,7 @@ class Reconstructing:
                 predicted, _, _, codes, _ = self.network(images, self._z_sem(images), True)
             return predicted, codes
 
-        m = self.model.config
-        metrics = default_metrics(m.num_codes, m.num_sub_codes, self.device)
+        metrics = default_metrics(self.model.quantizer, self.device)
         return evaluate(reconstruct, batches, metrics, self.device, pictures=self.run_config.evaluation.pictures)
 
 
@@ -195,7 +195,8 @@ class PixelStage(Reconstructing):
         return counters | self.reconstruction.counters()
 
     def codebooks(self) -> dict[str, Tensor]:
-        return {"pix_codebook": self.quantizer.pix_codebook, "weights": self.quantizer.weights}
+        books = {"pix_codebook": self.quantizer.pix_codebook, "weights": self.quantizer.weights}
+        return books if self.quantizer.offsets is None else books | {"offsets": self.quantizer.offsets}
 
 
 def semantic_fingerprint(model: SemHiTok) -> str:

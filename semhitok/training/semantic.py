@@ -23,6 +23,7 @@ from semhitok.evaluation.evaluate import MeanOverImages, Metric, Usage, evaluate
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parts import Batch, Part, gather, generator
+from semhitok.usage import CodeUsage
 
 
 class SemanticNetwork(nn.Module):
@@ -153,7 +154,7 @@ class SemanticStage:
 
         metrics: list[Metric] = [
             MeanOverImages("cosine", lambda reconstructions, images: last["cosine"][: len(images)]),
-            Usage(self.model.config.num_codes, 1, self.device),
+            Usage(CodeUsage(self.model.config.num_codes, 1, self.device)),
         ]
         figures, _ = evaluate(reconstruct, batches, metrics, self.device)
         return {k: v for k, v in figures.items() if not k.startswith(("flat", "group"))}, None

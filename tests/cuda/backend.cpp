@@ -55,6 +55,14 @@ int run(const Problem& problem, int64_t (*scratch_bytes)(const Problem&),
 
 Rows rows(const void* data, int dtype) { return {data, static_cast<Dtype>(dtype)}; }
 
+// The sizes of sub-codebooks, as ops.cpp sets them: with offsets [groups + 1] total rows, else groups * subcodes.
+template <typename Problem>
+void set_sizes(Problem* p, int64_t groups, int64_t subcodes, int64_t total, const int64_t* offsets) {
+  p->groups = groups, p->offsets = offsets;
+  p->total = offsets == nullptr ? groups * subcodes : total;
+  p->subcodes = offsets == nullptr ? subcodes : (total + groups - 1) / groups;
+}
+
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -102,44 +110,56 @@ EXPORTED int64_t hier_quantize_scratch(int64_t tokens, int64_t groups, int64_t s
   problem.sem.codes = problem.pix.groups = problem.lookup.groups = groups;
   problem.sem.depth = problem.lookup.sem_depth = sem_depth;
   problem.pix.depth = problem.lookup.pix_depth = pix_depth;
-  problem.pix.subcodes = problem.lookup.subcodes = subcodes;
+  set_sizes(&problem.pix, groups, subcodes, 0, nullptr);
+  set_sizes(&problem.lookup, groups, subcodes, 0, nullptr);
   return cuda::hier_quantize_scratch(problem);
 }
 
 EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, int64_t depth, int metric, int wide,
                              const void* z, int z_dtype, const void* sub_codebooks, int sub_codebooks_dtype,
-                             const int64_t* group, void* scores, int64_t* ids) {
-  const NearestSubcode problem{tokens, groups, subcodes, depth, static_cast<Metric>(metric), wide != 0,
-                               rows(z, z_dtype), rows(sub_codebooks, sub_codebooks_dtype), group, scores, ids};
+                             const int64_t* group, void* scores, int64_t* ids, int64_t total, const int64_t* offsets) {
+  NearestSubcode problem{};
+  set_sizes(&problem, groups, subcodes, total, offsets);
+  problem.tokens = tokens, problem.depth = depth;
+  problem.metric = static_cast<Metric>(metric), problem.wide = wide != 0;
+  problem.z = rows(z, z_dtype), problem.sub_codebooks = rows(sub_codebooks, sub_codebooks_dtype);
+  problem.group = group, problem.scores = scores, problem.ids = ids;
   return run(problem, &cuda::nearest_subcode_scratch, &cuda::nearest_subcode);
 }
 
 static HierLookup lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
                          int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
-                         void* q_sem, void* q_pix) {
-  return {tokens, groups, subcodes, static_cast<Dtype>(sem_dtype), static_cast<Dtype>(pix_dtype), sem_depth, pix_depth,
-          codes, sem, pix, q_sem, q_pix};
+                         void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
+  HierLookup problem{};
+  set_sizes(&problem, groups, subcodes, total, offsets);
+  problem.tokens = tokens, problem.codes = codes;
+  problem.sem_dtype = static_cast<Dtype>(sem_dtype), problem.pix_dtype = static_cast<Dtype>(pix_dtype);
+  problem.sem_depth = sem_depth, problem.pix_depth = pix_depth;
+  problem.sem_codebook = sem, problem.pix_codebook = pix, problem.q_sem = q_sem, problem.q_pix = q_pix;
+  return problem;
 }
 
 EXPORTED int hier_lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
                          int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
-                         void* q_sem, void* q_pix) {
-  const HierLookup problem =
-      lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes, q_sem, q_pix);
+                         void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
+  const HierLookup problem = lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth,
+                                    codes, q_sem, q_pix, total, offsets);
   return run(problem, &cuda::hier_lookup_scratch, &cuda::hier_lookup);
 }
 
 EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int sem_metric, int pix_metric, int wide,
                            const void* z_sem, int z_sem_dtype, const void* z_pix, int z_pix_dtype, const void* sem,
                            int sem_dtype, int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth,
-                           int64_t* codes, void* q_sem, void* q_pix) {
+                           int64_t* codes, void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
   HierQuantize problem{};
   problem.sem = {tokens, groups, sem_depth, static_cast<Metric>(sem_metric), wide != 0, rows(z_sem, z_sem_dtype),
                  rows(sem, sem_dtype), nullptr, nullptr};
-  problem.pix = {tokens, groups, subcodes, pix_depth, static_cast<Metric>(pix_metric), wide != 0,
-                 rows(z_pix, z_pix_dtype), rows(pix, pix_dtype), nullptr, nullptr, nullptr};
+  set_sizes(&problem.pix, groups, subcodes, total, offsets);
+  problem.pix.tokens = tokens, problem.pix.depth = pix_depth;
+  problem.pix.metric = static_cast<Metric>(pix_metric), problem.pix.wide = wide != 0;
+  problem.pix.z = rows(z_pix, z_pix_dtype), problem.pix.sub_codebooks = rows(pix, pix_dtype);
   problem.lookup = lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes, q_sem,
-                          q_pix);
+                          q_pix, total, offsets);
   problem.codes = codes;
   return run(problem, &cuda::hier_quantize_scratch, &cuda::hier_quantize);
 }

@@ -163,29 +163,36 @@ class Kernels:
         sizes = (tokens, groups, subcodes, sem_depth, pix_depth)
         return self.c.hier_quantize_scratch(*(ctypes.c_int64(size) for size in sizes))
 
-    def nearest_subcode(self, z: Tensor, codes: Tensor, group: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    def nearest_subcode(
+        self, z: Tensor, codes: Tensor, group: Tensor, metric: str = "l2", offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         wide = _is_wide(z, codes)
         scores, ids = _results(len(z), wide)
-        sizes = (len(z), *codes.shape, METRICS.index(metric), wide)
-        self.call("nearest_subcode", *sizes, z, _dtype(z), codes, _dtype(codes), group, scores, ids)
+        sizes = (len(z), *_sizes(codes, offsets), codes.shape[-1], METRICS.index(metric), wide)
+        self.call("nearest_subcode", *sizes, z, _dtype(z), codes, _dtype(codes), group, scores, ids,
+                  *_offsets(codes, offsets))  # fmt: skip
         return scores, ids
 
     def hier_quantize(
-        self, z_sem: Tensor, z_pix: Tensor, sem: Tensor, pix: Tensor, sem_metric: str = "ip", pix_metric: str = "l2"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, (k, m, _) = len(z_sem), pix.shape
+        self, z_sem: Tensor, z_pix: Tensor, sem: Tensor, pix: Tensor, sem_metric: str = "ip", pix_metric: str = "l2",
+        offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        n = len(z_sem)
         codes = torch.full((n,), -7)
-        q_sem, q_pix = sem.new_full((n, sem.shape[1]), 7), pix.new_full((n, pix.shape[2]), 7)
-        self.call("hier_quantize", n, k, m, METRICS.index(sem_metric), METRICS.index(pix_metric),
+        q_sem, q_pix = sem.new_full((n, sem.shape[1]), 7), pix.new_full((n, pix.shape[-1]), 7)
+        self.call("hier_quantize", n, *_sizes(pix, offsets), METRICS.index(sem_metric), METRICS.index(pix_metric),
                   _is_wide(z_sem, z_pix, sem, pix), z_sem, _dtype(z_sem), z_pix, _dtype(z_pix), sem, _dtype(sem),
-                  sem.shape[1], pix, _dtype(pix), pix.shape[2], codes, q_sem, q_pix)  # fmt: skip
+                  sem.shape[1], pix, _dtype(pix), pix.shape[-1], codes, q_sem, q_pix,
+                  *_offsets(pix, offsets))  # fmt: skip
         return q_sem, q_pix, codes
 
-    def hier_lookup(self, codes: Tensor, sem: Tensor, pix: Tensor) -> tuple[Tensor, Tensor]:
-        n, (k, m, _) = len(codes), pix.shape
-        q_sem, q_pix = sem.new_full((n, sem.shape[1]), 7), pix.new_full((n, pix.shape[2]), 7)
-        self.call("hier_lookup", n, k, m, sem, _dtype(sem), sem.shape[1], pix, _dtype(pix), pix.shape[2], codes, q_sem,
-                  q_pix)  # fmt: skip
+    def hier_lookup(
+        self, codes: Tensor, sem: Tensor, pix: Tensor, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        n = len(codes)
+        q_sem, q_pix = sem.new_full((n, sem.shape[1]), 7), pix.new_full((n, pix.shape[-1]), 7)
+        self.call("hier_lookup", n, *_sizes(pix, offsets), sem, _dtype(sem), sem.shape[1], pix, _dtype(pix),
+                  pix.shape[-1], codes, q_sem, q_pix, *_offsets(pix, offsets))  # fmt: skip
         return q_sem, q_pix
 
     def segment_sum(self, values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
@@ -193,6 +200,15 @@ class Kernels:
         sums, counts = torch.full((num_segments, values.shape[1]), 7, dtype=dtype), torch.full((num_segments,), -7)
         self.call("segment_sum", len(values), values.shape[1], num_segments, values, _dtype(values), ids, sums, counts)
         return sums, counts
+
+
+def _sizes(codes: Tensor, offsets: Tensor | None) -> tuple[int, int]:
+    """K and m of sub-codebooks [K, m, D], or of [T, D] with offsets [K + 1], where m goes without saying."""
+    return (codes.shape[0], codes.shape[1]) if offsets is None else (len(offsets) - 1, 0)
+
+
+def _offsets(codes: Tensor, offsets: Tensor | None) -> tuple[int, Tensor | int]:
+    return (0, 0) if offsets is None else (len(codes), offsets)
 
 
 def _dtype(tensor: Tensor) -> int:
