@@ -98,7 +98,7 @@ def understanding_parts(
 
 
 def generation(tokenizer: Any, vocabulary: Vocabulary, caption: str | None) -> list[int]:
-    """Ids that ask for an image, without its begin: for `generate_images`, and as its `unconditional` without caption."""
+    """Ids that ask for an image, without its begin, for `generate_images`; without caption, its `unconditional`."""
     return prompt(tokenizer, vocabulary, [{"role": "user", "content": caption or ""}])
 
 

@@ -55,6 +55,12 @@ class Batch:
         """Random numbers in [0, 1), [n], the same for all images of the global batch."""
         return torch.rand(n, generator=generator(*self.key, purpose)).to(self.images.device)
 
+    @staticmethod
+    def evidence(batches: Sequence[Batch]) -> dict[str, Any]:
+        """What to keep of a step whose loss is not finite."""
+        images = torch.cat([b.images for b in batches]).cpu()
+        return {"images": images, "first": batches[0].first, "total": batches[0].total}
+
 
 class Part:
     """A module with an optimiser of its own. Calling it runs it under DDP or FSDP, where there are processes.

@@ -72,7 +72,7 @@ def train(
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     if distributed.rank() == 0:
-        _claim(folder, config, images.description, accept_changes)
+        claim(folder, config, images.description, accept_changes)
     model = _model(config, device)
     seconds: dict[str, float] = {}
     with StopOnSignal() as stop:
@@ -129,7 +129,7 @@ def _held_out(config: TrainConfig, sources: Sequence[str | os.PathLike[str]]) ->
     )
 
 
-def _claim(folder: Path, config: TrainConfig, images: dict[str, object], accept_changes: bool) -> None:
+def claim(folder: Path, config: Any, images: dict[str, object], accept_changes: bool) -> None:
     """Write config.json into a new run's folder, or check that an old one's says the same."""
     text = json.dumps({"train": config.to_dict(), **images}, indent=2) + "\n"
     path = folder / "config.json"
