@@ -481,7 +481,7 @@ class RowBatches(Iterator[list[MicroRows]]):
         self._places: list[Any] = list(position["rows"]) if position else [None] * share
         streams = [_Stream(data, data.rank * share + n, batch_size, self._places[n]) for n in range(share)]
         # Worker w has the rows w, w + workers, ...: those that it is asked for in its turns.
-        readers = image_data._Readers([_Turns(streams[n::count]) for n in range(count)])  # type: ignore[arg-type]
+        readers = image_data._Readers([_Turns(streams[n::count]) for n in range(count)])
         self._items: Iterator[Any] = iter(readers)
         if workers:
             self._items = iter(
@@ -521,8 +521,8 @@ class RowBatches(Iterator[list[MicroRows]]):
 def _stack(rows: Sequence[MicroRows]) -> MicroRows:
     places = [torch.stack([torch.full_like(r.places[:, 0], n), r.places[:, 1]], 1) for n, r in enumerate(rows)]
     packed = Packed(*(torch.cat(column) for column in zip(*(r.packed for r in rows), strict=True)))
-    columns = [torch.cat([getattr(r, name) for r in rows]) for name in ("tasks", "padding", "images")]
-    return MicroRows(packed, *columns, torch.cat(places))
+    tasks, padding, images = (torch.cat([getattr(r, name) for r in rows]) for name in ("tasks", "padding", "images"))
+    return MicroRows(packed, tasks, padding, images, torch.cat(places))
 
 
 @dataclass
@@ -563,21 +563,22 @@ class _Stream:
     def __iter__(self) -> Iterator[_Row]:
         config = self.data.config
         samples = self._samples()
+        taken = set(self.place["taken"])
         waiting = [next(samples)]
         while True:
             while len(waiting) < config.look_ahead:
                 waiting.append(next(samples))
-            room, row, rest = config.length, [], []
+            room = config.length
+            row: list[_Waiting] = []
+            rest: list[_Waiting] = []
             for sample in waiting:
                 size = len(sample.made.sample.input_ids)
-                fits = size <= room
-                (row if fits else rest).append(sample)
-                room -= size if fits else 0
+                (row if size <= room else rest).append(sample)
+                room -= size if size <= room else 0
             waiting = rest or [next(samples)]
             oldest = waiting[0]
-            self._done.update(w.number for w in row)
-            self._done = {n for n in self._done if n >= oldest.first}
-            place = {**oldest.before, "taken": sorted(n - oldest.first for n in self._done)}
+            taken = {n for n in taken.union(w.number for w in row) if n >= oldest.first}
+            place = {**oldest.before, "taken": sorted(n - oldest.first for n in taken)}
             yield _Row(self._row([w.made for w in row]), self.skipped, place)
             self.skipped = 0
 
@@ -585,7 +586,6 @@ class _Stream:
         """Samples in the order drawn, without those taken before the place that the stream started from."""
         data, draw, places = self.data, self.place["draw"], list(self.place["sources"])
         taken = set(self.place["taken"])
-        self._done: set[int] = set(taken)
         running = [
             source.stream(self.number, self.streams, data.seed + n, places[n]) for n, source in enumerate(data.sources)
         ]

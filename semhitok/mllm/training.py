@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def run(
     held = _open(config.evaluation.sources, config, held_out)
     images = _Images(config, tokenizer, device)
     words = _text_tokenizer(config, folder, [*opened.values(), held], text_tokenizer)
-    model = _model(config, images.tokenizer).to(device)
+    model: Any = _model(config, images.tokenizer)
+    model.to(device)
     images.text_size = model.vocabulary.text_size
     places: dict[str, int] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     data = {
@@ -165,9 +166,10 @@ class MLLMStage:
         self.name, self.run_config = name, run_config
         self._config = run_config.stage(name)
         self.device = next(model.parameters()).device
-        model.gradient_checkpointing_disable()
         if run_config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The name changed in transformers 5.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         new = UnifiedMLLM.new_modules(model.config)
         lora = run_config.lora if name != "adapter" else None
         model.requires_grad_(name != "adapter")
@@ -181,7 +183,8 @@ class MLLMStage:
                 modules_to_save=new, task_type="CAUSAL_LM",
             )  # fmt: skip
             model = peft.get_peft_model(model, options)
-        self.lora, self.model = lora, model
+        self.lora = lora
+        self.model: Any = model
         self.network = Part("network", Network(model).train(), self._config.optimizer, self.loss)
         self.parts = [self.network]
 
@@ -224,11 +227,12 @@ class MLLMStage:
 
     def finish(self) -> UnifiedMLLM:
         """The trained model, whole: LoRA merged into its weights, and on every process all of them."""
-        model: Any = self.model.merge_and_unload() if self.lora is not None else self.model
+        model = self.model if self.lora is None else self.model.merge_and_unload()
         if not (self.run_config.shard and distributed.world_size() > 1):
             return model
         state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
-        whole = UnifiedMLLM(model.config).to(self.device)
+        whole: Any = UnifiedMLLM(model.config)
+        whole.to(self.device)
         whole.load_state_dict(state)
         whole.tie_weights()
         whole.generation_config = model.generation_config
@@ -325,7 +329,9 @@ def _held_out(
     if not sources:
         return None
     places = {"rank": data.rank, "world_size": data.world_size}
-    rows = TrainingRows(sources, config.data, data.model, data.tokenizer, config.seed, **places)
+    rows = TrainingRows(
+        sources, replace(config.data, caption_drop=0.0, workers=0), data.model, data.tokenizer, config.seed, **places
+    )
 
     def batches() -> Iterator[list[RowBatch]]:
         micro_batch = stage.micro_batch or max(1, stage.batch_size // data.world_size)

@@ -79,7 +79,7 @@ class Part:
         name: str,
         module: nn.Module,
         config: OptimizerConfig,
-        loss: Callable[[Batch, int], tuple[Tensor, dict[str, Any]]],
+        loss: Callable[[Any, int], tuple[Tensor, dict[str, Any]]],
         *,
         first_step: int = 0,
         ema_decay: float = 0.0,
@@ -119,7 +119,7 @@ class Part:
             self.wrapped.set_requires_gradient_sync(last)
         yield
 
-    def accumulate(self, batches: Sequence[Batch], step: int) -> dict[str, Any]:
+    def accumulate(self, batches: Sequence[Any], step: int) -> dict[str, Any]:
         """The gradient of the mean loss, clipped; figures for the log, means over the process's images."""
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Any] = {}
@@ -218,10 +218,11 @@ def shard(module: nn.Module) -> nn.Module:
     """FSDP2: every transformer block a unit of its own, the rest another."""
     # Outputs that are views are never changed in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for child in module.modules():
-        if isinstance(child, Trunk):
-            for block in child.blocks:
-                fully_shard(block)
+    # Models of transformers tell by the names of classes what their blocks are.
+    names = {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
+    for child in list(module.modules()):
+        for block in child.blocks if isinstance(child, Trunk) else [child] if type(child).__name__ in names else []:
+            fully_shard(block)
     fully_shard(module)  # in place
     return module
 

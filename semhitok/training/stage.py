@@ -18,7 +18,10 @@ class Stage(Protocol):
     model: Any  # SemHiTok, or another module that the parts are of
     parts: list[Part]
     codes_from: int  # the first step that quantises; there is nothing to evaluate before
-    best: str | None  # the evaluation's figure by which the best checkpoint is kept; None keeps none
+
+    @property
+    def best(self) -> str | None:
+        """The evaluation's figure by which the best checkpoint is kept; None keeps none."""
 
     @property
     def config(self) -> StageConfig:
