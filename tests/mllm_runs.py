@@ -51,9 +51,7 @@ def write_world(folder: Path) -> Path:
     def codes():
         return torch.randint(15, (4,), generator=draw).tolist()
 
-    captioned = [
-        {"caption": f"a {colours[n % 4]} thing number {n % 7}", "codes": [codes()]} for n in range(30)
-    ]
+    captioned = [{"caption": f"a {colours[n % 4]} thing number {n % 7}", "codes": [codes()]} for n in range(30)]
     talks = [
         {"messages": [{"role": "user", "content": f"<image> what colour is it {'please ' * (n % 5)}?"},
                       {"role": "assistant", "content": f"it is {colours[n % 4]}"}], "codes": [codes()]}

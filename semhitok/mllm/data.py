@@ -115,9 +115,11 @@ class Records:
             epoch, position = divmod(drawn * streams + number, len(self.records))
             drawn += 1
             try:
-                record: Any = self.records[int(self._order(seed, epoch)[position])]
+                index = int(self._order(seed, epoch)[position])
+                record: Any = self.records[index]
                 if not isinstance(record, Sample):
-                    record = {"codebook_hash": self.codebook_hash, "folder": self.folder, **record}
+                    known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
+                    record = {**known, **record}
             except (ValueError, TypeError) as error:
                 record = ValueError(str(error))
             yield record, drawn
@@ -347,6 +349,7 @@ class TrainingRows:
         self.vocabulary = model.vocabulary
         self.prefix = 1 + int(model.resolution_id)  # ids before those of an image
         self.pad_id = tokenizer.pad_token_id or 0
+        self.named: set[str] = set()
         self.description = {"sources": [{"task": s.task, "weight": s.weight, **s.description} for s in sources]}
 
     def batches(
@@ -602,7 +605,9 @@ class _Stream:
             except WrongCodebook:
                 raise
             except (ValueError, OSError) as error:
-                image_data._name(str(error))
+                if str(error) not in data.named:  # once in a process, not in every epoch
+                    data.named.add(str(error))
+                    image_data._name(str(error))
                 self.skipped, bad = self.skipped + 1, bad + 1
                 if bad == _BAD_IN_A_ROW:
                     raise ValueError(f"data: {bad} records in a row cannot be used; the last: {error}") from None

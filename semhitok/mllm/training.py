@@ -92,9 +92,10 @@ def run(
         n: TrainingRows(found, config.data, model.config, words, config.seed, **places) for n, found in opened.items()
     }
     if distributed.rank() == 0:
-        described = {name: rows.description for name, rows in data.items()}
-        identity = {"codebook_hash": model.config.codebook_hash, "data": described}
-        claim(folder, config, identity, accept_changes)
+        sizes = {name: getattr(model.config, name) for name in ("codebook_hash", "head", "resolution_id")}
+        own = {"model": {**sizes, "llm": model.config.text_config.to_diff_dict()}}
+        described = {"data": {name: rows.description for name, rows in data.items()}}
+        claim(folder, {"train": config.to_dict(), **own, **described}, ("model",), accept_changes)
     seconds: dict[str, float] = {}
     with StopOnSignal() as stop:
         for name in config.stages:
