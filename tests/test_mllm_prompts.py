@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from semhitok.mllm import join, prompts  # noqa: E402
-from semhitok.vocabulary import Vocabulary  # noqa: E402
+from semhitok.mllm import join, prompts
+from semhitok.vocabulary import Vocabulary
 
 QUESTION, ANSWER = "what colour is it ?", "it is red ."
 CHAT = (
