@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from semhitok._files import write_atomic
 from semhitok._optional import require
 from semhitok.config import TeacherConfig
-from semhitok.data import shapes
+from semhitok.data import scenes, shapes
 from semhitok.models.teacher import vision_transformer
 
 NAME = "vit_shapes_patch8_64"
 
 CELLS = shapes.CELLS**2
+GRID = 8  # tokens a side
 # Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
 WEIGHTS = {"shape": 3.0, "colour": 2.0}
 OTHER_WEIGHT = 0.1  # of the other attributes
@@ -103,7 +104,28 @@ def shapes_lesson(data: shapes.Pictures) -> Lesson:
     )
 
 
-def cell_means(grid_size: int = 8) -> Tensor:
+def scenes_lesson(data: scenes.Pictures) -> Lesson:
+    """What the captions of `semhitok.data.scenes` say: regions are the object's surroundings and all else."""
+    names = list(scenes.ATTRIBUTES)
+    firsts = torch.tensor([0, *scenes.COUNTS[:-1]]).cumsum(0)
+    found = torch.zeros(len(data.labels), 2, sum(scenes.COUNTS))  # the object, the background
+    found[:, 0].scatter_(1, (firsts + data.labels)[:, :4], 1.0)
+    found[:, 1].scatter_(1, (firsts + data.labels)[:, 4:], 1.0)
+    near = torch.stack([scenes.surroundings(position, GRID).flatten() for position in range(CELLS)])
+    regions = torch.stack([near, ~near], 1)[data.labels[:, names.index("position")]].float()
+    objects = data.labels[:, :3, None].transpose(1, 2)
+    return Lesson(
+        data.images,
+        found,
+        regions / regions.sum(-1, keepdim=True),
+        torch.cat([objects, torch.full_like(objects, -1)], 1),
+        data.labels[:, 4:],
+        {name: len(scenes.ATTRIBUTES[name]) for name in names[:3]},
+        {"background": len(scenes.ATTRIBUTES["background"])},
+    )
+
+
+def cell_means(grid_size: int = GRID) -> Tensor:
     """Shares [9, grid_size^2] of the tokens in each of the 3 x 3 cells."""
     one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), CELLS).float()
     return (one_hot / one_hot.sum(0)).T.contiguous()
