@@ -71,8 +71,8 @@ class Settings:
     test: int = 1_000
     steps: int = 500
     batch: int = 32
-    teacher_steps: int = 1_500
-    teacher_batch: int = 96
+    teacher_steps: int = 1_000
+    teacher_batch: int = 64
     probe_steps: int = 400
     photographs: bool = False
 

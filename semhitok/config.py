@@ -68,11 +68,11 @@ class SemHiTokConfig:
     num_sub_codes: int = 12
     sem_dim: int = 32
     pix_dim: int = 32
-    adaptive: bool = False
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     semantic_decoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 3, 12))
     encoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 12, 12))
     decoder: ViTConfig = field(default_factory=lambda: ViTConfig(1024, 24, 16))
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         for name in (

@@ -39,7 +39,8 @@ GRID = 8  # tokens a side
 # Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
 WEIGHTS = {"shape": 3.0, "colour": 2.0}
 OTHER_WEIGHT = 0.1  # of the other attributes
-BACKGROUND_WEIGHT = 0.3
+BACKGROUND_WEIGHT = 1.0
+SCALE = 20.0  # of the cosines that are logits of regions
 
 
 class Lesson(NamedTuple):
@@ -160,7 +161,7 @@ class ImageHead(nn.Module):
         self.pool = nn.MultiheadAttention(width, 4, batch_first=True)
         self.project = nn.Linear(width, width)
         self.words = nn.Linear(CELLS * width, vocabulary)
-        self.regions = nn.Linear(width, logits)
+        self.regions = nn.Parameter(torch.randn(logits, width) * width**-0.5)
         self.register_buffer("mean", cell_means())
 
     def forward(self, tokens: Tensor, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +169,11 @@ class ImageHead(nn.Module):
         pooled, _ = self.pool(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
         of_cells = self.mean.to(tokens.dtype) @ tokens
         embedding = F.normalize(self.project(pooled[:, 0]).float(), dim=-1)
-        return embedding, self.words(of_cells.flatten(1)), self.regions(regions.to(tokens.dtype) @ tokens)
+        # Cosines of a fixed scale: an attribute that is easy to tell keeps its share of the features, where free
+        # logits of it would do with ever less, and no code would be spent on it.
+        told = F.normalize((regions.to(tokens.dtype) @ tokens).float(), dim=-1)
+        cosines = F.linear(told, F.normalize(self.regions, dim=-1))
+        return embedding, self.words(of_cells.flatten(1)), SCALE * cosines
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
