@@ -1,5 +1,6 @@
 # make env     the virtual environment .venv: pinned versions, the extension built
 # make demo    train the tiny tokenizer on real photographs; results in demo_output/
+# make demo-mllm  train a tiny unified model on generated pictures and captions; results in demo_mllm_output/
 # make test    lint, types, tests
 # make bench   time the ops against PyTorch and other libraries (several minutes)
 # make clean   remove what was built (.venv stays)
@@ -15,7 +16,7 @@ INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt $(shel
 # Threads that wait asleep: on a machine that is shared, spinning ones slow training several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test bench clean
+.PHONY: env demo demo-mllm test bench clean
 
 env: $(STAMP)
 
@@ -37,6 +38,9 @@ $(STAMP): $(INPUTS)
 demo: env
 	$(BIN)/semhitok demo
 
+demo-mllm: env
+	$(BIN)/semhitok demo-mllm
+
 test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +51,6 @@ bench: env
 	$(BIN)/python benchmarks/quantize_bench.py
 
 clean:
-	rm -rf build demo_output semhitok.egg-info semhitok/_C*.so $(STAMP)
+	rm -rf build demo_output demo_mllm_output semhitok.egg-info semhitok/_C*.so $(STAMP)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find semhitok tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from semhitok.cli.common import DONE, FAILED, INTERRUPTED, UNUSABLE, message, pr
 
 _COMMANDS = {
     "demo": "train a tiny tokenizer on real photographs, show what it does",
+    "demo-mllm": "train a tiny unified model on generated pictures, captions and pictures of captions",
     "train": "train a tokenizer in two stages",
     "train-mllm": "train the unified multimodal model on a tokenizer's ids and text",
     "encode": "images to an ids file",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def parse(text: str) -> Tensor:
     No word belongs to two attributes. A position is a row and a column side by side.
     """
     words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
-    said = set(words) | {f"{a} {b}" for a, b in zip(words, words[1:], strict=False)}
+    said = set(words) | {f"{a} {b}" for a, b in itertools.pairwise(words)}
     labels = []
     for values in ATTRIBUTES.values():
         found = [place for place, value in enumerate(values) if value in said]
