@@ -1,0 +1,525 @@
+"""Encoding a corpus: a unit of the sources becomes a shard of ids, in one process or on a cluster.
+
+The same sources and settings give the same bytes, whatever the engine, the number of processes and the interruptions:
+a unit is encoded by one process, in order, in batches that are always full (the last is padded with black), on the CPU
+by one thread. A shard appears whole, then its record; a unit with both is done. Engines only choose who does which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from semhitok._files import open_atomic, write_atomic
+from semhitok._optional import require
+from semhitok.data.corpus import MANIFEST, SKIPPED, Layout, check_shard, count_usage, shard_writer
+from semhitok.data.sources import CROPS, Item, Unit, plan, read_unit
+from semhitok.tokenizer import SemHiTok
+from semhitok.usage import CodeUsage
+
+JOB = "job.json"
+ENGINES = ("local", "torchrun", "ray")
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """What the bytes of a corpus depend on, beside the tokenizer and the sources.
+
+    Attributes:
+        crop: "centre" (`resize_crop`) or "ten" (`ten_crops`).
+        pack: store ids in as many bits as they need.
+        caption: column of parquet files and field of JSON members; "caption" or "text" without one.
+        batch_size: images the networks see at once.
+        images_per_shard: of image files; webdataset shards and parquet files become a shard each.
+    """
+
+    crop: str = "centre"
+    pack: bool = False
+    caption: str | None = None
+    batch_size: int = 16
+    images_per_shard: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {self.crop!r}")
+        for name in ("batch_size", "images_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class Done(NamedTuple):
+    """What became of a unit: its record, or none if it could not be read but may be another time."""
+
+    record: dict[str, Any] | None
+    seconds: float
+    waited: float  # seconds, for images
+    problem: str = ""
+
+
+@dataclass
+class Summary:
+    """What `encode_corpus` did.
+
+    Attributes:
+        images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
+        encoded: images encoded by this call; on torchrun, by this process.
+        seconds: of encoding, by the clock.
+        waited: share of the encoding processes' time in which they waited for images.
+        usage: of the codes, see `CodeUsage.summary`.
+        complete: the manifest is written; on torchrun other processes may be at work yet.
+    """
+
+    images: int = 0
+    rows: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    encoded: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to encode a unit; it is sent to processes.
+
+    settings: what the bytes depend on; job.json.
+    """
+
+    checkpoint: str
+    out: Path
+    config: EncodingConfig
+    layout: Layout
+    image_size: int
+    device: str
+    workers: int
+    settings: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+
+def encode_corpus(
+    checkpoint: str | os.PathLike[str],
+    sources: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    config: EncodingConfig | None = None,
+    *,
+    engine: str = "local",
+    processes: int = 1,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[Iterable[Done], int], Iterable[Done]] | None = None,
+) -> Summary:
+    """Encode `sources` into the corpus `out`, or go on where an earlier call with the same arguments stopped.
+
+    Args:
+        checkpoint: as in `SemHiTok.from_pretrained`.
+        sources: images and folders, webdataset shards, parquet files; see `semhitok.data.sources`.
+        out: folder of the corpus, see `semhitok.data.corpus`; on several machines one that all of them see.
+        config: what to store.
+        engine: "local": `processes` of this machine; "torchrun": this process is one of those that it started and takes
+            every WORLD_SIZE-th unit, on the GPU of its LOCAL_RANK; "ray": `processes` actors of a Ray cluster.
+        processes: encoding processes, of "local" and "ray".
+        workers: processes that decode images, for each encoding process; 0 decodes in that one.
+        device: "cpu" or a GPU.
+        progress: wraps the units as they are done, their number beside them.
+
+    Raises:
+        ValueError: bad arguments or sources; `out` holds another corpus; units that could not be read or were lost,
+            which the same call does again.
+        OSError: sources or checkpoint cannot be read, or `out` not be written. The same call goes on.
+        ImportError: pyarrow, webdataset or ray is not installed.
+    """
+    config = config or EncodingConfig()
+    for module, extra in (("pyarrow.parquet", "corpus"), ("PIL.Image", "models"), ("numpy", "models")):
+        require(module, extra)
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    rank, world_size = 0, 1
+    if engine == "torchrun":
+        if "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "engine: torchrun expects to be started by it: torchrun --nproc-per-node N -m semhitok ..."
+            )
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if engine == "torchrun" and processes != 1:
+        raise ValueError(f"processes: expected none with torchrun, which starts them, got {processes}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    begun = time.perf_counter()
+    encoder, job, units = _prepare(str(checkpoint), sources, folder, config, str(device), workers)
+    if engine != "torchrun":
+        # What a killed process was writing. On torchrun another one may be writing it now.
+        for left in folder.glob(".semhitok-*.tmp"):
+            left.unlink(missing_ok=True)
+    todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
+    summary = Summary()
+    problems = []
+    busy = waited = 0.0
+    encoding = time.perf_counter()
+    results = _run(engine, encoder, job, todo, processes)
+    del encoder  # `_run` has it, if anything
+    with contextlib.closing(results):
+        for done in progress(results, len(todo)) if progress else results:
+            if done.record is None:
+                problems.append(done.problem)
+                print(f"semhitok: {_line(done.problem)}", file=sys.stderr)
+            else:
+                summary.encoded += done.record["images"]
+            busy, waited = busy + done.seconds, waited + done.waited
+    summary.seconds = time.perf_counter() - (encoding if todo else begun)
+    summary.waited = waited / busy if busy else 0.0
+    if problems:
+        raise ValueError(
+            f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
+        )
+    missing = _finish(job, units, summary)
+    if missing and engine != "torchrun":
+        raise ValueError(f"{missing}; the same command makes it again")
+    return summary
+
+
+class Encoder:
+    """A tokenizer that encodes units of a job; the map function of every engine."""
+
+    def __init__(self, job: Job, tokenizer: SemHiTok | None = None) -> None:
+        if torch.device(job.device).type == "cpu":
+            torch.set_num_threads(1)  # sums over threads depend on their number
+        self.job = job
+        if tokenizer is None:
+            tokenizer = SemHiTok.from_pretrained(job.checkpoint)
+            if (found := encoder_hash(tokenizer)) != job.settings["encoder_sha256"]:
+                raise ValueError(
+                    f"{job.checkpoint}: expected encoder {job.settings['encoder_sha256'][:12]}, got {found[:12]}"
+                )
+        self.tokenizer = tokenizer.to(job.device).eval()
+
+    def encode(self, unit: Unit) -> Done:
+        """Write the shard of a unit and its record."""
+        return next(self.units([unit]))
+
+    def units(self, units: Sequence[Unit]) -> Generator[Done, None, None]:
+        """Write the shards of units, one after the other; images of the next are read while one is encoded."""
+        job, workers = self.job, self.job.workers
+        if not units:
+            return
+        items: Any = _Items(units, job.config.caption)  # to the DataLoader these are indices
+        loader: DataLoader[Any] = DataLoader(
+            _Decoder(job.image_size, job.config.crop),
+            sampler=items,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=max(2, 2 * job.config.batch_size // workers) if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_encoding_process,
+            generator=torch.Generator(),
+        )
+        decoded = iter(loader)
+        for unit in units:
+            yield self._unit(unit, decoded)
+
+    def _unit(self, unit: Unit, decoded: Iterator[_Decoded | None]) -> Done:
+        job, begun, waited = self.job, time.perf_counter(), 0.0
+        skipped: list[dict[str, str]] = []
+        images = captions = 0
+        try:
+            with shard_writer(job.out / _name(unit), job.layout) as writer:
+                rows: list[tuple[str, str | None, int]] = []
+                pixels: list[Tensor] = []
+                while True:
+                    asked = time.perf_counter()
+                    one = next(decoded)
+                    waited += time.perf_counter() - asked
+                    if one is None:
+                        break
+                    if one.again:
+                        raise _Again(one.problem)
+                    if one.crops is None:
+                        skipped.append({"key": one.key, "reason": one.problem})
+                        continue
+                    images += 1
+                    captions += one.caption is not None
+                    for number, crop in enumerate(one.crops):
+                        rows.append((one.key, one.caption, number))
+                        pixels.append(crop)
+                        if len(rows) == job.config.batch_size:
+                            self._write(writer, rows, pixels)
+                if rows:
+                    self._write(writer, rows, pixels)
+        except _Again as problem:
+            while next(decoded) is not None:  # the rest of this unit
+                pass
+            return Done(None, time.perf_counter() - begun, waited, str(problem))
+        record = {
+            "name": _name(unit), "source": unit.source if unit.kind != "images" else "", "images": images,
+            "rows": writer.rows, "captions": captions, "skipped": skipped, "bytes": writer.bytes,
+            "sha256": writer.sha256, "job": job.digest,
+        }  # fmt: skip
+        write_atomic(_record_path(job, unit), (json.dumps(record) + "\n").encode())
+        return Done(record, time.perf_counter() - begun, waited)
+
+    def _write(self, writer: Any, rows: list[tuple[str, str | None, int]], pixels: list[Tensor]) -> None:
+        """Encode a batch, padded to its full size, and write it; empties both lists."""
+        size = self.job.image_size
+        batch = torch.zeros(self.job.config.batch_size, 3, size, size)
+        torch.stack(pixels, out=batch[: len(pixels)])
+        with torch.inference_mode():
+            ids = self.tokenizer.encode(batch.to(self.job.device)).cpu()
+        for row, grid in zip(rows, ids, strict=False):
+            writer.add(*row, grid)
+        rows.clear()
+        pixels.clear()
+
+
+def encoder_hash(tokenizer: SemHiTok) -> str:
+    """Hex SHA-256 of all weights that ids depend on, the teacher's included."""
+    digest = hashlib.sha256()
+    for part in ("teacher", "semantic_head", "encoder", "quantizer"):
+        module = getattr(tokenizer, part)
+        if module is None:
+            raise ValueError("teacher: expected a tokenizer with its teacher, got one without it")
+        for name, value in module.state_dict().items():
+            digest.update(f"{part}.{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Again(Exception):
+    """A unit cannot be read now."""
+
+
+class _Decoded(NamedTuple):
+    """An image on its way to the encoder: crops float32 [c, 3, size, size], or none and the problem."""
+
+    key: str
+    crops: Tensor | None
+    caption: str | None
+    problem: str
+    again: bool
+
+
+class _Items:
+    """The images of units, undecoded, in order; None after each unit."""
+
+    def __init__(self, units: Sequence[Unit], caption: str | None) -> None:
+        self.units, self.caption = units, caption
+
+    def __iter__(self) -> Iterator[Item | None]:
+        for unit in self.units:
+            yield from read_unit(unit, self.caption)
+            yield None
+
+
+class _Decoder(Dataset[Any]):
+    """Decodes and crops an image."""
+
+    def __init__(self, size: int, policy: str) -> None:
+        self.size, self.policy = size, policy
+
+    def __getitem__(self, item: Item | None) -> _Decoded | None:
+        if item is None:
+            return None
+        try:
+            crops, caption = item.crops(self.size, self.policy)
+            return _Decoded(item.key, crops.contiguous(), caption, "", False)
+        except (ValueError, OSError) as error:
+            reason = f"{item.name}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+            return _Decoded(item.key, None, None, reason.encode("utf-8", "backslashreplace").decode(), item.again)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _leave_signals_to_the_encoding_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def _prepare(
+    checkpoint: str, sources: Sequence[str | os.PathLike[str]], folder: Path, config: EncodingConfig, device: str,
+    workers: int,
+) -> tuple[Encoder, Job, list[Unit]]:  # fmt: skip
+    """The job of a folder, new or begun, an encoder for it, and its units."""
+    tokenizer = SemHiTok.from_pretrained(checkpoint)
+    model, vocabulary = tokenizer.config, tokenizer.vocabulary
+    assert vocabulary.codebook_hash is not None
+    grid = (model.grid_size, model.grid_size)
+    layout = Layout(model.num_codes, model.num_sub_codes, vocabulary.codebook_hash, grid, config.pack)
+    path = folder / JOB
+    old: dict[str, Any] = {}
+    if path.exists():
+        try:
+            old = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+    settings = {
+        **layout.metadata(),
+        "encoder_sha256": encoder_hash(tokenizer),
+        "image_size": model.image_size,
+        "crop": config.crop,
+        "caption": config.caption,
+        "batch_size": config.batch_size,
+        "images_per_shard": config.images_per_shard,
+        "device": torch.device(device).type,
+        "sources": [os.fspath(source).encode("utf-8", "backslashreplace").decode() for source in sources],
+    }
+    for key, value in settings.items():
+        if old and old.get(key) != value:
+            raise ValueError(f"{folder}: holds another corpus: {key} was {old.get(key)!r}, now {value!r}")
+    units, digest = plan(sources, config.images_per_shard, folder, old.get("sources_sha256"))
+    settings |= {"sources_sha256": digest, "shards": len(units)}
+    if not old:
+        write_atomic(path, (json.dumps(settings, indent=2) + "\n").encode())
+    job = Job(checkpoint, folder, config, layout, model.image_size, device, workers, settings)
+    return Encoder(job, tokenizer), job, units
+
+
+def _name(unit: Unit) -> str:
+    return f"shard-{unit.number:06}.parquet"
+
+
+def _record_path(job: Job, unit: Unit) -> Path:
+    return job.out / f"shard-{unit.number:06}.json"
+
+
+def _finished(job: Job, unit: Unit) -> dict[str, Any] | None:
+    """The record of a unit that is done, after a check of its shard; damage is told on stderr."""
+    path = _record_path(job, unit)
+    try:
+        record = json.loads(path.read_bytes())
+        if record["job"] != job.digest:
+            raise ValueError(f"{path}: of another job")
+        check_shard(job.out / _name(unit), record)
+        return record
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"semhitok: made again: {_line(str(error))}", file=sys.stderr)
+        path.unlink(missing_ok=True)  # before anyone takes it for finished
+        return None
+
+
+def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
+    """Check all shards and write the manifest; or say what is missing for that."""
+    if json.loads((job.out / JOB).read_bytes()) != job.settings:
+        raise ValueError(f"{job.out}: another corpus was begun in it meanwhile")
+    usage = CodeUsage(job.layout.num_codes, job.layout.num_sub_codes)
+    shards = []
+    for unit in units:
+        try:
+            record = json.loads(_record_path(job, unit).read_bytes())
+            count_usage(job.out, job.layout, record, usage)
+        except FileNotFoundError:
+            return f"{job.out}: {_name(unit)} is missing"
+        except (ValueError, KeyError, TypeError) as error:
+            return str(error)
+        shards.append({k: len(v) if k == "skipped" else v for k, v in record.items() if k != "job"})
+    totals = {key: sum(shard[key] for shard in shards) for key in ("images", "rows", "captions", "skipped", "bytes")}
+    with open_atomic(job.out / SKIPPED) as file:
+        for unit in units:
+            record = json.loads(_record_path(job, unit).read_bytes())
+            file.writelines((json.dumps(entry) + "\n").encode() for entry in record["skipped"])
+    rounded = {view: {k: round(v, 6) for k, v in figures.items()} for view, figures in usage.summary().items()}
+    manifest = {**job.settings, "shards": shards, "totals": totals, "usage": rounded}
+    write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
+    summary.bytes, summary.usage, summary.complete = totals["bytes"], rounded, True
+    return ""
+
+
+def _line(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Engines: who does which unit
+
+
+def _run(engine: str, encoder: Encoder, job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, None, None]:
+    if engine == "ray":
+        return _ray(job, units, processes)
+    if engine == "local" and processes > 1:
+        return _local(job, units, processes)
+    return encoder.units(units)
+
+
+_encoder: Encoder | None = None  # of a process of `_local`
+
+
+def _local(job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, None, None]:
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _start, (job,))
+    try:
+        for future in as_completed([pool.submit(_encode, unit) for unit in units]):
+            yield future.result()
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(job: Job) -> None:
+    global _encoder
+    _leave_signals_to_the_encoding_process(0)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # the one that hands out the units is gone
+
+    threading.Thread(target=watch, daemon=True).start()
+    _encoder = Encoder(job)
+
+
+def _encode(unit: Unit) -> Done:
+    assert _encoder is not None
+    return _encoder.encode(unit)
+
+
+def _ray(job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, None, None]:
+    """Actors hold a tokenizer each; Ray hands them the units and starts those again that were lost."""
+    ray, pool = require("ray", "ray"), require("ray.util", "ray").ActorPool
+    if not ray.is_initialized():
+        ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
+    gpus = 1 if torch.device(job.device).type == "cuda" else 0
+    actor = ray.remote(num_cpus=1 + job.workers, num_gpus=gpus, max_restarts=3, max_task_retries=3)(_Away)
+    actors = [actor.remote(job, os.getcwd()) for _ in range(min(processes, len(units)))]
+    yield from pool(actors).map_unordered(lambda actor, unit: actor.encode.remote(unit), units)
+
+
+class _Away(Encoder):
+    """An encoder that starts in another folder, where relative names would be others."""
+
+    def __init__(self, job: Job, folder: str) -> None:
+        os.chdir(folder)
+        super().__init__(job)
