@@ -82,7 +82,7 @@ class Summary:
         seconds: of encoding, by the clock.
         waited: share of the encoding processes' time in which they waited for images.
         usage: of the codes, see `CodeUsage.summary`.
-        complete: the manifest is written; on torchrun other processes may be at work yet.
+        missing: what there is no manifest for want of; empty if it is written. Torchrun's other processes may be at it.
     """
 
     images: int = 0
@@ -93,7 +93,7 @@ class Summary:
     seconds: float = 0.0
     waited: float = 0.0
     usage: dict[str, dict[str, float]] = field(default_factory=dict)
-    complete: bool = False
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,37 +168,40 @@ def encode_corpus(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    begun = time.perf_counter()
-    encoder, job, units = _prepare(str(checkpoint), sources, folder, config, str(device), workers)
-    if engine != "torchrun":
-        # What a killed process was writing. On torchrun another one may be writing it now.
-        for left in folder.glob(".semhitok-*.tmp"):
-            left.unlink(missing_ok=True)
-    todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
-    summary = Summary()
-    problems = []
-    busy = waited = 0.0
-    encoding = time.perf_counter()
-    results = _run(engine, encoder, job, todo, processes)
-    del encoder  # `_run` has it, if anything
-    with contextlib.closing(results):
-        for done in progress(results, len(todo)) if progress else results:
-            if done.record is None:
-                problems.append(done.problem)
-                print(f"semhitok: {_line(done.problem)}", file=sys.stderr)
-            else:
-                summary.encoded += done.record["images"]
-            busy, waited = busy + done.seconds, waited + done.waited
-    summary.seconds = time.perf_counter() - (encoding if todo else begun)
-    summary.waited = waited / busy if busy else 0.0
-    if problems:
-        raise ValueError(
-            f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
-        )
-    missing = _finish(job, units, summary)
-    if missing and engine != "torchrun":
-        raise ValueError(f"{missing}; the same command makes it again")
-    return summary
+    try:
+        begun = time.perf_counter()
+        encoder, job, units = _prepare(str(checkpoint), sources, folder, config, str(device), workers)
+        if engine != "torchrun":
+            # What a killed process was writing. On torchrun another one may be writing it now.
+            for left in folder.glob(".semhitok-*.tmp"):
+                left.unlink(missing_ok=True)
+        todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
+        summary = Summary()
+        problems = []
+        busy = waited = 0.0
+        encoding = time.perf_counter()
+        results = _run(engine, encoder, job, todo, processes)
+        del encoder  # `_run` has it, if anything
+        with contextlib.closing(results):
+            for done in progress(results, len(todo)) if progress else results:
+                if done.record is None:
+                    problems.append(done.problem)
+                    print(f"semhitok: {_line(done.problem)}", file=sys.stderr)
+                else:
+                    summary.encoded += done.record["images"]
+                busy, waited = busy + done.seconds, waited + done.waited
+        summary.seconds = time.perf_counter() - (encoding if todo else begun)
+        summary.waited = waited / busy if busy else 0.0
+        if problems and engine != "torchrun":  # which would end the other processes
+            raise ValueError(
+                f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
+            )
+        summary.missing = _finish(job, units, summary)
+        if summary.missing and engine != "torchrun":
+            raise ValueError(f"{summary.missing}; the same command makes it again")
+        return summary
+    finally:
+        torch.set_num_threads(threads)  # an encoder in this process takes one
 
 
 class Encoder:
@@ -449,7 +452,7 @@ def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
     manifest = {**job.settings, "shards": shards, "totals": totals, "usage": rounded}
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
-    summary.bytes, summary.usage, summary.complete = totals["bytes"], rounded, True
+    summary.bytes, summary.usage = totals["bytes"], rounded
     return ""
 
 
