@@ -111,9 +111,7 @@ def _file(args: argparse.Namespace) -> int:
 def _corpus(args: argparse.Namespace) -> int:
     from semhitok.encoding import EncodingConfig, encode_corpus
 
-    given: dict[str, Any] = {
-        name: default if (got := getattr(args, name)) is None else got for name, default in _CORPUS.items()
-    }
+    given: dict[str, Any] = {**_CORPUS, **{k: v for k, v in vars(args).items() if k in _CORPUS and v is not None}}
     config = EncodingConfig(given["crop"], given["pack"], given["caption"], args.batch_size, given["shard_images"])
 
     def progress(results: Iterable[Any], total: int) -> Iterator[Any]:
@@ -138,14 +136,14 @@ def _corpus(args: argparse.Namespace) -> int:
 
 
 def _rows(out: str, summary: Summary) -> Iterator[tuple[str, Any]]:
-    yield "corpus", out if summary.complete else f"{out}: this process's part; others are at work"
+    yield "corpus", out if not summary.missing else f"{out}, not finished: {summary.missing}"
     yield "encoded now", f"{summary.encoded:,} images in {summary.seconds:.1f} s"
     if summary.encoded:
         yield (
             "speed",
             f"{summary.encoded / summary.seconds:.1f} images/s, {summary.waited:.1%} of the time waiting for images",
         )
-    if not summary.complete:
+    if summary.missing:
         return
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
     if summary.images:

@@ -332,7 +332,8 @@ class EncodedCorpus(IterableDataset[Encoded]):
     """A corpus to read in a shuffled stream.
 
     Iterating gives epoch `epoch`, once: over all processes and workers of a DataLoader each row comes once. A shard
-    goes to one of them as a whole, so that some may get more rows than others. `batches` never ends, and goes on exactly where it was.
+    goes to one of them as a whole, so that some may get more rows than others. `batches` never ends, and goes on
+    exactly where it was.
 
     The order is a function of the seed and the epoch: of the shards, and of `shuffle_buffer` rows at a time, which
     are kept in memory. A shard is checked against its SHA-256 when a process first reads it.
