@@ -1,12 +1,24 @@
-"""What codebooks need of torch.distributed; every function does nothing, or the obvious, in a single process."""
+"""What training and evaluation need of torch.distributed; in a single process nothing, or the obvious, happens."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from semhitok._optional import require
+
+
+def join(device: torch.device) -> torch.device:
+    """Take this process's place among those that a launcher started; its device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    state = require("accelerate", "train").PartialState(cpu=device.type == "cpu")
+    return state.device
 
 
 def world_size() -> int:
@@ -38,6 +50,15 @@ def gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(thing: Any) -> list[Any]:
+    """What every process has, in the order of ranks: anything that can be pickled, small."""
+    if world_size() == 1:
+        return [thing]
+    things: list[Any] = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def pick_rows(tensor: Tensor, picks: Tensor) -> Tensor:

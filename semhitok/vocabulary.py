@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import operator
 import sys
 from dataclasses import dataclass
@@ -76,9 +77,14 @@ class Vocabulary:
         return self.begin_of_image + 1
 
     @property
+    def num_special(self) -> int:
+        """Special ids: begin and end of image, and the resolutions."""
+        return 2 + len(self.resolutions)
+
+    @property
     def size(self) -> int:
         """All ids: text, image and special. The rows a model's embedding needs."""
-        return self.end_of_image + 1 + len(self.resolutions)
+        return self.begin_of_image + self.num_special
 
     def resolution(self, pixels: int) -> int:
         """The special id of images of `pixels` x `pixels`.
@@ -124,6 +130,46 @@ class Vocabulary:
             ValueError: not integers, or not image ids (text and special ids are refused).
         """
         return _checked("ids", ids, self.text_size, self.begin_of_image) - self.text_size
+
+    def image(self, codes: torch.Tensor, codebook_hash: str | None, pixels: int | None = None) -> torch.Tensor:
+        """What stands for images in a language model's input: begin, (resolution,) ids row by row, end.
+
+        Args:
+            codes: flat ids [..., h, w].
+            codebook_hash: of the tokenizer that made them.
+            pixels: size of the images, where the model is told their resolution.
+
+        Returns:
+            int64 [..., 2 + h * w], one more with a resolution.
+
+        Raises:
+            ValueError: ids of another codebook or out of range, or a size that is none of `resolutions`.
+        """
+        self.check_hash(codebook_hash)
+        if codes.ndim < 2:
+            raise ValueError(f"codes: expected shape [..., h, w], got {list(codes.shape)}")
+        ids = self.to_text(codes).flatten(-2)
+        first = [self.begin_of_image] + ([] if pixels is None else [self.resolution(pixels)])
+        ends = [ids.new_tensor(end).expand(*ids.shape[:-1], -1) for end in (first, [self.end_of_image])]
+        return torch.cat([ends[0], ids, ends[1]], dim=-1)
+
+    def images(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The flat ids [n] of every whole image in a language model's output, ids [T].
+
+        Raises:
+            ValueError: not one row of integers in this vocabulary, or something else than image ids within an image.
+        """
+        if ids.ndim != 1:
+            raise ValueError(f"ids: expected shape [T], got {list(ids.shape)}")
+        ids = _checked("ids", ids, 0, self.size)
+        found = []
+        begins = (ids == self.begin_of_image).nonzero().flatten().tolist()
+        for begin, limit in itertools.pairwise([*begins, len(ids)]):
+            ends = (ids[begin:limit] == self.end_of_image).nonzero().flatten().tolist()
+            if ends:
+                inside = ids[begin + 1 : begin + ends[0]]
+                found.append(self.from_text(inside[1:] if len(inside) and inside[0] > self.end_of_image else inside))
+        return found
 
     def check(self, codes: Ids) -> Ids:
         """`codes` as int64, if they are flat ids of this vocabulary.

@@ -68,20 +68,6 @@ def ids(checkpoint, photos, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command: (exit code, stdout, stderr lines); any traceback fails the test."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err.splitlines()
-
-    return run
-
-
 def assert_refused(result, *words):
     code, out, err = result
     assert code == 2
@@ -358,7 +344,7 @@ def test_missing_packages_name_the_extra(run, monkeypatch, ids):
     assert_refused(run("info", ids), 'safetensors is not installed: pip install "semhitok[models]"')
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -391,7 +377,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
 def test_parsers_need_no_torch(command):
     # The package itself imports torch; what the command line adds must not wait for anything heavy.
     package = os.path.dirname(os.path.dirname(common.__file__))
@@ -421,6 +407,8 @@ def test_interrupted_encode_leaves_no_file(checkpoint, photos, tmp_path):
         [sys.executable, "-m", "semhitok", "encode", checkpoint, many, "--out", out],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores the signal, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert "0.png" in encode.stderr.readline()  # the first image is skipped: it is at work

@@ -159,3 +159,28 @@ def test_codebook_hash_checks_shapes():
         codebook_hash(torch.zeros(3), torch.zeros(3, 2, 2))
     with pytest.raises(ValueError, match="pix_codebook"):
         codebook_hash(torch.zeros(3, 2), torch.zeros(4, 2, 2))
+
+
+def test_image_puts_ids_between_begin_and_end():
+    vocabulary = Vocabulary(4, 3, text_size=10, codebook_hash="ab", resolutions=(64,))
+    codes = torch.tensor([[[0, 1], [2, 11]], [[5, 5], [5, 5]]])
+    assert vocabulary.image(codes, "ab").tolist() == [[22, 10, 11, 12, 21, 23], [22, 15, 15, 15, 15, 23]]
+    assert vocabulary.image(codes[0], "ab", 64).tolist() == [22, 24, 10, 11, 12, 21, 23]
+    with pytest.raises(ValueError, match="codebook_hash: expected ids of codebook ab, got ids of codebook cd"):
+        vocabulary.image(codes, "cd")
+    with pytest.raises(ValueError, match=r"codes: expected shape \[\.\.\., h, w\], got \[4\]"):
+        vocabulary.image(codes[0].flatten(), "ab")
+    with pytest.raises(ValueError, match="pixels: expected one of"):
+        vocabulary.image(codes, "ab", 65)
+
+
+def test_images_are_the_whole_ones():
+    vocabulary = Vocabulary(4, 3, text_size=10, codebook_hash="ab", resolutions=(64,))
+    row = [3, 22, 24, 10, 21, 23, 4, 22, 11, 23, 22, 12]
+    assert [x.tolist() for x in vocabulary.images(torch.tensor(row))] == [[0, 11], [1]]
+    assert vocabulary.images(torch.tensor([1, 2])) == []
+    assert [x.tolist() for x in vocabulary.images(torch.tensor([22, 10, 22, 11, 23]))] == [[1]]
+    with pytest.raises(ValueError, match=r"ids: expected ids in \[10, 22\), got 5"):
+        vocabulary.images(torch.tensor([22, 10, 5, 23]))
+    with pytest.raises(ValueError, match=r"ids: expected shape \[T\], got \[1, 2\]"):
+        vocabulary.images(torch.tensor([[22, 23]]))

@@ -20,6 +20,7 @@ _COMMANDS = {
     "encode": "images to an ids file, or a corpus to parquet shards of ids",
     "decode": "an ids file to PNGs",
     "reconstruct": "images to ids and back to PNGs, with PSNR and SSIM",
+    "eval": "rFID, PSNR, SSIM, LPIPS, use of the codes and more, under a fixed protocol",
     "analyze": "what the codes know of pixels, in numbers and figures",
     "info": "what is in a checkpoint, an ids file, a corpus or this installation",
 }

@@ -20,7 +20,6 @@ import torch
 
 from semhitok import distributed
 from semhitok._files import write_atomic
-from semhitok._optional import require
 from semhitok.config import TrainConfig
 from semhitok.data.training import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
@@ -67,7 +66,7 @@ def train(
         FloatingPointError: a loss is not finite; the state before that step and its images are saved.
     """
     folder = Path(out)
-    device = _join(torch.device(device))
+    device = distributed.join(torch.device(device))
     images = TrainingImages(
         data, config.model.image_size, config.data, config.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
@@ -98,14 +97,6 @@ def _frozen(model: SemHiTok, stage: str) -> str:
     if stage == "semantic":
         return ""
     return semantic_fingerprint(model) + (fingerprint(model.encoder, model.quantizer) if stage == "decoder" else "")
-
-
-def _join(device: torch.device) -> torch.device:
-    """Take this process's place among those that a launcher started; its device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    state = require("accelerate", "train").PartialState(cpu=device.type == "cpu")
-    return state.device
 
 
 def _model(config: TrainConfig, device: torch.device) -> SemHiTok:

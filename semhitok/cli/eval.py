@@ -1,0 +1,73 @@
+"""Measure a tokenizer, or any other's reconstructions, on images under a fixed protocol: rFID, PSNR, SSIM, LPIPS, use
+of the codes, ids kept by a round trip, and with labels what the features say of them.
+
+References and reconstructions are stored as PNG in OUT, with evaluation.json and a page, index.html. Figures that need
+weights which cannot be had are left out, and the table says why. An unreadable image is an error.
+
+--labels takes a .csv of rows "name,label", a .json object, or the word "folders": an image's first folder is its label.
+--features names one more network for a Fréchet distance: a timm model, NAME=FILE for weights of a file, random:NAME for
+random weights, or inception=FILE for rFID with the published weights in a file.
+
+examples:
+  semhitok eval runs/256/checkpoint val/ --out eval/256
+  semhitok eval runs/256/checkpoint val/ --out eval/256 --labels folders --features vit_small_patch14_dinov2.lvd142m
+  semhitok eval --reconstructions theirs/ val/ --out eval/theirs
+  accelerate launch -m semhitok eval runs/256/checkpoint val/ --out eval/256
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from semhitok.cli import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "semhitok eval [-h] CHECKPOINT IMAGES... --out OUT [options]\n"
+        "       semhitok eval [-h] --reconstructions FOLDER IMAGES... --out OUT [options]"
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="CHECKPOINT IMAGES",
+        help="a tokenizer's folder or its name on a hub (not with --reconstructions), then image files and folders",
+    )
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
+    parser.add_argument(
+        "--reconstructions",
+        metavar="FOLDER",
+        help="evaluate these in place of a tokenizer: one lossless image of the same name for each original",
+    )
+    parser.add_argument("--labels", metavar="LABELS", help="for probes of the features: folders, .csv or .json")
+    parser.add_argument("--features", metavar="NAME", help="a network for one more Fréchet distance")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.reconstructions is None and len(args.sources) < 2:
+        raise ValueError("IMAGES: expected after CHECKPOINT, got none")
+    if args.reconstructions is not None and args.labels is not None:
+        raise ValueError("--labels: expected with a tokenizer, whose features are probed, got --reconstructions")
+
+    from semhitok import distributed
+    from semhitok.evaluation.page import table_rows
+    from semhitok.evaluation.protocol import evaluate_reconstructions, evaluate_tokenizer
+
+    device = distributed.join(common.find_device(args.device))
+    if args.reconstructions is None:
+        checkpoint, *sources = args.sources
+        tokenizer = common.load_tokenizer(checkpoint, str(device))
+        report = evaluate_tokenizer(
+            tokenizer, sources, args.out, labels=args.labels, features=args.features, name=checkpoint
+        )
+    else:
+        report = evaluate_reconstructions(
+            args.reconstructions, args.sources, args.out, features=args.features, device=device
+        )
+    if distributed.rank() == 0:
+        for warning in report["warnings"]:
+            print(common.printable(f"semhitok eval: warning: {warning}"), file=sys.stderr)
+        print(common.table([*table_rows(report), ("page", f"{args.out}/index.html")]))
+    return common.DONE

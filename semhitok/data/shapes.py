@@ -1,0 +1,205 @@
+"""A generated labelled set: 64 x 64 pictures of one to three objects, with labels and a caption in words.
+
+Meaning and pixels compete: an object is a shape, a colour, a texture and a size in one of 3 x 3 cells, while most
+pixels belong to a patterned background under changing light, and every colour is jittered. A picture is a function of
+(seed, index) alone and takes about a millisecond.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from semhitok._optional import require
+
+SIZE = 64  # pixels a side
+CELLS = 3  # cells a side
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
+TEXTURES = ("plain", "striped", "dotted", "checked")
+SIZES = ("small", "medium", "large")
+ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES}  # the columns of `labels`
+
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
+
+PATTERNS = ("even", "shaded", "barred", "tiled", "cloudy")
+GROUNDS = ("grey", "brown", "navy", "olive", "teal", "pink")
+LIGHTS = ("dim", "normal", "bright")
+SURROUNDINGS = {"pattern": PATTERNS, "ground": GROUNDS, "light": LIGHTS}  # the columns of `background`
+
+_RGB = (
+    (0.85, 0.1, 0.1), (0.95, 0.5, 0.05), (0.92, 0.88, 0.1), (0.1, 0.65, 0.15),
+    (0.1, 0.85, 0.85), (0.12, 0.2, 0.9), (0.6, 0.12, 0.75), (0.95, 0.95, 0.95),
+)  # fmt: skip
+_GROUND_RGB = (
+    (0.5, 0.5, 0.5), (0.45, 0.28, 0.15), (0.12, 0.14, 0.35), (0.4, 0.42, 0.15), (0.12, 0.4, 0.4), (0.8, 0.55, 0.6),
+)  # fmt: skip
+_GAIN = (0.6, 0.85, 1.1)  # of the lights
+_RADIUS = (6.5, 8.2, 10.0)  # pixels, of the sizes
+
+
+class Picture(NamedTuple):
+    """One picture and all there is to know of it.
+
+    image: uint8 [3, 64, 64], RGB.
+    labels: int64 [9, 4], for each cell, row by row, the shape, colour, texture and size as places in `ATTRIBUTES`;
+        -1 where the cell is empty.
+    background: int64 [3], pattern, ground colour and light as places in `SURROUNDINGS`.
+    caption: the same in words: "a small striped red circle at the top left, ..., on a barred olive background in dim
+        light"; phrases are separated by ", ", objects in the order of their cells, the background last.
+    """
+
+    image: Tensor
+    labels: Tensor
+    background: Tensor
+    caption: str
+
+    @property
+    def num_objects(self) -> int:
+        """The number of objects, 1 to 3."""
+        return int((self.labels[:, 0] >= 0).sum())
+
+
+class Pictures(NamedTuple):
+    """N pictures: images uint8 [N, 3, 64, 64], labels int64 [N, 9, 4], background int64 [N, 3] and N captions."""
+
+    images: Tensor
+    labels: Tensor
+    background: Tensor
+    captions: list[str]
+
+
+def picture(seed: int, index: int) -> Picture:
+    """Picture number `index` of the set `seed`; both at least 0.
+
+    Raises:
+        ValueError: a negative seed or index.
+        ImportError: NumPy is not installed.
+    """
+    for name, value in (("seed", seed), ("index", index)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    np = require("numpy")
+    random = np.random.default_rng((seed, index))
+    labels = np.full((CELLS**2, len(ATTRIBUTES)), -1)
+    cells = random.permutation(CELLS**2)[: random.integers(1, 4)]
+    for cell in sorted(cells):
+        labels[cell] = [random.integers(len(words)) for words in ATTRIBUTES.values()]
+    background = np.array([random.integers(len(words)) for words in SURROUNDINGS.values()])
+    pixels = _background(np, random, background)
+    for cell in sorted(cells):
+        _draw(np, random, pixels, cell, labels[cell])
+    # light: the named gain, and a slope across the picture that has no name
+    across, down = random.uniform(-0.12, 0.12, 2)
+    slope = np.linspace(-1, 1, SIZE, dtype=np.float32)
+    gain = _GAIN[background[2]] * random.uniform(0.93, 1.07)
+    pixels *= (gain * (1 + across * slope[:, None] + down * slope[:, None, None])).astype(np.float32)
+    pixels += random.normal(0, 0.015, pixels.shape).astype(np.float32)
+    image = (pixels.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(2, 0, 1)
+    kept = torch.from_numpy(labels), torch.from_numpy(background)
+    return Picture(torch.from_numpy(np.ascontiguousarray(image)), *kept, caption(*kept))
+
+
+def pictures(seed: int, first: int, count: int) -> Pictures:
+    """Pictures first, ..., first + count - 1 of the set `seed`, stacked; errors as `picture` raises them."""
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    found = [picture(seed, first + n) for n in range(count)]
+    images, labels, background = (torch.stack([getattr(p, name) for p in found]) for name in Picture._fields[:3])
+    return Pictures(images, labels, background, [p.caption for p in found])
+
+
+def caption(labels: Tensor, background: Tensor) -> str:
+    """The words for labels [9, 4] and background [3], as in `Picture`."""
+    phrases = []
+    for cell, (shape, colour, texture, size) in enumerate(labels.tolist()):
+        if shape >= 0:
+            article = f"a {SIZES[size]} {TEXTURES[texture]} {COLOURS[colour]} {SHAPES[shape]}"
+            phrases.append(f"{article} at the {ROWS[cell // CELLS]} {COLUMNS[cell % CELLS]}")
+    pattern, ground, light = background.tolist()
+    article = "an" if PATTERNS[pattern][0] in "aeiou" else "a"
+    return ", ".join(
+        [*phrases, f"on {article} {PATTERNS[pattern]} {GROUNDS[ground]} background in {LIGHTS[light]} light"]
+    )
+
+
+def cell_of_patches(grid_size: int) -> Tensor:
+    """The cell, 0 to 8, in which the middle of each patch of a grid lies: int64 [grid_size, grid_size]."""
+    place = ((torch.arange(grid_size) + 0.5) * CELLS / grid_size).long()
+    return place[:, None] * CELLS + place
+
+
+def _background(np: Any, random: Any, labels: Any) -> Any:
+    """float32 [64, 64, 3]: two tones of the ground colour, mixed by the pattern."""
+    base = np.array(_GROUND_RGB[labels[1]]) + random.uniform(-0.05, 0.05, 3)
+    contrast = random.uniform(0.15, 0.3) * random.choice((-1, 1))
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    angle, period, phase = random.uniform(0, np.pi), random.uniform(8, 16), random.uniform(0, 16)
+    along = np.cos(angle) * x + np.sin(angle) * y
+    pattern = PATTERNS[labels[0]]
+    if pattern == "even":
+        mix = np.zeros_like(x)
+    elif pattern == "shaded":
+        mix = (along - along.min()) / np.ptp(along) * 2 - 0.5
+    elif pattern == "barred":
+        mix = ((along + phase) % period < period / 2).astype(np.float32)
+    elif pattern == "tiled":
+        mix = (((x + phase) // (period / 2) + (y + phase) // (period / 2)) % 2).astype(np.float32)
+    else:  # cloudy: coarse noise, linearly interpolated
+        coarse = random.uniform(-0.3, 1.3, (9, 9)).astype(np.float32)
+        place = np.arange(SIZE) / 8
+        low = place.astype(int)
+        part = (place - low).astype(np.float32)
+        rows = coarse[low] * (1 - part)[:, None] + coarse[low + 1] * part[:, None]
+        mix = rows[:, low] * (1 - part) + rows[:, low + 1] * part
+    return (base + contrast * mix[..., None]).astype(np.float32)
+
+
+def _draw(np: Any, random: Any, pixels: Any, cell: int, labels: Any) -> None:
+    """Put the object with these labels into a cell of pixels [64, 64, 3], with soft edges."""
+    shape, colour, texture, size = labels
+    radius = _RADIUS[size] * random.uniform(0.93, 1.05)
+    side = SIZE / CELLS
+    room = max(side / 2 - radius, 0) + 0.5
+    row, column = (np.array(divmod(int(cell), CELLS)) + 0.5) * side + random.uniform(-room, room, 2)
+    top, left = int(max(row - radius - 2, 0)), int(max(column - radius - 2, 0))
+    window = pixels[top : int(row + radius + 3), left : int(column + radius + 3)]
+    y, x = np.mgrid[top : top + window.shape[0], left : left + window.shape[1]].astype(np.float32)
+    angle = random.uniform(-0.25, 0.25)
+    y, x = y + 0.5 - row, x + 0.5 - column
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    cover = (0.5 - _distance(np, SHAPES[shape], x, y, radius)).clip(0, 1)[..., None]
+    paint = np.array(_RGB[colour]) + random.uniform(-0.05, 0.05, 3)
+    period, phase = random.uniform(4, 5), random.uniform(0, 5)
+    kind = TEXTURES[texture]
+    if kind == "plain":
+        dark = np.zeros_like(x)
+    elif kind == "striped":
+        dark = (x + y + phase) % period < period / 2
+    elif kind == "dotted":
+        dark = ((x + phase) % period - period / 2) ** 2 + ((y + phase) % period - period / 2) ** 2 < (period / 3.4) ** 2
+    else:
+        dark = ((x + phase) // (period * 0.6) + (y + phase) // (period * 0.6)) % 2
+    window += cover * (paint * (1 - 0.5 * dark[..., None]) - window)
+
+
+def _distance(np: Any, shape: str, x: Any, y: Any, radius: float) -> Any:
+    """About the signed distance of points from the outline of a shape, negative inside."""
+    far = np.hypot(x, y)
+    if shape == "circle":
+        return far - radius * 0.95
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - radius * 0.8
+    if shape == "triangle":
+        return np.maximum(y - radius * 0.7, 0.85 * abs(x) - 0.5 * y - radius * 0.42)
+    if shape == "cross":
+        a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+        return np.maximum(a - radius * 0.95, b - radius * 0.3)
+    if shape == "ring":
+        return abs(far - radius * 0.72) - radius * 0.23
+    angle = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5  # star, five points
+    return far * (np.cos(angle) + 1.7 * abs(np.sin(angle))) - radius * 1.05

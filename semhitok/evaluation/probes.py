@@ -1,0 +1,126 @@
+"""What features of images say about labels: a linear probe and nearest neighbours, by cross-validation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from semhitok._optional import require
+
+_FOLDS = 5
+_NEIGHBOURS = 5
+
+
+def read_labels(source: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
+    """The label of each image.
+
+    Args:
+        source: "folders" (the first folder of an image's name), or a file: .json, an object {name: label}, or .csv,
+            rows of name and label without a heading. Names may have a suffix; labels of other images are passed over.
+        names: of the images, as `named_images` gives them.
+
+    Raises:
+        ValueError: not such a file, an image without a label or with two, or labels that `check_labels` refuses.
+        OSError: it cannot be read.
+    """
+    names = list(names)
+    if str(source) == "folders":
+        found = {name: name.partition("/")[0] for name in names if "/" in name}
+    else:
+        path = Path(source)
+        if path.suffix not in (".csv", ".json"):
+            raise ValueError(f"labels: expected folders, or a .csv or .json file, got {path}")
+        known = set(names)
+        found = {}
+        for name, label in _rows(path):
+            name = name if name in known else name.rpartition(".")[0]
+            if name not in known:
+                continue
+            if found.setdefault(name, label) != label:
+                raise ValueError(f"{path}: expected one label for {name}, got {found[name]} and {label}")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"labels: expected one for every image, {len(missing)} have none, such as {missing[0]}")
+    labels = [found[name] for name in names]
+    check_labels(labels)
+    return labels
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise ValueError unless there are at least 2 labels, each of at least 2 images."""
+    counts = Counter(labels)
+    label, fewest = min(counts.items(), key=lambda item: item[1])
+    if len(counts) < 2 or fewest < 2:
+        raise ValueError(
+            f"labels: expected at least 2, each of at least 2 images, got {len(counts)}, of {label!r} {fewest}"
+        )
+
+
+def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy of a linear probe and of nearest neighbours on images they were not fitted to.
+
+    Stratified cross-validation, shuffled by a fixed seed, with 5 folds, or as many as the rarest label has images.
+    Features are standardised by each fold's training part. Linear: multinomial logistic regression, L2 with C = 1.
+    Neighbours: the 5 of largest cosine.
+
+    Args:
+        features: float [N, D], one row for each image.
+        labels: N of them.
+
+    Returns:
+        {"linear", "knn"}: shares of all N images, in [0, 1].
+
+    Raises:
+        ValueError: not N rows, or labels that `check_labels` refuses.
+    """
+    if features.ndim != 2 or len(features) != len(labels):
+        raise ValueError(f"features: expected [{len(labels)}, D], as many as labels, got {list(features.shape)}")
+    check_labels(labels)
+    linear_model = require("sklearn.linear_model", "eval")
+    neighbors = require("sklearn.neighbors", "eval")
+    selection = require("sklearn.model_selection", "eval")
+    numpy, preprocessing = require("numpy"), require("sklearn.preprocessing", "eval")
+    x, y = features.double().cpu().numpy(), numpy.array(labels)
+    folds = selection.StratifiedKFold(folds_of(labels), shuffle=True, random_state=0)
+    right = {"linear": 0, "knn": 0}
+    for train, test in folds.split(x, y):
+        scale = preprocessing.StandardScaler().fit(x[train])
+        seen, unseen = scale.transform(x[train]), scale.transform(x[test])
+        classifiers = {
+            "linear": linear_model.LogisticRegression(max_iter=1000),
+            "knn": neighbors.KNeighborsClassifier(min(_NEIGHBOURS, len(train)), metric="cosine"),
+        }
+        for name, classifier in classifiers.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a fit that stops before it converges
+                right[name] += int((classifier.fit(seen, y[train]).predict(unseen) == y[test]).sum())
+    return {name: count / len(y) for name, count in right.items()}
+
+
+def folds_of(labels: Sequence[str]) -> int:
+    """Folds of the cross-validation."""
+    return min(_FOLDS, *Counter(labels).values())
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            data = json.loads(text)
+            if not isinstance(data, dict) or not all(isinstance(label, (str, int)) for label in data.values()):
+                raise ValueError("expected an object of names and labels")
+            return [(name, str(label)) for name, label in data.items()]
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        for row in rows:
+            if len(row) != 2:
+                raise ValueError(f"expected rows of name and label, got {row}")
+        return [(name.strip(), label.strip()) for name, label in rows]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a file of labels: {error}") from error

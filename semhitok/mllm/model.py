@@ -1,0 +1,408 @@
+"""The unified multimodal language model: a decoder-only LLM that reads and writes text ids and flat image ids.
+
+text ids ------- LLM's embedding --------------+                +-- text head --------------+
+image ids h -> code i, sub-code j              |                |                           |
+   sem code i -- MLP --+                       +-> LLM's trunk -+-- image head over K*m ids +-> one softmax
+   pix code i, j MLP --+-- concatenated -------+                |                           |
+begin, end, resolution -- embedding -----------+                +-- special head -----------+
+
+Source: SemHiTok (arXiv 2503.06764): one vocabulary, next-token prediction, dual-MLP adapter. `semhitok.vocabulary`
+alone knows the offsets.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from semhitok.mllm.loss import IGNORE, group_cross_entropy, linear_cross_entropy
+from semhitok.tokenizer import Features, SemHiTok
+from semhitok.vocabulary import Vocabulary, codebook_hash
+
+HEADS = ("flat", "hierarchical")
+
+
+class UnifiedMLLMConfig(PreTrainedConfig):
+    """Sizes of a `UnifiedMLLM`.
+
+    text_config: the LLM's own config, or its `to_dict()`; its `vocab_size` is where image ids begin.
+    num_codes, num_sub_codes, sem_dim, pix_dim: K, m, Ds, Dp of the tokenizer.
+    grid_size: ids on one side of an image.
+    image_size: pixels on one side of an image; with `resolution_id` it gets a special id after begin of image.
+    codebook_hash: of the codebooks the model holds; None while it holds none.
+    head: "flat", one row for every id; "hierarchical", code i first, then sub-code j by the rows of i alone.
+    """
+
+    model_type = "semhitok_mllm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        num_codes: int = 16384,
+        num_sub_codes: int = 12,
+        sem_dim: int = 32,
+        pix_dim: int = 32,
+        grid_size: int = 16,
+        image_size: int = 256,
+        resolution_id: bool = False,
+        codebook_hash: str | None = None,
+        head: str = "flat",
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:  # transformers compares configs with their default
+            text_config = AutoConfig.for_model("qwen2")
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        sizes = {
+            "num_codes": num_codes, "num_sub_codes": num_sub_codes, "sem_dim": sem_dim, "pix_dim": pix_dim,
+            "grid_size": grid_size, "image_size": image_size,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            setattr(self, name, value)
+        if head not in HEADS:
+            raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+        self.text_config = text_config
+        self.resolution_id = resolution_id
+        self.codebook_hash = codebook_hash
+        self.head = head
+        kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All ids of the model. Image ids follow the rows of the LLM's embedding, not the words of its tokenizer."""
+        return Vocabulary(
+            self.num_codes,
+            self.num_sub_codes,
+            self.text_config.vocab_size,
+            self.codebook_hash,
+            (self.image_size,) if self.resolution_id else (),
+        )
+
+
+class Codebooks(nn.Module):
+    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], fp32 whatever the model is cast to."""
+
+    sem: Tensor
+    pix: Tensor
+
+    def __init__(self, config: UnifiedMLLMConfig) -> None:
+        super().__init__()
+        K, m = config.num_codes, config.num_sub_codes
+        self.register_buffer("sem", torch.zeros(K, config.sem_dim, dtype=torch.float32))
+        self.register_buffer("pix", torch.zeros(K, m, config.pix_dim, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Codebooks:
+        # As integers they move between devices and are not rounded, so their hash stays true.
+        return super()._apply(lambda t: fn(t.view(torch.int32)).view(torch.float32), recurse)
+
+    def forward(self, codes: Tensor) -> Features:
+        """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
+        return Features(
+            nn.functional.embedding(codes // self.pix.shape[1], self.sem),
+            nn.functional.embedding(codes, self.pix.flatten(0, 1)),
+        )
+
+
+class DualAdapter(nn.Module):
+    """Code vectors of image tokens -> the LLM's input: one MLP each, side by side (paper: dual-MLP adapter)."""
+
+    def __init__(self, sem_dim: int, pix_dim: int, width: int) -> None:
+        super().__init__()
+        self.semantic = _mlp(sem_dim, width, width - width // 2)
+        self.pixel = _mlp(pix_dim, width, width // 2)
+
+    def forward(self, semantic: Tensor, pixel: Tensor) -> Tensor:
+        """[..., Ds], [..., Dp] -> [..., width]."""
+        dtype = next(self.parameters()).dtype
+        return torch.cat([self.semantic(semantic.to(dtype)), self.pixel(pixel.to(dtype))], dim=-1)
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+class Rows(nn.Module):
+    """Rows of an output head: `weight` [*shape]. No nn.Linear, since losses take the rows and not their products."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
+class UnifiedMLLM(PreTrainedModel, GenerationMixin):
+    """A causal LM of transformers over text ids and flat image ids, with that library's `generate`, saving and PEFT.
+
+    Build one with `from_parts` or, without codebooks, from a `UnifiedMLLMConfig`. Ids are those of `vocabulary`.
+    For LoRA, train the new parts whole: `modules_to_save=UnifiedMLLM.new_modules(config)`.
+    """
+
+    config: UnifiedMLLMConfig
+    config_class = UnifiedMLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["codebooks"]  # noqa: RUF012
+
+    def __init__(self, config: UnifiedMLLMConfig) -> None:
+        super().__init__(config)
+        vocabulary = config.vocabulary
+        width, K, m = config.text_config.hidden_size, config.num_codes, config.num_sub_codes
+        self.model = AutoModel.from_config(config.text_config)
+        self.codebooks = Codebooks(config)
+        self.adapter = DualAdapter(config.sem_dim, config.pix_dim, width)
+        self.special_embedding = nn.Embedding(vocabulary.num_special, width)
+        self.text_head = nn.Linear(width, vocabulary.text_size, bias=False)
+        # Rows of flat ids; in the hierarchical head, those of sub-codes within their code.
+        self.image_head = Rows(K, m, width)
+        self.semantic_head = Rows(K, width) if config.head == "hierarchical" else None
+        self.special_head = Rows(vocabulary.num_special, width)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Rows):
+            init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
+
+    @staticmethod
+    def new_modules(config: UnifiedMLLMConfig) -> list[str]:
+        """Names of the modules that an LLM lacks: they start untrained."""
+        names = ["adapter", "special_embedding", "image_head", "special_head"]
+        return names + ["semantic_head"] if config.head == "hierarchical" else names
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: str | PreTrainedConfig | PreTrainedModel,
+        tokenizer: SemHiTok,
+        *,
+        head: str = "flat",
+        resolution_id: bool = False,
+        **kwargs: Any,
+    ) -> UnifiedMLLM:
+        """A model of an LLM and an image tokenizer, whose codebooks it copies; the new parts are random.
+
+        Args:
+            llm: folder or Hub name of a causal LM, such a model (its weights are taken over, not copied), or a config,
+                which makes one with random weights.
+            head, resolution_id: see `UnifiedMLLMConfig`.
+            kwargs: for `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
+
+        Raises:
+            ValueError: an LLM whose head has a bias, or another number of rows than its embedding.
+            OSError: `llm` cannot be read or fetched.
+        """
+        if isinstance(llm, str):
+            llm = AutoModelForCausalLM.from_pretrained(llm, **kwargs)
+        elif isinstance(llm, PreTrainedConfig):
+            llm = AutoModelForCausalLM.from_config(llm, **kwargs)
+        assert isinstance(llm, PreTrainedModel)
+        embedding: Any = llm.get_input_embeddings()
+        lm_head: Any = llm.get_output_embeddings()
+        bias = getattr(lm_head, "bias", None)
+        if lm_head is None or bias is not None or lm_head.weight.shape != embedding.weight.shape:
+            raise ValueError(f"llm: expected an output head without bias as large as the embedding, got {lm_head}")
+        sizes = tokenizer.config
+        config = UnifiedMLLMConfig(
+            llm.config,
+            sizes.num_codes, sizes.num_sub_codes, sizes.sem_dim, sizes.pix_dim, sizes.grid_size, sizes.image_size,
+            resolution_id, tokenizer.codebook_hash, head,
+        )  # fmt: skip
+        # The LLM's parts are made without memory, and then replaced.
+        with torch.device("meta"):
+            model = cls(config)
+        model.model, model.text_head = llm.base_model, lm_head
+        for name, module in model.named_children():
+            if name not in ("model", "text_head"):
+                module.to_empty(device=embedding.weight.device)
+                if name != "codebooks":
+                    module.to(embedding.weight.dtype)
+                    module.apply(model._init_fresh)
+        model.codebooks.sem.copy_(tokenizer.quantizer.semantic.codebook)
+        model.codebooks.pix.copy_(tokenizer.quantizer.pix_codebook)
+        model.tie_weights()
+        if llm.generation_config is not None:
+            model.generation_config = llm.generation_config
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; also ValueError if the codebooks are not those that the config names."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        books = model.codebooks
+        if model.config.codebook_hash is not None and not books.sem.is_meta:
+            model.config.vocabulary.check_hash(codebook_hash(books.sem, books.pix))
+        return loaded
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All ids of the model, with the hash of its codebooks."""
+        return self.config.vocabulary
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The text head alone."""
+        return self.text_head
+
+    def embed(self, input_ids: Tensor, image_features: Features | None = None) -> Tensor:
+        """The LLM's input [B, T, width] of ids [B, T].
+
+        image_features: code vectors of the image ids in `input_ids`, in order, [..., Ds] and [..., Dp], as
+            `SemHiTok.features` gives them; the image ids then only mark the places. None looks the ids up.
+
+        Raises:
+            ValueError: ids out of range, vectors of another number or size, or no codebooks to look ids up in.
+        """
+        vocabulary, config = self.vocabulary, self.config
+        if not torch.compiler.is_compiling():
+            low, high = (int(x) for x in torch.aminmax(input_ids)) if input_ids.numel() else (0, 0)
+            if low < 0 or high >= vocabulary.size:
+                got = low if low < 0 else high
+                raise ValueError(f"input_ids: expected ids in [0, {vocabulary.size}), got {got}")
+        text = input_ids < vocabulary.text_size
+        special = input_ids >= vocabulary.begin_of_image
+        image = ~text & ~special
+        embedded = self.model.get_input_embeddings()(torch.where(text, input_ids, 0))
+        of_special = self.special_embedding((input_ids - vocabulary.begin_of_image).clamp_min(0))
+        embedded = torch.where(special.unsqueeze(-1), of_special.to(embedded.dtype), embedded)
+        codes = input_ids[image] - vocabulary.text_size
+        if image_features is None:
+            if len(codes) and config.codebook_hash is None:
+                raise ValueError("input_ids: expected a model with codebooks for image ids, got one without")
+            image_features = self.codebooks(codes)
+        semantic, pixel = image_features
+        for name, x, dim in (("semantic", semantic, config.sem_dim), ("pixel", pixel, config.pix_dim)):
+            if x.shape[-1] != dim or x.numel() != len(codes) * dim:
+                words = f"expected {len(codes)} vectors of dimension {dim}, got {list(x.shape)}"
+                raise ValueError(f"image_features.{name}: {words}")
+        of_image = self.adapter(semantic.reshape(-1, config.sem_dim), pixel.reshape(-1, config.pix_dim))
+        return embedded.masked_scatter(image.unsqueeze(-1), of_image.to(embedded.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: Features | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, or the loss: never both, since with `labels` the logits never exist at once.
+
+        Args:
+            input_ids: [B, T] int64 of `vocabulary`, or `inputs_embeds` [B, T, width] as `embed` makes them.
+            attention_mask: [B, T], 0 where padded; None for packed samples (`semhitok.mllm.packing`).
+            position_ids: [B, T]. Without `attention_mask` and cache, a sample begins wherever they start again, and
+                sees itself alone.
+            image_features: see `embed`.
+            labels: [B, T] ids, or -100 for no loss; position t predicts the label at t + 1.
+            use_cache: None makes no cache, where transformers' own models make one: a cache would switch off packing.
+            logits_to_keep: logits of that many last positions, 0 for all; or indices of positions.
+            num_items_in_batch: what the sum of the losses is divided by; None takes the number of labels.
+
+        Returns:
+            with `labels`, `loss`, the mean over labels (scalar, fp32); else `logits` [B, T, vocabulary.size].
+
+        Raises:
+            ValueError: see `embed`; both or neither of `input_ids` and `inputs_embeds`; labels out of range.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or neither")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids, image_features)
+        elif image_features is not None:
+            raise ValueError("image_features: expected None beside inputs_embeds, got vectors")
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) or past_key_values is not None,
+            **{k: v for k, v in kwargs.items() if k != "return_dict"},
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            labels = labels[:, 1:].flatten()
+            losses = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
+            count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / count
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.logits(hidden[:, keep])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states [..., width] -> logits [..., vocabulary.size] of every id, for one softmax over all."""
+        text, image, special = self._rows()
+        width, rows = hidden.shape[-1], self.image_head.weight
+        of_image = hidden @ rows.reshape(-1, width).T
+        if self.semantic_head is not None:
+            # log p(i, j) = log p(i) + log p(j | i), but for one constant.
+            within = of_image.unflatten(-1, rows.shape[:2]).float().log_softmax(-1)
+            of_image = ((hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
+        return torch.cat([hidden @ text.T, of_image, hidden @ special.T], dim=-1)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy [N] (fp32) of last hidden states [N, width] and the ids [N] they predict, 0 where -100."""
+        vocabulary = self.vocabulary
+        if self.semantic_head is None:
+            return linear_cross_entropy(hidden, self._rows(), targets)
+        # The codes i take the place of the image ids in a smaller vocabulary.
+        image = (targets >= vocabulary.text_size) & (targets < vocabulary.begin_of_image)
+        codes = torch.where(image, targets - vocabulary.text_size, 0)
+        code, sub = codes // vocabulary.num_sub_codes, codes % vocabulary.num_sub_codes
+        shorter = vocabulary.num_flat_codes - vocabulary.num_codes
+        coarse = torch.where(image, vocabulary.text_size + code, targets)
+        coarse = torch.where(targets >= vocabulary.begin_of_image, targets - shorter, coarse)
+        within = group_cross_entropy(hidden, self.image_head.weight, code, torch.where(image, sub, IGNORE))
+        return linear_cross_entropy(hidden, self._rows(), coarse) + within
+
+    def _rows(self) -> list[Tensor]:
+        """Rows of the outer softmax, [ids, width] each: text; flat ids, or codes i; special."""
+        of_image: Any = self.image_head if self.semantic_head is None else self.semantic_head
+        heads: list[Any] = [self.text_head, of_image, self.special_head]
+        for head in heads:
+            if hasattr(head, "lora_A"):
+                raise ValueError("heads: expected whole weights, got LoRA; name them in modules_to_save instead")
+        text, image, special = (head.weight for head in heads)
+        return [text, image.flatten(0, -2), special]
+
+    def _init_fresh(self, module: nn.Module) -> None:
+        """`_init_weights`, also for weights that are marked as initialised."""
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+        self._init_weights(module)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Vectors of a prompt's images go in with the prompt alone; a cache remembers them."""
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            kwargs.pop("image_features", None)
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(*args, **kwargs)
