@@ -8,6 +8,7 @@ by one thread. A shard appears whole, then its record; a unit with both is done.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -16,14 +17,16 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from semhitok._files import open_atomic, write_atomic
@@ -35,6 +38,7 @@ from semhitok.usage import CodeUsage
 
 JOB = "job.json"
 ENGINES = ("local", "torchrun", "ray")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class EncodingConfig:
         caption: column of parquet files and field of JSON members; "caption" or "text" without one.
         batch_size: images the networks see at once.
         images_per_shard: of image files; webdataset shards and parquet files become a shard each.
+        precision: of the networks: "fp32"; "bf16" (autocast); "int8" (weights, and activations as they come, of linear
+            layers, by torch's dynamic quantisation; CPU only). With the last two the first batch of each shard is
+            encoded in fp32 too, to tell the share of ids that differ.
     """
 
     crop: str = "centre"
@@ -54,21 +61,27 @@ class EncodingConfig:
     caption: str | None = None
     batch_size: int = 16
     images_per_shard: int = 4096
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {self.crop!r}")
+        for name, known in (("crop", CROPS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 class Done(NamedTuple):
-    """What became of a unit: its record, or none if it could not be read but may be another time."""
+    """What became of a unit: its record, or none if it could not be read but may be another time.
+
+    seconds: by the clock; of them `waited` for images, `quantised` in the quantiser.
+    """
 
     record: dict[str, Any] | None
     seconds: float
-    waited: float  # seconds, for images
+    waited: float
+    quantised: float
     problem: str = ""
 
 
@@ -80,7 +93,8 @@ class Summary:
         images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
         encoded: images encoded by this call; on torchrun, by this process.
         seconds: of encoding, by the clock.
-        waited: share of the encoding processes' time in which they waited for images.
+        waited, quantised: shares of the encoding processes' time in which they waited for images, and quantised.
+        changed: share of ids that are others than in fp32, where that was looked at; see `EncodingConfig`.
         usage: of the codes, see `CodeUsage.summary`.
         missing: what there is no manifest for want of; empty if it is written. Torchrun's other processes may be at it.
     """
@@ -92,6 +106,8 @@ class Summary:
     encoded: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    quantised: float = 0.0
+    changed: float = 0.0
     usage: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: str = ""
 
@@ -178,7 +194,7 @@ def encode_corpus(
         todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
         summary = Summary()
         problems = []
-        busy = waited = 0.0
+        busy = waited = quantised = 0.0
         encoding = time.perf_counter()
         results = _run(engine, encoder, job, todo, processes)
         del encoder  # `_run` has it, if anything
@@ -189,9 +205,10 @@ def encode_corpus(
                     print(f"semhitok: {_line(done.problem)}", file=sys.stderr)
                 else:
                     summary.encoded += done.record["images"]
-                busy, waited = busy + done.seconds, waited + done.waited
+                busy, waited, quantised = busy + done.seconds, waited + done.waited, quantised + done.quantised
         summary.seconds = time.perf_counter() - (encoding if todo else begun)
-        summary.waited = waited / busy if busy else 0.0
+        if busy:
+            summary.waited, summary.quantised = waited / busy, quantised / busy
         if problems and engine != "torchrun":  # which would end the other processes
             raise ValueError(
                 f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
@@ -217,7 +234,10 @@ class Encoder:
                 raise ValueError(
                     f"{job.checkpoint}: expected encoder {job.settings['encoder_sha256'][:12]}, got {found[:12]}"
                 )
+        del tokenizer.decoder, tokenizer.semantic_decoder  # half of the memory, for nothing
         self.tokenizer = tokenizer.to(job.device).eval()
+        self.fast = _at_precision(self.tokenizer, job.config.precision)
+        self.clock = _Clock(self.fast.quantizer, job.device)
 
     def encode(self, unit: Unit) -> Done:
         """Write the shard of a unit and its record."""
@@ -244,7 +264,8 @@ class Encoder:
             yield self._unit(unit, decoded)
 
     def _unit(self, unit: Unit, decoded: Iterator[_Decoded | None]) -> Done:
-        job, begun, waited = self.job, time.perf_counter(), 0.0
+        job, begun, waited, quantised = self.job, time.perf_counter(), 0.0, self.clock.seconds
+        self.compared = self.changed = 0
         skipped: list[dict[str, str]] = []
         images = captions = 0
         try:
@@ -274,26 +295,59 @@ class Encoder:
         except _Again as problem:
             while next(decoded) is not None:  # the rest of this unit
                 pass
-            return Done(None, time.perf_counter() - begun, waited, str(problem))
+            return Done(None, time.perf_counter() - begun, waited, self.clock.seconds - quantised, str(problem))
         record = {
             "name": _name(unit), "source": unit.source if unit.kind != "images" else "", "images": images,
-            "rows": writer.rows, "captions": captions, "skipped": skipped, "bytes": writer.bytes,
-            "sha256": writer.sha256, "job": job.digest,
+            "rows": writer.rows, "captions": captions, "skipped": skipped, "ids_compared": self.compared,
+            "ids_changed": self.changed, "bytes": writer.bytes, "sha256": writer.sha256, "job": job.digest,
         }  # fmt: skip
         write_atomic(_record_path(job, unit), (json.dumps(record) + "\n").encode())
-        return Done(record, time.perf_counter() - begun, waited)
+        return Done(record, time.perf_counter() - begun, waited, self.clock.seconds - quantised)
 
     def _write(self, writer: Any, rows: list[tuple[str, str | None, int]], pixels: list[Tensor]) -> None:
         """Encode a batch, padded to its full size, and write it; empties both lists."""
         size = self.job.image_size
         batch = torch.zeros(self.job.config.batch_size, 3, size, size)
         torch.stack(pixels, out=batch[: len(pixels)])
+        on_device, bf16 = batch.to(self.job.device), self.job.config.precision == "bf16"
         with torch.inference_mode():
-            ids = self.tokenizer.encode(batch.to(self.job.device)).cpu()
+            with torch.autocast(on_device.device.type, torch.bfloat16, enabled=bf16):
+                ids = self.fast.encode(on_device).cpu()
+            if self.job.config.precision != "fp32" and not self.compared:
+                differ = self.tokenizer.encode(on_device).cpu() != ids
+                self.changed, self.compared = int(differ[: len(rows)].sum()), differ[: len(rows)].numel()
         for row, grid in zip(rows, ids, strict=False):
             writer.add(*row, grid)
         rows.clear()
         pixels.clear()
+
+
+def _at_precision(tokenizer: SemHiTok, precision: str) -> SemHiTok:
+    """A tokenizer with encoders of that precision; itself if autocast does it."""
+    if precision != "int8":
+        return tokenizer
+    fast = copy.deepcopy(tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao, whose int8 is slower than fp32 on a CPU
+        from torch.ao.quantization import quantize_dynamic
+
+        for name in ("teacher", "encoder"):
+            setattr(fast, name, quantize_dynamic(getattr(fast, name), {nn.Linear}, dtype=torch.qint8))
+    return fast
+
+
+class _Clock:
+    """Adds up the seconds that a module takes."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        self.seconds, self.device = 0.0, torch.device(device)
+        module.register_forward_pre_hook(lambda *_: self._add(-1))
+        module.register_forward_hook(lambda *_: self._add(1))
+
+    def _add(self, sign: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += sign * time.perf_counter()
 
 
 def encoder_hash(tokenizer: SemHiTok) -> str:
@@ -370,6 +424,8 @@ def _prepare(
 ) -> tuple[Encoder, Job, list[Unit]]:  # fmt: skip
     """The job of a folder, new or begun, an encoder for it, and its units."""
     tokenizer = SemHiTok.from_pretrained(checkpoint)
+    if config.precision == "int8" and torch.device(device).type != "cpu":
+        raise ValueError(f"precision: int8 expects the CPU, got {device}")
     model, vocabulary = tokenizer.config, tokenizer.vocabulary
     assert vocabulary.codebook_hash is not None
     grid = (model.grid_size, model.grid_size)
@@ -389,6 +445,7 @@ def _prepare(
         "caption": config.caption,
         "batch_size": config.batch_size,
         "images_per_shard": config.images_per_shard,
+        "precision": config.precision,
         "device": torch.device(device).type,
         "sources": [os.fspath(source).encode("utf-8", "backslashreplace").decode() for source in sources],
     }
@@ -443,7 +500,8 @@ def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
         except (ValueError, KeyError, TypeError) as error:
             return str(error)
         shards.append({k: len(v) if k == "skipped" else v for k, v in record.items() if k != "job"})
-    totals = {key: sum(shard[key] for shard in shards) for key in ("images", "rows", "captions", "skipped", "bytes")}
+    counts = ("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes")
+    totals = {key: sum(shard[key] for shard in shards) for key in counts}
     with open_atomic(job.out / SKIPPED) as file:
         for unit in units:
             record = json.loads(_record_path(job, unit).read_bytes())
@@ -453,6 +511,7 @@ def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
     summary.bytes, summary.usage = totals["bytes"], rounded
+    summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
     return ""
 
 
@@ -482,6 +541,8 @@ def _local(job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, N
     try:
         for future in as_completed([pool.submit(_encode, unit) for unit in units]):
             yield future.result()
+    except BrokenProcessPool:
+        raise ChildProcessError("a process was killed, for want of memory perhaps; the same command goes on") from None
     except BaseException:
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
@@ -510,19 +571,33 @@ def _encode(unit: Unit) -> Done:
 
 
 def _ray(job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, None, None]:
-    """Actors hold a tokenizer each; Ray hands them the units and starts those again that were lost."""
-    ray, pool = require("ray", "ray"), require("ray.util", "ray").ActorPool
+    """Ray Data starts the encoders, hands out the units, and those of an encoder that was lost to another one."""
+    if not units:
+        return
+    ray, data = require("ray", "ray"), require("ray.data", "ray")
     if not ray.is_initialized():
         ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
-    gpus = 1 if torch.device(job.device).type == "cuda" else 0
-    actor = ray.remote(num_cpus=1 + job.workers, num_gpus=gpus, max_restarts=3, max_task_retries=3)(_Away)
-    actors = [actor.remote(job, os.getcwd()) for _ in range(min(processes, len(units)))]
-    yield from pool(actors).map_unordered(lambda actor, unit: actor.encode.remote(unit), units)
+    data.DataContext.get_current().enable_progress_bars = False
+    # Not `range`, whose reading takes CPUs that the encoders may hold all of.
+    numbers = data.from_items(list(range(len(units))), override_num_blocks=len(units))
+    encoders = numbers.map_batches(
+        _Away,
+        fn_constructor_args=(job, units, os.getcwd()),
+        batch_size=1,
+        compute=data.ActorPoolStrategy(size=min(processes, len(units))),
+        num_cpus=1 + job.workers,
+        num_gpus=1 if torch.device(job.device).type == "cuda" else 0,
+    )
+    for row in encoders.iter_rows():
+        yield Done(*json.loads(row["done"]))
 
 
-class _Away(Encoder):
-    """An encoder that starts in another folder, where relative names would be others."""
+class _Away:
+    """An encoder for Ray Data, whose processes start in another folder, where relative names would be others."""
 
-    def __init__(self, job: Job, folder: str) -> None:
+    def __init__(self, job: Job, units: Sequence[Unit], folder: str) -> None:
         os.chdir(folder)
-        super().__init__(job)
+        self.encoder, self.units = Encoder(job), units
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"done": [json.dumps(self.encoder.encode(self.units[number])) for number in batch["item"]]}

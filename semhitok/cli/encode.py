@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Options of a corpus alone, and what they are without the user's word.
 _CORPUS = {
     "crop": "centre", "pack": False, "caption": None, "shard_images": 4096, "engine": "local", "processes": 1,
-    "workers": 0,
+    "workers": 0, "precision": "fp32",
 }  # fmt: skip
 
 
@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     corpus.add_argument(
         "--shard-images", type=common.positive, metavar="N", help="image files in an output shard (default: 4096)"
+    )
+    corpus.add_argument(
+        "--precision", choices=("fp32", "bf16", "int8"), help="of the networks; int8 on a CPU only (default: fp32)"
     )
     corpus.add_argument(
         "--engine", choices=("local", "torchrun", "ray"), help="who runs the processes (default: local)"
@@ -112,7 +115,9 @@ def _corpus(args: argparse.Namespace) -> int:
     from semhitok.encoding import EncodingConfig, encode_corpus
 
     given: dict[str, Any] = {**_CORPUS, **{k: v for k, v in vars(args).items() if k in _CORPUS and v is not None}}
-    config = EncodingConfig(given["crop"], given["pack"], given["caption"], args.batch_size, given["shard_images"])
+    config = EncodingConfig(
+        given["crop"], given["pack"], given["caption"], args.batch_size, given["shard_images"], given["precision"]
+    )
 
     def progress(results: Iterable[Any], total: int) -> Iterator[Any]:
         with common.progress(None, "encode", total) as bar:
@@ -131,23 +136,23 @@ def _corpus(args: argparse.Namespace) -> int:
         device=common.find_device(args.device),
         progress=progress,
     )
-    print(common.table(_rows(args.out, summary)))
+    print(common.table(_rows(args.out, config.precision, summary)))
     return common.SKIPPED if summary.skipped else common.DONE
 
 
-def _rows(out: str, summary: Summary) -> Iterator[tuple[str, Any]]:
+def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:
     yield "corpus", out if not summary.missing else f"{out}, not finished: {summary.missing}"
     yield "encoded now", f"{summary.encoded:,} images in {summary.seconds:.1f} s"
     if summary.encoded:
-        yield (
-            "speed",
-            f"{summary.encoded / summary.seconds:.1f} images/s, {summary.waited:.1%} of the time waiting for images",
-        )
+        yield "speed", f"{summary.encoded / summary.seconds:.1f} images/s"
+        yield "time", f"{summary.waited:.1%} waiting for images, {summary.quantised:.2%} quantising"
     if summary.missing:
         return
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
     if summary.images:
         yield "size", f"{summary.bytes:,} bytes, {summary.bytes / summary.images:.0f} an image"
+    if precision != "fp32":
+        yield "precision", f"{precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
     if summary.skipped:
         yield "skipped", f"{summary.skipped:,}, listed in {Path(out, 'skipped.jsonl')}"
     for view, figures in summary.usage.items():
