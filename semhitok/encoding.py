@@ -187,10 +187,7 @@ def encode_corpus(
     try:
         begun = time.perf_counter()
         encoder, job, units = _prepare(str(checkpoint), sources, folder, config, str(device), workers)
-        if engine != "torchrun":
-            # What a killed process was writing. On torchrun another one may be writing it now.
-            for left in folder.glob(".semhitok-*.tmp"):
-                left.unlink(missing_ok=True)
+        _sweep(folder, engine)
         todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
         summary = Summary()
         problems = []
@@ -213,6 +210,7 @@ def encode_corpus(
             raise ValueError(
                 f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
             )
+        _sweep(folder, engine)
         summary.missing = _finish(job, units, summary)
         if summary.missing and engine != "torchrun":
             raise ValueError(f"{summary.missing}; the same command makes it again")
@@ -402,8 +400,7 @@ class _Decoder(Dataset[Any]):
             crops, caption = item.crops(self.size, self.policy)
             return _Decoded(item.key, crops.contiguous(), caption, "", False)
         except (ValueError, OSError) as error:
-            reason = f"{item.name}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-            return _Decoded(item.key, None, None, reason.encode("utf-8", "backslashreplace").decode(), item.again)
+            return _Decoded(item.key, None, None, _reason(error), item.again)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -468,6 +465,13 @@ def _record_path(job: Job, unit: Unit) -> Path:
     return job.out / f"shard-{unit.number:06}.json"
 
 
+def _sweep(folder: Path, engine: str) -> None:
+    """Remove what killed processes were writing. On torchrun another process may be writing it now."""
+    if engine != "torchrun":
+        for left in folder.glob(".semhitok-*.tmp"):
+            left.unlink(missing_ok=True)
+
+
 def _finished(job: Job, unit: Unit) -> dict[str, Any] | None:
     """The record of a unit that is done, after a check of its shard; damage is told on stderr."""
     path = _record_path(job, unit)
@@ -513,6 +517,12 @@ def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
     summary.bytes, summary.usage = totals["bytes"], rounded
     summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
     return ""
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the system's numbers, as text that every file can hold."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _line(text: str) -> str:
@@ -589,15 +599,26 @@ def _ray(job: Job, units: Sequence[Unit], processes: int) -> Generator[Done, Non
         num_gpus=1 if torch.device(job.device).type == "cuda" else 0,
     )
     for row in encoders.iter_rows():
-        yield Done(*json.loads(row["done"]))
+        done = json.loads(row["done"])
+        if isinstance(done, str):
+            raise OSError(done)
+        yield Done(*done)
 
 
 class _Away:
-    """An encoder for Ray Data, whose processes start in another folder, where relative names would be others."""
+    """Encodes for Ray Data, whose processes start in another folder, where relative names would be others.
+
+    Gives a `Done`, or what went wrong, as JSON: of an exception Ray Data would give no more than its traceback.
+    """
 
     def __init__(self, job: Job, units: Sequence[Unit], folder: str) -> None:
         os.chdir(folder)
-        self.encoder, self.units = Encoder(job), units
+        self.job, self.units = job, units
+        self.encoder: Encoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"done": [json.dumps(self.encoder.encode(self.units[number])) for number in batch["item"]]}
+        try:
+            self.encoder = self.encoder or Encoder(self.job)
+            return {"done": [json.dumps(self.encoder.encode(self.units[number])) for number in batch["item"]]}
+        except (ValueError, OSError, ImportError) as error:
+            return {"done": [json.dumps(_reason(error))]}
