@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -51,9 +52,9 @@ class EncodingConfig:
         caption: column of parquet files and field of JSON members; "caption" or "text" without one.
         batch_size: images the networks see at once.
         images_per_shard: of image files; webdataset shards and parquet files become a shard each.
-        precision: of the networks: "fp32"; "bf16" (autocast); "int8" (weights, and activations as they come, of linear
-            layers, by torch's dynamic quantisation; CPU only). With the last two the first batch of each shard is
-            encoded in fp32 too, to tell the share of ids that differ.
+        precision: of the networks: "fp32"; "bf16" (autocast); "int8" (weights of linear layers by output channel, and
+            their inputs by batch: torch's dynamic quantisation; CPU only). With the last two the first batch of each
+            shard is encoded in fp32 too, to tell the share of ids that differ.
     """
 
     crop: str = "centre"
@@ -75,13 +76,11 @@ class EncodingConfig:
 class Done(NamedTuple):
     """What became of a unit: its record, or none if it could not be read but may be another time.
 
-    seconds: by the clock; of them `waited` for images, `quantised` in the quantiser.
+    seconds: by the clock, in all and by part; see `Summary.shares`.
     """
 
     record: dict[str, Any] | None
-    seconds: float
-    waited: float
-    quantised: float
+    seconds: dict[str, float]
     problem: str = ""
 
 
@@ -93,7 +92,8 @@ class Summary:
         images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
         encoded: images encoded by this call; on torchrun, by this process.
         seconds: of encoding, by the clock.
-        waited, quantised: shares of the encoding processes' time in which they waited for images, and quantised.
+        shares: of the encoding processes' time in which they were "waiting" for images, "quantising", or "comparing"
+            ids with those in fp32.
         changed: share of ids that are others than in fp32, where that was looked at; see `EncodingConfig`.
         usage: of the codes, see `CodeUsage.summary`.
         missing: what there is no manifest for want of; empty if it is written. Torchrun's other processes may be at it.
@@ -105,8 +105,7 @@ class Summary:
     bytes: int = 0
     encoded: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
-    quantised: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)
     changed: float = 0.0
     usage: dict[str, dict[str, float]] = field(default_factory=dict)
     missing: str = ""
@@ -191,7 +190,7 @@ def encode_corpus(
         todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
         summary = Summary()
         problems = []
-        busy = waited = quantised = 0.0
+        busy: dict[str, float] = defaultdict(float)
         encoding = time.perf_counter()
         results = _run(engine, encoder, job, todo, processes)
         del encoder  # `_run` has it, if anything
@@ -202,10 +201,10 @@ def encode_corpus(
                     print(f"semhitok: {_line(done.problem)}", file=sys.stderr)
                 else:
                     summary.encoded += done.record["images"]
-                busy, waited, quantised = busy + done.seconds, waited + done.waited, quantised + done.quantised
+                for part, seconds in done.seconds.items():
+                    busy[part] += seconds
         summary.seconds = time.perf_counter() - (encoding if todo else begun)
-        if busy:
-            summary.waited, summary.quantised = waited / busy, quantised / busy
+        summary.shares = {part: busy[part] / busy["all"] for part in busy if part != "all"}
         if problems and engine != "torchrun":  # which would end the other processes
             raise ValueError(
                 f"{out}: {len(problems)} of {len(units)} shards could not be made; the same command tries again"
@@ -235,7 +234,10 @@ class Encoder:
         del tokenizer.decoder, tokenizer.semantic_decoder  # half of the memory, for nothing
         self.tokenizer = tokenizer.to(job.device).eval()
         self.fast = _at_precision(self.tokenizer, job.config.precision)
-        self.clock = _Clock(self.fast.quantizer, job.device)
+        self.seconds: dict[str, float] = defaultdict(float)  # of a unit
+        quantizer = self.fast.quantizer
+        quantizer.register_forward_pre_hook(lambda *_: self._clock("quantising", -1))
+        quantizer.register_forward_hook(lambda *_: self._clock("quantising", 1))
 
     def encode(self, unit: Unit) -> Done:
         """Write the shard of a unit and its record."""
@@ -262,7 +264,9 @@ class Encoder:
             yield self._unit(unit, decoded)
 
     def _unit(self, unit: Unit, decoded: Iterator[_Decoded | None]) -> Done:
-        job, begun, waited, quantised = self.job, time.perf_counter(), 0.0, self.clock.seconds
+        job = self.job
+        self.seconds.clear()
+        self._clock("all", -1)
         self.compared = self.changed = 0
         skipped: list[dict[str, str]] = []
         images = captions = 0
@@ -271,9 +275,9 @@ class Encoder:
                 rows: list[tuple[str, str | None, int]] = []
                 pixels: list[Tensor] = []
                 while True:
-                    asked = time.perf_counter()
+                    self._clock("waiting", -1)
                     one = next(decoded)
-                    waited += time.perf_counter() - asked
+                    self._clock("waiting", 1)
                     if one is None:
                         break
                     if one.again:
@@ -293,14 +297,22 @@ class Encoder:
         except _Again as problem:
             while next(decoded) is not None:  # the rest of this unit
                 pass
-            return Done(None, time.perf_counter() - begun, waited, self.clock.seconds - quantised, str(problem))
+            self._clock("all", 1)
+            return Done(None, dict(self.seconds), str(problem))
         record = {
             "name": _name(unit), "source": unit.source if unit.kind != "images" else "", "images": images,
             "rows": writer.rows, "captions": captions, "skipped": skipped, "ids_compared": self.compared,
             "ids_changed": self.changed, "bytes": writer.bytes, "sha256": writer.sha256, "job": job.digest,
         }  # fmt: skip
         write_atomic(_record_path(job, unit), (json.dumps(record) + "\n").encode())
-        return Done(record, time.perf_counter() - begun, waited, self.clock.seconds - quantised)
+        self._clock("all", 1)
+        return Done(record, dict(self.seconds))
+
+    def _clock(self, part: str, sign: int) -> None:
+        """Begin (-1) or end (1) to count the seconds of a part."""
+        if part == "quantising" and self.job.device != "cpu":
+            torch.cuda.synchronize(self.job.device)
+        self.seconds[part] += sign * time.perf_counter()
 
     def _write(self, writer: Any, rows: list[tuple[str, str | None, int]], pixels: list[Tensor]) -> None:
         """Encode a batch, padded to its full size, and write it; empties both lists."""
@@ -312,8 +324,12 @@ class Encoder:
             with torch.autocast(on_device.device.type, torch.bfloat16, enabled=bf16):
                 ids = self.fast.encode(on_device).cpu()
             if self.job.config.precision != "fp32" and not self.compared:
-                differ = self.tokenizer.encode(on_device).cpu() != ids
-                self.changed, self.compared = int(differ[: len(rows)].sum()), differ[: len(rows)].numel()
+                quantising = self.seconds["quantising"]
+                self._clock("comparing", -1)
+                differ = (self.tokenizer.encode(on_device).cpu() != ids)[: len(rows)]
+                self._clock("comparing", 1)
+                self.seconds["quantising"] = quantising
+                self.changed, self.compared = int(differ.sum()), differ.numel()
         for row, grid in zip(rows, ids, strict=False):
             writer.add(*row, grid)
         rows.clear()
@@ -327,25 +343,11 @@ def _at_precision(tokenizer: SemHiTok, precision: str) -> SemHiTok:
     fast = copy.deepcopy(tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torchao, whose int8 is slower than fp32 on a CPU
-        from torch.ao.quantization import quantize_dynamic
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
         for name in ("teacher", "encoder"):
-            setattr(fast, name, quantize_dynamic(getattr(fast, name), {nn.Linear}, dtype=torch.qint8))
+            setattr(fast, name, quantize_dynamic(getattr(fast, name), {nn.Linear: per_channel_dynamic_qconfig}))
     return fast
-
-
-class _Clock:
-    """Adds up the seconds that a module takes."""
-
-    def __init__(self, module: nn.Module, device: str) -> None:
-        self.seconds, self.device = 0.0, torch.device(device)
-        module.register_forward_pre_hook(lambda *_: self._add(-1))
-        module.register_forward_hook(lambda *_: self._add(1))
-
-    def _add(self, sign: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += sign * time.perf_counter()
 
 
 def encoder_hash(tokenizer: SemHiTok) -> str:

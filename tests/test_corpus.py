@@ -272,7 +272,7 @@ def test_ten_crops(tmp_path):
 def test_the_share_of_ids_that_a_precision_changes_is_told(whole, tmp_path, precision):
     config = EncodingConfig(batch_size=4, images_per_shard=5, precision=precision)
     summary = encode_corpus("checkpoint", ["photos"], tmp_path, config)
-    assert 0 < summary.quantised < 1
+    assert all(0 < summary.shares[part] < 1 for part in ("waiting", "quantising", "comparing"))
     differ = []
     for shard in sorted(path.name for path in whole.glob("*.parquet")):
         rows = [torch.tensor(pq.read_table(at / shard).column("ids").to_pylist()[:4]) for at in (tmp_path, whole)]

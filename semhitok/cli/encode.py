@@ -145,7 +145,7 @@ def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any
     yield "encoded now", f"{summary.encoded:,} images in {summary.seconds:.1f} s"
     if summary.encoded:
         yield "speed", f"{summary.encoded / summary.seconds:.1f} images/s"
-        yield "time", f"{summary.waited:.1%} waiting for images, {summary.quantised:.2%} quantising"
+        yield "time", ", ".join(f"{share:.2%} {part}" for part, share in summary.shares.items())
     if summary.missing:
         return
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
