@@ -37,7 +37,7 @@ class Run(NamedTuple):
     """A command and what it said; waiting and quantising are percentages of the encoding processes' time.
 
     seconds: of the whole command.
-    speed: images/s, without its start and without comparing ids with those in fp32.
+    speed: images/s, without comparing ids with those in fp32; of local and ray with the start of encoding processes.
     """
 
     seconds: float

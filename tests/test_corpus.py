@@ -163,8 +163,8 @@ def kill_one_encoder(folder, name, killed):
 
 @pytest.mark.slow
 def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
-    pytest.importorskip("ray.data", reason="ray is not installed")
-    import ray
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed = []
