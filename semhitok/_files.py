@@ -41,6 +41,8 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise  # about another file, from what was done while this one was open
         # The user knows the file by its own name, not by the temporary one.
         raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:

@@ -19,18 +19,18 @@ _COMMANDS = {
     "demo-mllm": "train a tiny unified model on generated pictures, captions and pictures of captions",
     "train": "train a tokenizer in two stages",
     "train-mllm": "train the unified multimodal model on a tokenizer's ids and text",
-    "encode": "images to an ids file",
+    "encode": "images to an ids file, or a corpus to parquet shards of ids",
     "decode": "an ids file to PNGs",
     "reconstruct": "images to ids and back to PNGs, with PSNR and SSIM",
     "eval": "rFID, PSNR, SSIM, LPIPS, use of the codes and more, under a fixed protocol",
     "analyze": "what the codes know of pixels, in numbers and figures",
-    "info": "what is in a checkpoint, an ids file or this installation",
+    "info": "what is in a checkpoint, an ids file, a corpus or this installation",
 }
 _EXIT_CODES = """exit codes:
   0  all done
   1  unexpected failure (a bug, or no memory); SEMHITOK_TRACEBACK=1 shows where
   2  bad input or usage, nothing done
-  3  done, but some inputs were skipped (each is named on stderr)
+  3  done, but some inputs were skipped (each is named on stderr, or in skipped.jsonl)
   130  interrupted"""
 
 

@@ -1,9 +1,12 @@
-"""Tell what is in a checkpoint or an ids file; without either, what is installed and how built.
+"""Tell what is in a checkpoint, an ids file or an encoded corpus; without one, what is installed and how built.
+
+All of a corpus is read and checked: a shard that is missing, truncated or changed is an error.
 
 examples:
   semhitok info
   semhitok info demo_output/checkpoint
   semhitok info ids.safetensors
+  semhitok info corpus/
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ _MAX_COUNTERS = 2**27  # 1 GiB of them: an ids file may claim any K and m
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject",
-        metavar="CHECKPOINT|IDS",
+        metavar="CHECKPOINT|IDS|CORPUS",
         nargs="?",
-        help="checkpoint folder, name on a hub, or ids file",
+        help="checkpoint folder, name on a hub, ids file, or folder of an encoded corpus",
     )
 
 
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         rows = _installation()
     elif Path(args.subject).is_file():
         rows = _ids(args.subject)
+    elif Path(args.subject, "manifest.json").is_file() or Path(args.subject, "job.json").is_file():
+        rows = _corpus(args.subject)
     else:
         rows = _checkpoint(args.subject)
     print(common.table(rows))
@@ -94,9 +99,32 @@ def _ids(path: str) -> Iterable[tuple[str, Any]]:
     if file.vocabulary.num_flat_codes <= _MAX_COUNTERS:
         usage = CodeUsage(file.num_codes, file.num_sub_codes, offsets=file.offsets)
         usage.update(file.codes)
-        for view, figures in usage.summary().items():
-            values = f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
-            yield f"{view} usage", values
+        yield from _usage(usage.summary())
+
+
+def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
+    from semhitok.data.corpus import read_manifest, verify
+
+    layout, manifest = read_manifest(folder)
+    usage = verify(folder)
+    totals = manifest["totals"]
+    yield "shards", f"{len(manifest['shards']):,}, all as the manifest says"
+    yield "images", f"{totals['images']:,}, {totals['skipped']:,} skipped"
+    yield (
+        "rows",
+        "{:,} of {} x {} ids, {} with captions".format(totals["rows"], *layout.grid, f"{totals['captions']:,}"),
+    )
+    yield "ids", f"packed, {layout.bits} bits" if layout.packed else str(layout.schema().field("ids").type.value_type)
+    yield "bytes", f"{totals['bytes']:,}"
+    yield "num_codes K", f"{layout.num_codes:,}"
+    yield "num_sub_codes m", f"{layout.num_sub_codes:,}"
+    yield "codebook hash", layout.codebook_hash
+    yield from _usage(usage.summary())
+
+
+def _usage(summary: dict[str, dict[str, float]]) -> Iterable[tuple[str, Any]]:
+    for view, figures in summary.items():
+        yield f"{view} usage", f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
 
 
 def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,10 +42,26 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        found += _walk(path) if path.is_dir() else [path]
+        found += walk_images(path) if path.is_dir() else [path]
     if not found:
         raise ValueError(f"{', '.join(map(str, given)) or 'paths'}: no images found")
     return list(dict.fromkeys(found))
+
+
+def walk_images(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """The images of a folder as `list_images` finds and orders them; no more than the names of one folder are held.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if not entry.is_dir():
+            if entry.name.lower().endswith(SUFFIXES):
+                yield Path(entry.path)
+        elif not entry.is_symlink():
+            yield from walk_images(entry.path)
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -113,6 +129,28 @@ def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return _centre(image, size)
 
 
+def ten_crops(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Four corners, the centre, and the mirror images of these five, of the `resize_crop` to 1.1 times `size`.
+
+    The order is top left, top right, bottom left, bottom right, centre, then the mirror images in that order.
+
+    Args:
+        image: float [3, H, W] in [0, 1], H and W at least 1.
+        size: side of a crop in pixels.
+
+    Returns:
+        float [10, 3, size, size] in [0, 1], dtype and device of `image`.
+
+    Raises:
+        ValueError: as `resize_crop` does.
+    """
+    whole = resize_crop(image, size * 11 // 10)
+    far = whole.shape[1] - size
+    corners = [whole[:, y : y + size, x : x + size] for y in (0, far) for x in (0, far)]
+    five = torch.stack([*corners, _centre(whole, size)])
+    return torch.cat([five, five.flip(-1)])
+
+
 def tiles(image: torch.Tensor, size: int) -> torch.Tensor:
     """[C, H, W], H and W multiples of size -> its tiles [T, C, size, size], row by row."""
     return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
@@ -152,20 +190,6 @@ def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     png = io.BytesIO()
     require("PIL.Image").fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(png, "PNG")
     write_atomic(path, png.getvalue())
-
-
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _decode(file: IO[bytes], name: str) -> torch.Tensor:
