@@ -55,6 +55,7 @@ def tokenizer_config() -> TrainConfig:
     """How the tokenizer is trained, but for its teacher."""
     settings: dict[str, Any] = {
         "model": {
+            "adaptive": True,
             "image_size": SIZE, "patch_size": PATCH,
             "num_codes": 32, "num_sub_codes": 128, "sem_dim": 16, "pix_dim": 16,
             "semantic_decoder": {"width": 96, "depth": 1, "heads": 3},
