@@ -344,9 +344,9 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def preset_names() -> list[str]:
-    """The named training configurations, which are the YAML files in semhitok/presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def preset_names(family: str = "semhitok") -> list[str]:
+    """The named training configurations of a family, which are the YAML files FAMILY-*.yaml in semhitok/presets."""
+    return sorted(path.stem for path in PRESETS.glob(f"{family}-*.yaml"))
 
 
 def train_config(source: str) -> TrainConfig:
@@ -358,19 +358,24 @@ def train_config(source: str) -> TrainConfig:
         ValueError: no such preset (the message lists them), not YAML, an unknown setting or a value of another type.
         OSError: the file cannot be read.
     """
+    return read_config(TrainConfig, source, "semhitok")
+
+
+def read_config(cls: type[T], source: str, family: str) -> T:
+    """A configuration from a YAML file or a preset of `family`; errors as `train_config` raises them."""
     yaml = require("yaml")
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
     else:
-        path = PRESETS / f"{source}.yaml"
-        if source not in preset_names():
-            raise ValueError(f"preset: expected one of {', '.join(preset_names())}, or a .yaml file, got {source!r}")
+        path, names = PRESETS / f"{source}.yaml", preset_names(family)
+        if source not in names:
+            raise ValueError(f"preset: expected one of {', '.join(names)}, or a .yaml file, got {source!r}")
     try:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
-        return from_dict(TrainConfig, {} if data is None else data)
+        return from_dict(cls, {} if data is None else data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -17,6 +17,7 @@ from semhitok.cli.common import DONE, FAILED, INTERRUPTED, UNUSABLE, message, pr
 _COMMANDS = {
     "demo": "train a tiny tokenizer on real photographs, show what it does",
     "train": "train a tokenizer in two stages",
+    "train-mllm": "train the unified multimodal model on a tokenizer's ids and text",
     "encode": "images to an ids file",
     "decode": "an ids file to PNGs",
     "reconstruct": "images to ids and back to PNGs, with PSNR and SSIM",
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
-        module = import_module(f"semhitok.cli.{name}")
+        module = import_module(f"semhitok.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=summary,

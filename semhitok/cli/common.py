@@ -216,3 +216,10 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows)
+
+
+def plain(value: Any) -> Any:
+    """A configuration as YAML has it: tuples as lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for assignment in args.set:
         override(config, assignment)
     if args.print_config:
-        print(require("yaml").safe_dump(_plain(config.to_dict()), sort_keys=False), end="")
+        print(require("yaml").safe_dump(common.plain(config.to_dict()), sort_keys=False), end="")
         return common.DONE
     for name, value in (("IMAGES", args.sources), ("--out", args.out)):
         if not value:
@@ -85,10 +85,3 @@ def run(args: argparse.Namespace) -> int:
         rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
         print(common.table([*rows, ("checkpoint", f"{args.out}/checkpoint")]))
     return common.DONE
-
-
-def _plain(value):
-    """Tuples as lists, which YAML has."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -21,6 +21,7 @@ from semhitok.data.images import SUFFIXES, decode_image
 _NAME = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$", re.IGNORECASE)
 _URL = re.compile(r"(pipe|file):|[a-z][a-z0-9+.-]*://")
 _META = re.compile("__[^/]*__($|/)")  # members that are no samples, by webdataset's convention
+_TEXTS = (".txt", ".json")
 _RETRIES = 3
 _PAUSE = 1.0  # seconds before each
 
@@ -66,12 +67,18 @@ class Sample(NamedTuple):
     data: an image file's content, or nothing if there is a problem.
     problem: why there is no image; empty if there is one.
     ends_shard: the problem is the shard's.
+    passing: another time the shard may be read: a connection broke, say.
+    key: what the names of the sample's members begin with.
+    texts: (suffix, content) of its .txt and .json members, if they were asked for.
     """
 
     name: str
     data: bytes
     problem: str = ""
     ends_shard: bool = False
+    passing: bool = False
+    key: str = ""
+    texts: tuple[tuple[str, bytes], ...] = ()
 
     def image(self) -> Tensor:
         """float32 [3, H, W] in [0, 1]; ValueError if there is none or it cannot be decoded."""
@@ -92,11 +99,11 @@ class _Fault:
         self.passing = passing
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def read_shard(url: str, texts: bool = False) -> Iterator[Sample]:
     """The samples of a shard, undecoded; the last one says so if it could not be read to its end.
 
     A shard that cannot be reached, or whose connection breaks, is tried three times more. Only
-    images are read, and nothing of a shard is run or unpickled.
+    images, and with `texts` .txt and .json members, are read; nothing of a shard is run or unpickled.
     """
     given = 0
     fault = _Fault()
@@ -105,17 +112,18 @@ def read_shard(url: str) -> Iterator[Sample]:
             time.sleep(_PAUSE)
         fault = _Fault()
         # A connection that broke half-way is taken up where it broke.
-        for sample in islice(_read_once(url, fault), given, None):
+        for sample in islice(_read_once(url, fault, texts), given, None):
             given += 1
             yield sample
         if not fault.reason:
             return
         if not fault.passing:
             break
-    yield Sample(url, b"", f"{url}: cannot read the shard after {given} samples: {fault.reason}", True)
+    problem = f"{url}: cannot read the shard after {given} samples: {fault.reason}"
+    yield Sample(url, b"", problem, True, fault.passing)
 
 
-def _read_once(url: str, fault: _Fault) -> Iterator[Sample]:
+def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[Sample]:
     try:
         source = (require("webdataset.gopen", "train").gopen if _URL.match(url) else open)(url, "rb")
     except (OSError, ValueError) as error:
@@ -125,7 +133,7 @@ def _read_once(url: str, fault: _Fault) -> Iterator[Sample]:
     # failed has written, or not, by chance. Here it is asked at the end.
     stream = getattr(source, "stream", source)
     try:
-        yield from _group(url, _members(stream, fault), fault)
+        yield from _group(url, _members(stream, fault, texts), fault)
         while stream.read(2**20):  # to the end: a command that is cut off fails
             pass
     except OSError as error:
@@ -150,15 +158,16 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"truncated or damaged: {error}") from None
 
 
-def _members(stream: IO[bytes], fault: _Fault) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a tar's files, in order; only images have their content read."""
+def _members(stream: IO[bytes], fault: _Fault, texts: bool) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a tar's files, in order; only images, and texts if asked for, have their content read."""
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
                 vars(tar)["members"] = []  # it would hold every header to the end
                 if not member.isreg() or _META.match(member.name):
                     continue
-                file = tar.extractfile(member) if _is_image(member.name) else None
+                wanted = _is_image(member.name) or (texts and member.name.lower().endswith(_TEXTS))
+                file = tar.extractfile(member) if wanted else None
                 yield member.name, file.read() if file else b""
     except Exception as error:  # decompressors and header fields fail in many ways
         fault.note(error, passing=isinstance(error, OSError))
@@ -188,9 +197,10 @@ def _sample(url: str, key: str, entries: Mapping[str, bytes]) -> Sample:
     name = f"{url}: {key}"
     images = [suffix for suffix in entries if _is_image(suffix)]
     if not images:
-        return Sample(name, b"", f"{name}: no image among {', '.join(entries)}")
+        return Sample(name, b"", f"{name}: no image among {', '.join(entries)}", key=key)
+    texts = tuple((suffix, data) for suffix, data in entries.items() if data and f".{suffix}".endswith(_TEXTS))
     # "0001.mask.png" beside "0001.png" is something about the image.
-    return Sample(name, entries[min(images, key=lambda suffix: suffix.count("."))])
+    return Sample(name, entries[min(images, key=lambda suffix: suffix.count("."))], key=key, texts=texts)
 
 
 def _is_image(name: str) -> bool:

@@ -319,13 +319,13 @@ class _Item(NamedTuple):
     place: dict[str, int]
 
 
-class _Readers(IterableDataset["_Item | Exception"]):
+class _Readers(IterableDataset[Any]):
     """One stream for each worker; without workers the only one. An error comes as the last item."""
 
-    def __init__(self, streams: Sequence[Iterable[_Item]]) -> None:
+    def __init__(self, streams: Sequence[Iterable[Any]]) -> None:
         self.streams = streams
 
-    def __iter__(self) -> Iterator[_Item | Exception]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         try:
             yield from self.streams[worker.id if worker else 0]

@@ -10,7 +10,6 @@ import torch
 
 from semhitok import distributed
 from semhitok._files import open_atomic
-from semhitok.training.parts import Batch
 from semhitok.training.stage import Stage
 
 
@@ -92,14 +91,13 @@ def load(folder: Path, stage: Stage) -> tuple[int, dict[str, Any]]:
     return state["step"], state
 
 
-def save_culprit(folder: Path, stage: Stage, step: int, batches: Sequence[Batch], figures: dict[str, Any]) -> str:
+def save_culprit(folder: Path, stage: Stage, step: int, batches: Sequence[Any], figures: dict[str, Any]) -> str:
     """Keep the batch that gave a loss or gradient that is not finite; the message that says so."""
     path = folder / f"not-finite-step-{step}-process-{distributed.rank()}.pt"
     with open_atomic(path) as file:
-        images = torch.cat([b.images for b in batches]).cpu()
-        torch.save({"images": images, "step": step, "first": batches[0].first, "total": batches[0].total}, file)
+        torch.save({"step": step, **batches[0].evidence(batches)}, file)
     text = ", ".join(f"{k} {float(v):.6g}" for k, v in figures.items() if k.endswith(("loss", "gradient_norm")))
     return (
-        f"{stage.name}: not finite at step {step}: {text}; its images are in {path}, the state before it in "
+        f"{stage.name}: not finite at step {step}: {text}; its data are in {path}, the state before it in "
         f"step-{step:08}.pt (go on with other settings: --accept-changes)"
     )

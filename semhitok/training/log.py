@@ -23,30 +23,28 @@ USAGE_TOKENS = 50  # tokens per flat code in a window of the usage figures
 class Log:
     """The progress bar, log.jsonl and the tracker, all by the first process."""
 
-    def __init__(self, folder: Path, tracker: str, name: str, start: int, steps: int) -> None:
-        self.name, self.steps = name, steps
+    def __init__(self, folder: Path, tracker: str, name: str, start: int, steps: int, unit: str) -> None:
+        self.name, self.steps, self.unit = name, steps, unit
+        self.skipped = "images" if unit == "images" else "samples"
         self.bar = require("tqdm", "models").tqdm(total=self.steps, initial=start, desc=name, unit="step", disable=None)
         self.file = (folder / name / "log.jsonl").open("a")
         self.tracker = _tracker(folder, tracker, name, start)
         self.start, self.begun = start, time.perf_counter()
-        self.clock, self.step, self.waited = self.begun, start, 0.0
+        self.clock, self.waited, self.units = self.begun, 0.0, 0
 
-    def write(self, step: int, record: dict[str, float], skipped: int, batch_size: int) -> None:
+    def write(self, step: int, record: dict[str, float], skipped: int) -> None:
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
         now = time.perf_counter()
         elapsed = max(now - self.clock, 1e-9)
         # What depends on the day's machine goes to the tracker alone.
-        speed = {
-            "images_per_second": (step - self.step) * batch_size / elapsed,
-            "data_wait": self.waited / elapsed,
-            "images_skipped": float(skipped),
-        }
-        self.clock, self.step, self.waited = now, step, 0.0
+        rate, waited = self.units / elapsed, self.waited / elapsed
+        speed = {f"{self.unit}_per_second": rate, "data_wait": waited, f"{self.skipped}_skipped": float(skipped)}
+        self.clock, self.waited, self.units = now, 0.0, 0
         if self.tracker is not None:
             self.tracker.log({**record, **speed}, step=step)
-        text = f"{speed['images_per_second']:.1f} images/s, {speed['data_wait']:.0%} of the time waiting for data"
-        text += f", {skipped} images skipped" if skipped else ""
+        text = f"{rate:.1f} {self.unit}/s, {waited:.0%} of the time waiting for data"
+        text += f", {skipped} {self.skipped} skipped" if skipped else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {text}", refresh=False)
         # Where no terminal shows the bar, a line a tenth of the way.
         tenth, before = (n * 10 // self.steps for n in (step, step - LOG_EVERY))
@@ -62,7 +60,7 @@ class Log:
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         self.file.flush()
         text = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        self.bar.write(f"{self.name}: held-out images after step {step}: {text}", file=sys.stderr)
+        self.bar.write(f"{self.name}: held-out {self.skipped} after step {step}: {text}", file=sys.stderr)
         if self.tracker is not None:
             self.tracker.log(record, step=step)
             if pictures is not None:

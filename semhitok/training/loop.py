@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,8 +30,7 @@ from torch import Tensor
 
 from semhitok import distributed
 from semhitok._files import write_atomic
-from semhitok.config import TrainConfig
-from semhitok.data.training import MicroBatch, TrainingImages
+from semhitok.data.training import MicroBatch
 from semhitok.evaluation.evaluate import lower_is_better
 from semhitok.training import checkpoint, log
 from semhitok.training.parts import Batch, seed_everything
@@ -69,16 +68,23 @@ class StopOnSignal:
             signal.signal(number, handler)
 
 
+def put_images(micro: Sequence[MicroBatch], device: torch.device, key: tuple[object, ...]) -> list[Batch]:
+    """The micro-batches of a step on their way to `device`; their random numbers follow from `key`."""
+    return [Batch(m.images.to(device, non_blocking=True), m.first, m.total, key) for m in micro]
+
+
 @dataclass
 class Run:
     """What a run's stages have in common."""
 
-    config: TrainConfig
+    config: Any  # TrainConfig, or the like of it
     folder: Path
-    data: TrainingImages
+    data: Any  # TrainingImages, or others that give batches and their position
     held_out: Any  # None, or a function that gives a fresh pass over the held-out batches
     stop: StopOnSignal
     device: torch.device
+    put: Callable[[Any, torch.device, tuple[object, ...]], list[Any]] = put_images  # what `data` gives -> batches
+    unit: str = "images"  # what a batch's `total` counts
 
 
 def run_stage(stage: Stage, run: Run) -> float:
@@ -106,7 +112,7 @@ def run_stage(stage: Stage, run: Run) -> float:
         if main:
             log.cut_log(folder / "log.jsonl", start)
         batches = run.data.batches(config.batch_size, micro_batch, start, position)
-        logger = log.Log(run.folder, run.config.tracker, stage.name, start, steps) if main else None
+        logger = log.Log(run.folder, run.config.tracker, stage.name, start, steps, run.unit) if main else None
         begun = time.perf_counter()
         try:
             for step in range(start, steps):
@@ -115,7 +121,7 @@ def run_stage(stage: Stage, run: Run) -> float:
                 clock, position = time.perf_counter(), batches.position()
                 micro = next(batches)
                 waited = time.perf_counter() - clock
-                batch = _put(micro, run.device, (run.config.seed, stage.name, step))
+                batch = run.put(micro, run.device, (run.config.seed, stage.name, step))
                 active = [part for part in stage.parts if step >= part.first_step]
                 figures: dict[str, Any] = {}
                 for part in active:
@@ -133,11 +139,12 @@ def run_stage(stage: Stage, run: Run) -> float:
                 done = step + 1
                 if logger is not None:
                     logger.waited += waited
+                    logger.units += batch[0].total
                     logger.bar.update()
                 if done % log.LOG_EVERY == 0 or done == steps:
                     record = _means(figures, run.device)
                     if logger is not None:
-                        logger.write(done, record, batches.skipped, config.batch_size)
+                        logger.write(done, record, batches.skipped)
                 last = done == steps or signum != 0
                 due = done % run.config.evaluation.every == 0 and done > stage.codes_from
                 if run.held_out is not None and (due or done == steps):
@@ -157,16 +164,12 @@ def run_stage(stage: Stage, run: Run) -> float:
     return seconds
 
 
-def _put(micro: Sequence[MicroBatch], device: torch.device, key: tuple[object, ...]) -> list[Batch]:
-    return [Batch(m.images.to(device, non_blocking=True), m.first, m.total, key) for m in micro]
-
-
 def _spare_images(run: Run, stage: Stage, micro_batch: int) -> Iterator[list[Batch]]:
     """Images for initialisation, always the same ones, so that the batches of the steps stay what they are."""
     batches = run.data.other(0x5EED).batches(stage.config.batch_size, micro_batch, 0, None)
     try:
         for micro in batches:
-            yield _put(micro, run.device, (run.config.seed, stage.name, "spare"))
+            yield run.put(micro, run.device, (run.config.seed, stage.name, "spare"))
     finally:
         batches.close()
 
@@ -210,20 +213,28 @@ def _evaluate(
     """Evaluate, and keep the tokenizer if it is the best so far; the best figure so far."""
     with published_weights(stage):
         figures, pictures = stage.evaluate(run.held_out())
-        if stage.best not in figures:
-            raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {stage.best!r}")
-        value = figures[stage.best]
-        sign = -1 if lower_is_better(stage.best) else 1
-        if best is None or sign * value > sign * best:
-            best = value
-            state = published_state(stage)
-            if logger is not None:
-                stage.model.save_pretrained(folder / "best", state=state)
-                description = json.dumps({"step": step, **figures}, indent=2) + "\n"
-                write_atomic(folder / "best" / "evaluation.json", description.encode())
+        if stage.best is not None:
+            best = _keep_best(stage, stage.best, figures, folder, step, best, logger is not None)
     if logger is not None:
         logger.evaluation(step, figures, pictures)
     return best
+
+
+def _keep_best(
+    stage: Stage, name: str, figures: dict[str, float], folder: Path, step: int, best: float | None, main: bool
+) -> float:
+    if name not in figures:
+        raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
+    value = figures[name]
+    sign = -1 if lower_is_better(name) else 1
+    if best is not None and sign * value <= sign * best:
+        return best
+    state = published_state(stage)
+    if main:
+        stage.model.save_pretrained(folder / "best", state=state)
+        description = json.dumps({"step": step, **figures}, indent=2) + "\n"
+        write_atomic(folder / "best" / "evaluation.json", description.encode())
+    return value
 
 
 def published_state(stage: Stage) -> dict[str, Tensor]:

@@ -55,6 +55,12 @@ class Batch:
         """Random numbers in [0, 1), [n], the same for all images of the global batch."""
         return torch.rand(n, generator=generator(*self.key, purpose)).to(self.images.device)
 
+    @staticmethod
+    def evidence(batches: Sequence[Batch]) -> dict[str, Any]:
+        """What to keep of a step whose loss is not finite."""
+        images = torch.cat([b.images for b in batches]).cpu()
+        return {"images": images, "first": batches[0].first, "total": batches[0].total}
+
 
 class Part:
     """A module with an optimiser of its own. Calling it runs it under DDP or FSDP, where there are processes.
@@ -73,7 +79,7 @@ class Part:
         name: str,
         module: nn.Module,
         config: OptimizerConfig,
-        loss: Callable[[Batch, int], tuple[Tensor, dict[str, Any]]],
+        loss: Callable[[Any, int], tuple[Tensor, dict[str, Any]]],
         *,
         first_step: int = 0,
         ema_decay: float = 0.0,
@@ -113,7 +119,7 @@ class Part:
             self.wrapped.set_requires_gradient_sync(last)
         yield
 
-    def accumulate(self, batches: Sequence[Batch], step: int) -> dict[str, Any]:
+    def accumulate(self, batches: Sequence[Any], step: int) -> dict[str, Any]:
         """The gradient of the mean loss, clipped; figures for the log, means over the process's images."""
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Any] = {}
@@ -212,10 +218,11 @@ def shard(module: nn.Module) -> nn.Module:
     """FSDP2: every transformer block a unit of its own, the rest another."""
     # Outputs that are views are never changed in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for child in module.modules():
-        if isinstance(child, Trunk):
-            for block in child.blocks:
-                fully_shard(block)
+    # Models of transformers tell by the names of classes what their blocks are.
+    names = {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
+    for child in list(module.modules()):
+        for block in child.blocks if isinstance(child, Trunk) else [child] if type(child).__name__ in names else []:
+            fully_shard(block)
     fully_shard(module)  # in place
     return module
 

@@ -72,7 +72,7 @@ def train(
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     if distributed.rank() == 0:
-        _claim(folder, config, images.description, accept_changes)
+        claim(folder, {"train": config.to_dict(), **images.description}, ("train", "model"), accept_changes)
     model = _model(config, device)
     seconds: dict[str, float] = {}
     with StopOnSignal() as stop:
@@ -129,9 +129,12 @@ def _held_out(config: TrainConfig, sources: Sequence[str | os.PathLike[str]]) ->
     )
 
 
-def _claim(folder: Path, config: TrainConfig, images: dict[str, object], accept_changes: bool) -> None:
-    """Write config.json into a new run's folder, or check that an old one's says the same."""
-    text = json.dumps({"train": config.to_dict(), **images}, indent=2) + "\n"
+def claim(folder: Path, description: dict[str, Any], model: Sequence[str], accept_changes: bool) -> None:
+    """Write config.json into a new run's folder, or check that an old one's says the same.
+
+    model: keys that lead to the part of the description which cannot change, whatever is accepted.
+    """
+    text = json.dumps(description, indent=2) + "\n"
     path = folder / "config.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,10 @@ def _claim(folder: Path, config: TrainConfig, images: dict[str, object], accept_
     difference = _difference(found, new, "")
     if difference and not accept_changes:
         raise ValueError(f"{folder}: holds another run: {difference}; choose another folder, or --accept-changes")
-    of_model = _difference(found.get("train", {}).get("model"), new["train"]["model"], "train.model")
+    old_model, new_model = found, new
+    for key in model:
+        old_model, new_model = old_model.get(key, {}), new_model[key]
+    of_model = _difference(old_model, new_model, ".".join(model))
     if of_model:
         raise ValueError(f"{folder}: holds another model: {of_model}; choose another folder")
     if difference:

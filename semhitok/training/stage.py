@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from semhitok.config import StageConfig
-from semhitok.tokenizer import SemHiTok
 from semhitok.training.parts import Batch, Part
 
 
@@ -16,10 +15,13 @@ class Stage(Protocol):
     """What the loop asks of a stage. Its parts are trained; the rest of the model stays as it is."""
 
     name: str
-    model: SemHiTok
+    model: Any  # SemHiTok, or another module that the parts are of
     parts: list[Part]
     codes_from: int  # the first step that quantises; there is nothing to evaluate before
-    best: str  # the evaluation's figure by which the best checkpoint is kept
+
+    @property
+    def best(self) -> str | None:
+        """The evaluation's figure by which the best checkpoint is kept; None keeps none."""
 
     @property
     def config(self) -> StageConfig:

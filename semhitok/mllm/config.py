@@ -1,0 +1,187 @@
+"""Configuration of the unified model's training: dataclasses, which YAML fills strictly, as `semhitok.config` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from semhitok.config import OptimizerConfig, StageConfig, read_config
+from semhitok.mllm.data import TASKS
+
+STAGES = ("adapter", "joint", "instruct")
+
+
+@dataclass
+class SourceConfig:
+    """Samples of one kind.
+
+    path: a .jsonl file, webdataset shards (a pattern of .tar), or an ids file of `semhitok encode` (.safetensors).
+        See `semhitok.mllm.data` for what is in them.
+    task: "understanding" (images to text), "generation" (captions to images) or "text"; under this name its loss is
+        logged, and it tells what is made of an image with a caption.
+    weight: samples are drawn from the sources of a stage in proportion to their weights.
+    question: what is asked about an image with a caption, in "understanding".
+    captions: for an ids file, a JSON file {name: caption}.
+    """
+
+    path: str = ""
+    task: str = ""
+    weight: float = 1.0
+    question: str = ""
+    captions: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        if not self.weight > 0:
+            raise ValueError(f"weight: expected more than 0, got {self.weight}")
+        if not self.path:
+            raise ValueError("path: expected one, got none")
+
+
+@dataclass
+class RowsConfig:
+    """How samples become rows.
+
+    length: ids of a row. Text beyond it is cut into several samples; longer samples with images are passed over.
+    caption_drop: share of captions left out in "generation", which guidance needs.
+    look_ahead: samples from which a row is filled, in order; more means less padding.
+    shuffle_buffer: samples of a stream of shards that are shuffled together, for each row of a batch.
+    workers: processes that read and decode, for each training process; 0 reads in the training process itself.
+    """
+
+    length: int = 2048
+    caption_drop: float = 0.1
+    look_ahead: int = 32
+    shuffle_buffer: int = 64
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("look_ahead", 1), ("shuffle_buffer", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.caption_drop <= 1:
+            raise ValueError(f"data.caption_drop: expected a share, 0 to 1, got {self.caption_drop}")
+
+
+def _optimizer(lr: float) -> Any:
+    return lambda: OptimizerConfig(lr, lr / 10, 0.03, (0.9, 0.95), 0.0)
+
+
+@dataclass
+class MLLMStageConfig(StageConfig):
+    """A stage; `batch_size` and `micro_batch` count rows of `data.length` ids.
+
+    sources: what it learns from.
+    """
+
+    steps: int = 5000
+    batch_size: int = 64
+    optimizer: OptimizerConfig = field(default_factory=_optimizer(2e-5))
+    sources: list[SourceConfig] = field(default_factory=list)
+
+
+@dataclass
+class AdapterStageConfig(MLLMStageConfig):
+    """Stage 1: adapter, embeddings and heads of image ids learn; the LLM stays as it is."""
+
+    optimizer: OptimizerConfig = field(default_factory=_optimizer(1e-3))
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank updates of the LLM in "joint" and "instruct" (PEFT) in place of its weights; the new parts learn whole.
+
+    r, alpha, dropout, targets: `lora_r`, `lora_alpha`, `lora_dropout`, `target_modules` of PEFT.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class HeldOutConfig:
+    """Losses on samples that are not trained on.
+
+    sources: where they are; none leaves the evaluation out.
+    every: steps between two evaluations; there is one at the end of every stage, too.
+    batches: batches of each, always the same.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    every: int = 500
+    batches: int = 8
+
+
+@dataclass
+class MLLMTrainConfig:
+    """Everything a training run of the unified model depends on.
+
+    tokenizer: the image tokenizer, folder or name on the Hub.
+    llm: folder or Hub name of a causal LM.
+    llm_config: a config of transformers ({"model_type": "qwen2", ...}) in its place: an LLM with random weights.
+    text_tokenizer: folder or Hub name; None takes that of `llm`, and for an `llm_config` makes one of whole words
+        from the texts of all sources, as many as its `vocab_size`.
+    head, resolution_id: see `UnifiedMLLMConfig`.
+    start_from: a finished model of an earlier run, folder or Hub name, in place of llm, llm_config, head and all.
+    stages: which stages run, in order.
+    precision: "bf16" runs the model under bf16 autocast; weights and optimiser stay in fp32.
+    gradient_checkpointing: compute activations of transformer blocks again instead of keeping them.
+    shard: split weights, gradients and optimiser state over the processes (FSDP2) instead of copying them (DDP).
+    keep_checkpoints: states kept for each stage.
+    tracker: "tensorboard", "wandb" or "none".
+    """
+
+    tokenizer: str = ""
+    llm: str | None = None
+    llm_config: dict[str, Any] | None = None
+    text_tokenizer: str | None = None
+    head: str = "hierarchical"
+    resolution_id: bool = False
+    start_from: str | None = None
+    stages: list[str] = field(default_factory=lambda: ["adapter", "joint", "instruct"])
+    data: RowsConfig = field(default_factory=RowsConfig)
+    adapter: AdapterStageConfig = field(default_factory=AdapterStageConfig)
+    joint: MLLMStageConfig = field(default_factory=MLLMStageConfig)
+    instruct: MLLMStageConfig = field(default_factory=MLLMStageConfig)
+    lora: LoRAConfig | None = None
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    keep_checkpoints: int = 2
+    tracker: str = "tensorboard"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not self.stages or [s for s in STAGES if s in self.stages] != self.stages:
+            raise ValueError(f"stages: expected some of {', '.join(STAGES)}, in this order, got {self.stages}")
+
+    @property
+    def compile(self) -> bool:
+        """The engine asks; rows of packed samples differ in their borders, for which attention would recompile."""
+        return False
+
+    def stage(self, name: str) -> MLLMStageConfig:
+        return getattr(self, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def mllm_config(source: str | Path) -> MLLMTrainConfig:
+    """A training configuration: a preset by name ("mllm-tiny"), or a YAML file.
+
+    Raises:
+        ValueError, OSError: as `semhitok.config.train_config`.
+    """
+    return read_config(MLLMTrainConfig, str(source), "mllm")
