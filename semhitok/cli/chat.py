@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from semhitok.mllm.assistant import Assistant, Chat
+    from semhitok.mllm.assistant import Chat
 
-    assistant = Assistant.load(args.model, args.tokenizer, device=common.find_device(args.device))
+    assistant = common.load_assistant(args)
     chat = Chat(assistant, assistant.read(args.images))
     options = {
         "max_new_tokens": args.max_new_tokens,

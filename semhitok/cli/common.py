@@ -115,6 +115,21 @@ def load_tokenizer(checkpoint: str, device: str, *, teacher: bool = True) -> Any
     return SemHiTok.from_pretrained(checkpoint, teacher=teacher).to(target).eval()
 
 
+def load_assistant(args: argparse.Namespace, *, teacher: bool = True) -> Any:
+    """`Assistant.load` of the arguments of `add_assistant_arguments`; only images that are read need the teacher.
+
+    Raises:
+        OSError, ValueError: see there; no such device.
+    """
+    from semhitok._optional import require
+
+    # Its bars are drawn wherever stderr goes.
+    require("transformers.utils.logging", "mllm").disable_progress_bar()
+    from semhitok.mllm.assistant import Assistant
+
+    return Assistant.load(args.model, args.tokenizer, device=find_device(args.device), teacher=teacher)
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU where there is one.
 

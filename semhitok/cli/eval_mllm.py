@@ -39,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm import benchmarks
-    from semhitok.mllm.assistant import Assistant
 
-    pictures = args.benchmark in _PICTURES
-    assistant = Assistant.load(args.model, args.tokenizer, device=common.find_device(args.device), teacher=not pictures)
+    assistant = common.load_assistant(args, teacher=args.benchmark not in _PICTURES)
     out = common.make_output_folder(args.out)
     model, drawing = benchmarks.fingerprint(args.model), common.drawing_options(args) | {"seed": args.seed}
     options: dict[str, Any] = {"model": model, "batch_size": args.batch_size}

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
     from semhitok.data.images import save_png
-    from semhitok.mllm.assistant import Assistant, Job, file_stem, grid, paint
+    from semhitok.mllm.assistant import Job, file_stem, grid, paint
 
-    assistant = Assistant.load(args.model, args.tokenizer, device=common.find_device(args.device), teacher=False)
+    assistant = common.load_assistant(args, teacher=False)
     out = common.make_output_folder(args.out)
     stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
     jobs = [

@@ -20,7 +20,7 @@ from semhitok.data.images import read_image, resize_crop, save_png
 from semhitok.evaluation.sets import to_uint8
 from semhitok.mllm import prompts
 from semhitok.mllm.generate import generate, generate_images
-from semhitok.mllm.model import UnifiedMLLM
+from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 from semhitok.tokenizer import SemHiTok
 
 Tell = Callable[[str], Any]  # takes an answer piece by piece
@@ -39,17 +39,7 @@ class Assistant:
     """
 
     def __init__(self, model: UnifiedMLLM, words: Any, tokenizer: SemHiTok) -> None:
-        theirs, ours = model.config.codebook_hash, tokenizer.codebook_hash
-        if theirs != ours:
-            known = "unknown ones" if theirs is None else f"codebooks {theirs[:12]}"
-            raise ValueError(f"tokenizer: expected the one that the model was trained with, {known}, got {ours[:12]}")
-        sizes = [(c.image_size, c.grid_size) for c in (model.config, tokenizer.config)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                "tokenizer: expected images of {} pixels as {} x {} ids, got {} and {} x {}".format(
-                    *(x for size, grid in sizes for x in (size, grid, grid))
-                )
-            )
+        _check_tokenizer(model.config, tokenizer)
         self.model, self.words, self.tokenizer = model.eval(), words, tokenizer.eval()
         self.end = prompts.end_of_answer(words, model.vocabulary)
 
@@ -74,6 +64,8 @@ class Assistant:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: expected a folder of a saved model, found no config.json")
         tokenizer = SemHiTok.from_pretrained(checkpoint, teacher=teacher)
+        # Told before the weights are read, which may take minutes.
+        _check_tokenizer(UnifiedMLLMConfig.from_pretrained(folder, local_files_only=True), tokenizer)
         model = UnifiedMLLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model.to(device), words, tokenizer.to(device))
@@ -282,3 +274,17 @@ class _Streamer(TextStreamer):
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def _check_tokenizer(config: UnifiedMLLMConfig, tokenizer: SemHiTok) -> None:
+    theirs, ours = config.codebook_hash, tokenizer.codebook_hash
+    if theirs != ours:
+        known = "unknown ones" if theirs is None else f"codebooks {theirs[:12]}"
+        raise ValueError(f"tokenizer: expected the one that the model was trained with, {known}, got {ours[:12]}")
+    sizes = [(c.image_size, c.grid_size) for c in (config, tokenizer.config)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "tokenizer: expected images of {} pixels as {} x {} ids, got {} and {} x {}".format(
+                *(x for size, grid in sizes for x in (size, grid, grid))
+            )
+        )
