@@ -169,11 +169,11 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed = []
-    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"ray::MapWorker", killed))
+    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"ray::MapWorker", killed), daemon=True)
     watcher.start()
     try:
         encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, engine="ray", processes=2)
-        watcher.join()
+        watcher.join(10)
         assert len(killed) == 1
         assert_same(tmp_path, whole)
         (tmp_path / "shard-000003.parquet").unlink()
@@ -188,11 +188,11 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
 def test_two_processes_one_of_which_is_killed(whole, tmp_path):
     threads = torch.get_num_threads()
     killed = []
-    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"spawn_main", killed))
+    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"spawn_main", killed), daemon=True)
     watcher.start()
     with pytest.raises(ChildProcessError, match="the same command goes on"):
         encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, processes=2)
-    watcher.join()
+    watcher.join(10)
     assert len(killed) == 1
     encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, workers=2)
     assert torch.get_num_threads() == threads
