@@ -428,7 +428,9 @@ def _prepare(
     model, vocabulary = tokenizer.config, tokenizer.vocabulary
     assert vocabulary.codebook_hash is not None
     grid = (model.grid_size, model.grid_size)
-    layout = Layout(model.num_codes, model.num_sub_codes, vocabulary.codebook_hash, grid, config.pack)
+    layout = Layout(
+        model.num_codes, model.num_sub_codes, vocabulary.codebook_hash, grid, config.pack, vocabulary.offsets
+    )
     path = folder / JOB
     old: dict[str, Any] = {}
     if path.exists():
@@ -495,7 +497,7 @@ def _finish(job: Job, units: Sequence[Unit], summary: Summary) -> str:
     """Check all shards and write the manifest; or say what is missing for that."""
     if json.loads((job.out / JOB).read_bytes()) != job.settings:
         raise ValueError(f"{job.out}: another corpus was begun in it meanwhile")
-    usage = CodeUsage(job.layout.num_codes, job.layout.num_sub_codes)
+    usage = CodeUsage(job.layout.num_codes, job.layout.num_sub_codes, offsets=job.layout.offsets)
     shards = []
     for unit in units:
         try:

@@ -22,6 +22,11 @@ from semhitok.evaluation.metrics import psnr, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.vocabulary import Vocabulary
 
+COMMANDS = [
+    "demo", "train", "train-mllm", "chat", "generate", "eval-mllm", "encode", "decode", "reconstruct", "eval",
+    "analyze", "info",
+]  # fmt: skip
+
 
 def save_checkpoint(folder, seed):
     torch.manual_seed(seed)
@@ -360,7 +365,7 @@ def test_missing_packages_name_the_extra(run, monkeypatch, ids):
     assert_refused(run("info", ids), 'safetensors is not installed: pip install "semhitok[models]"')
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -393,7 +398,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "encode", "decode", "reconstruct", "eval", "analyze", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_parsers_need_no_torch(command):
     # The package itself imports torch; what the command line adds must not wait for anything heavy.
     package = os.path.dirname(os.path.dirname(common.__file__))

@@ -27,6 +27,7 @@ from semhitok.data.corpus import EncodedCorpus, Layout, read_manifest, shard_wri
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
 from semhitok.encoding import EncodingConfig, encode_corpus
 from semhitok.tokenizer import SemHiTok
+from semhitok.usage import CodeUsage
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -168,11 +169,11 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed = []
-    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"ray::MapWorker", killed))
+    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"ray::MapWorker", killed), daemon=True)
     watcher.start()
     try:
         encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, engine="ray", processes=2)
-        watcher.join()
+        watcher.join(10)
         assert len(killed) == 1
         assert_same(tmp_path, whole)
         (tmp_path / "shard-000003.parquet").unlink()
@@ -187,11 +188,11 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
 def test_two_processes_one_of_which_is_killed(whole, tmp_path):
     threads = torch.get_num_threads()
     killed = []
-    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"spawn_main", killed))
+    watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"spawn_main", killed), daemon=True)
     watcher.start()
     with pytest.raises(ChildProcessError, match="the same command goes on"):
         encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, processes=2)
-    watcher.join()
+    watcher.join(10)
     assert len(killed) == 1
     encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, workers=2)
     assert torch.get_num_threads() == threads
@@ -221,6 +222,24 @@ def test_folders_shards_and_parquet_give_the_same_ids_captions_and_keys(whole, t
         for key, (caption, ids) in rows.items():
             assert caption == expected[key][0]
             assert torch.equal(ids, expected[key][1])
+
+
+def test_adaptive_sizes_go_with_the_ids(root, tmp_path):
+    config = preset("semhitok-tiny")
+    config.num_codes, config.num_sub_codes, config.adaptive = 5, 3, True
+    torch.manual_seed(1)
+    model = SemHiTok(config)
+    model.quantizer.offsets.copy_(torch.tensor([0, 6, 7, 9, 12, 15]))
+    model.save_pretrained(tmp_path / "checkpoint")
+    encode_corpus(str(tmp_path / "checkpoint"), ["photos"], tmp_path / "out", CONFIG)
+    layout, manifest = read_manifest(tmp_path / "out")
+    assert layout.offsets == (0, 6, 7, 9, 12, 15) and layout.vocabulary == model.vocabulary
+    ids = torch.stack([ids for ids, _, _ in EncodedCorpus(tmp_path / "out")])
+    usage = CodeUsage(5, 3, offsets=layout.offsets)
+    usage.update(ids)
+    assert verify(tmp_path / "out").summary() == usage.summary()
+    semantic = len({next(i for i in range(5) if h < layout.offsets[i + 1]) for h in ids.unique().tolist()})
+    assert manifest["usage"]["semantic"]["usage"] == pytest.approx(semantic / 5)
 
 
 def test_packed_equals_unpacked(whole, tmp_path):

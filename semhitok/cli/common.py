@@ -41,12 +41,66 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that runs a unified model."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a trained model and its text tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="CHECKPOINT", help="the image tokenizer that it was trained with"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is)")
+
+
+def add_batch_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """How much goes through a unified model at once."""
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help=f"{what} at once (default: %(default)s)"
+    )
+
+
+def add_sampling_arguments(parser: argparse._ActionsContainer, temperature: float) -> None:
+    """How ids are drawn."""
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"of the draw; 0 takes the likeliest id (default: {temperature:g})",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids of this share (default: all)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
+
+
+def add_drawing_arguments(parser: argparse._ActionsContainer) -> None:
+    """How pictures are drawn."""
+    parser.add_argument(
+        "--guidance", type=float, default=2.0, metavar="SCALE", help="by the caption; 1 is without (default: 2)"
+    )
+    add_sampling_arguments(parser, temperature=1.0)
+    parser.add_argument(
+        "--top-k", type=natural, default=0, metavar="K", help="draw from the K likeliest ids (default: all)"
+    )
+
+
+def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `Assistant.draw` takes of these arguments."""
+    return {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+
+
 def positive(text: str) -> int:
     """argparse type: an integer of at least 1."""
     value = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return value
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return int(text)
 
 
 def load_tokenizer(checkpoint: str, device: str, *, teacher: bool = True) -> Any:
@@ -59,6 +113,21 @@ def load_tokenizer(checkpoint: str, device: str, *, teacher: bool = True) -> Any
 
     target = find_device(device)
     return SemHiTok.from_pretrained(checkpoint, teacher=teacher).to(target).eval()
+
+
+def load_assistant(args: argparse.Namespace, *, teacher: bool = True) -> Any:
+    """`Assistant.load` of the arguments of `add_assistant_arguments`; only images that are read need the teacher.
+
+    Raises:
+        OSError, ValueError: see there; no such device.
+    """
+    from semhitok._optional import require
+
+    # Its bars are drawn wherever stderr goes.
+    require("transformers.utils.logging", "mllm").disable_progress_bar()
+    from semhitok.mllm.assistant import Assistant
+
+    return Assistant.load(args.model, args.tokenizer, device=find_device(args.device), teacher=teacher)
 
 
 def find_device(name: str) -> torch.device:

@@ -51,6 +51,7 @@ class Layout:
         codebook_hash: hex SHA-256 of the codebooks the ids belong to.
         grid: (h, w), ids of an image.
         packed: ids are stored in as many bits as they need.
+        offsets: the first flat id of every semantic code, and K * m, where sub-codebooks have sizes of their own.
     """
 
     num_codes: int
@@ -58,11 +59,12 @@ class Layout:
     codebook_hash: str
     grid: tuple[int, int]
     packed: bool
+    offsets: tuple[int, ...] | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of the ids, without text ids."""
-        return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash)
+        return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash, offsets=self.offsets)
 
     @property
     def bits(self) -> int:
@@ -70,7 +72,10 @@ class Layout:
         return max(1, (self.num_codes * self.num_sub_codes - 1).bit_length())
 
     def metadata(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **asdict(self), "grid": list(self.grid)}
+        values = {"format": FORMAT, "version": VERSION, **asdict(self), "grid": list(self.grid)}
+        if values.pop("offsets") is not None:
+            values["offsets"] = list(self.offsets or ())
+        return values
 
     @classmethod
     def parse(cls, metadata: Any) -> Layout:
@@ -81,9 +86,11 @@ class Layout:
             raise ValueError(f"version: expected {VERSION}, got {metadata.get('version')}; update semhitok")
         try:
             height, width = map(int, metadata["grid"])
+            offsets = metadata.get("offsets")
             layout = cls(
                 int(metadata["num_codes"]), int(metadata["num_sub_codes"]), str(metadata["codebook_hash"]),
                 (height, width), bool(metadata["packed"]),
+                None if offsets is None else tuple(map(int, offsets)),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -281,7 +288,7 @@ def verify(folder: str | os.PathLike[str]) -> CodeUsage:
             message names the first such shard and tells how many there are.
     """
     layout, manifest = read_manifest(folder)
-    usage = CodeUsage(layout.num_codes, layout.num_sub_codes)
+    usage = CodeUsage(layout.num_codes, layout.num_sub_codes, offsets=layout.offsets)
     problems = []
     for shard in manifest["shards"]:
         try:

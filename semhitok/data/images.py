@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -166,7 +166,7 @@ def whole_tiles(image: torch.Tensor, size: int) -> torch.Tensor:
     return image[:, : image.shape[1] // size * size, : image.shape[2] // size * size]
 
 
-def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
+def save_png(image: torch.Tensor, path: str | os.PathLike[str], *, text: Mapping[str, str] | None = None) -> None:
     """Write an 8-bit RGB PNG; the file appears whole or not at all.
 
     A value v is stored as round(255 * v), halves to even, after clamping v to [0, 1].
@@ -174,6 +174,7 @@ def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
     Args:
         image: float [3, H, W] in [0, 1], on any device.
         path: file to write, in an existing folder; an old file is replaced.
+        text: metadata by name, for the PNG's text chunks.
 
     Raises:
         ValueError: another shape or dtype, or NaN among the values.
@@ -188,7 +189,11 @@ def save_png(image: torch.Tensor, path: str | os.PathLike[str]) -> None:
         raise ValueError("image: expected values in [0, 1], got NaN")
     pixels = values.clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     png = io.BytesIO()
-    require("PIL.Image").fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(png, "PNG")
+    info = require("PIL.PngImagePlugin").PngInfo()
+    for name, value in (text or {}).items():
+        info.add_itxt(name, value)
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    require("PIL.Image").fromarray(array).save(png, "PNG", pnginfo=info)
     write_atomic(path, png.getvalue())
 
 

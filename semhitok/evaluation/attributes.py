@@ -141,7 +141,7 @@ class Reader(nn.Module):
         return torch.cat(rows)
 
 
-def train_reader(size: int = 48, *, steps: int = 400, batch_size: int = 64, seed: int = 1_000_003) -> Reader:
+def train_reader(size: int = 48, *, steps: int = 320, batch_size: int = 64, seed: int = 1_000_003) -> Reader:
     """A `Reader` trained on pictures of all combinations, half of them blurred as reconstructions are.
 
     `seed` is that of its pictures and weights: read none of the same set with it. Under a minute on a core.

@@ -23,6 +23,7 @@ from transformers import (
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 
 Prompt = Tensor | Sequence[int]
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Grammar(LogitsProcessor):
@@ -112,7 +113,11 @@ class Draw(LogitsProcessor):
         hierarchical: in images, draw the semantic code i first (a code's score is the logsumexp of its ids'), then
             the sub-code j of i; temperature, top_k and top_p hold for both draws.
         halves: the second half of the rows takes what is drawn for the first (`Guidance`).
-        generator: of the random numbers, on any device.
+        generator: of the random numbers, on any device; or one on the CPU for each row that is drawn, whose ids then
+            depend on no other row.
+
+    Raises:
+        ValueError: a negative temperature; when drawing, generators of another number than rows.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class Draw(LogitsProcessor):
         top_p: float = 1.0,
         hierarchical: bool = False,
         halves: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
@@ -157,20 +162,28 @@ class Draw(LogitsProcessor):
             return scores
         span = slice(vocabulary.text_size, vocabulary.begin_of_image)
         of_image = scores[rows, span].unflatten(1, (vocabulary.num_codes, vocabulary.num_sub_codes))
-        code = self._pick(input_ids[rows], of_image.float().logsumexp(-1))
+        code = self._pick(input_ids[rows], of_image.float().logsumexp(-1), rows)
         others = torch.arange(vocabulary.num_codes, device=scores.device) != code
         scores = scores.clone()
         scores[rows, span] = of_image.masked_fill(others[:, :, None], -torch.inf).flatten(1)
         return scores
 
-    def _pick(self, input_ids: Any, scores: Tensor) -> Tensor:
-        """[B, 1] places in scores [B, n]."""
+    def _pick(self, input_ids: Any, scores: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[B, 1] places in scores [B, n], which are those of all rows or of `rows` [B]."""
         if self.greedy:
             return scores.argmax(1, keepdim=True)
         probabilities = self.warpers(input_ids, scores.float()).softmax(-1)
-        if self.generator is not None:
-            probabilities = probabilities.to(self.generator.device)
-        return torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            if self.generator is not None:
+                probabilities = probabilities.to(self.generator.device)
+            return torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
+        if rows is None and len(self.generator) != len(scores):
+            raise ValueError(f"generator: expected one or {len(scores)}, one for each row, got {len(self.generator)}")
+        own = self.generator if rows is None else [self.generator[row] for row in rows.tolist()]
+        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in own]).to(scores.device)
+        # The first id at which the sum of the probabilities passes the number drawn.
+        sums = probabilities.double().cumsum(-1)
+        return torch.searchsorted(sums, drawn[:, None] * sums[:, -1:], right=True).clamp_max(scores.shape[1] - 1)
 
 
 def left_pad(prompts: Sequence[Prompt], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -202,10 +215,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     hierarchical: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     eos_id: int | None = None,
     pad_id: int = 0,
     use_cache: bool = True,
+    streamer: Any = None,
 ) -> list[Tensor]:
     """What follows each prompt: text, and images if `images` (`Vocabulary.images` finds them).
 
@@ -216,12 +230,14 @@ def generate(
         unconditional: for guidance, a prompt each without the caption; where guidance is 1 it is not looked at.
         eos_id, pad_id: text ids; None never ends before `max_new_tokens`. Padding is hidden by a mask.
         num_text_ids, temperature, top_k, top_p, hierarchical, generator: see `Grammar` and `Draw`.
+        streamer: of transformers, such as `TextIteratorStreamer`: gets the prompt and then every id. One prompt only.
 
     Returns:
         new ids of each prompt, [n] int64, the end of text included.
 
     Raises:
-        ValueError: empty prompts, guidance without as many unconditional prompts, or a value out of range.
+        ValueError: empty prompts, guidance without as many unconditional prompts, a value out of range, or a streamer
+            for more than one row.
     """
     prompts = list(prompts)
     count, guided = len(prompts), guidance != 1
@@ -233,6 +249,8 @@ def generate(
     for name, value in (("eos_id", eos_id), ("pad_id", pad_id)):
         if value is not None and not 0 <= value < model.vocabulary.text_size:
             raise ValueError(f"{name}: expected a text id in [0, {model.vocabulary.text_size}), got {value}")
+    if streamer is not None and len(prompts) != 1:
+        raise ValueError(f"streamer: expected one prompt without guidance, got {len(prompts)} rows")
     ids, mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
     max_length = ids.shape[1] + max_new_tokens
     grammar = Grammar(model.config, images=images, max_length=max_length, num_text_ids=num_text_ids)
@@ -260,6 +278,7 @@ def generate(
         eos_token_id=model.vocabulary.size if eos_id is None else eos_id,
         pad_token_id=pad_id,
         use_cache=use_cache,
+        streamer=streamer,
     )
     new = out[:count, ids.shape[1] :]
     if eos_id is None:
@@ -279,7 +298,7 @@ def generate_images(
     top_k: int = 0,
     top_p: float = 1.0,
     hierarchical: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """One image for each prompt (a caption's ids, begin of image not included): flat ids [B, h, w] for a tokenizer.

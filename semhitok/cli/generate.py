@@ -1,0 +1,72 @@
+"""Draw pictures from captions with a unified model.
+
+Writes OUT/NUMBER-CAPTION-SEED.png, with the caption, seed and settings in its metadata, and OUT/NUMBER-CAPTION-grid.png
+of each caption's pictures. Picture n of a caption has the seed SEED + n; caption, seed and settings give the same
+picture again, whatever else is drawn beside it.
+
+examples:
+  semhitok generate runs/mllm/checkpoint --tokenizer runs/tiny/checkpoint "a small red ring at top left" --out drawn
+  semhitok generate runs/mllm/checkpoint --tokenizer runs/tiny/checkpoint --prompts captions.txt --count 9 --out drawn
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from semhitok.cli import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_assistant_arguments(parser)
+    # Not "*", which argparse would take for empty as soon as an option comes first.
+    captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
+
+    class Prompts(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            namespace.prompts, captions.required = values, False
+
+    parser.add_argument("--prompts", action=Prompts, metavar="FILE", help="captions, or more of them, one a line")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
+    parser.add_argument(
+        "--count", type=common.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
+    )
+    common.add_batch_argument(parser, "pictures")
+    common.add_drawing_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    captions = args.captions + (_lines(args.prompts) if args.prompts else [])
+    if not captions:
+        raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
+
+    from semhitok.data.images import save_png
+    from semhitok.mllm.assistant import Job, file_stem, grid, paint
+
+    assistant = common.load_assistant(args, teacher=False)
+    out = common.make_output_folder(args.out)
+    stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
+    jobs = [
+        Job(out / f"{stem}-{args.seed + n}.png", caption, args.seed + n)
+        for stem, caption in zip(stems, captions, strict=True)
+        for n in range(args.count)
+    ]
+    pictures = []
+    with common.progress(None, "generate", len(jobs)) as bar:
+        for _, picture in paint(assistant, jobs, args.batch_size, **common.drawing_options(args)):
+            pictures.append(picture)
+            bar.update()
+            if len(pictures) == args.count:
+                stem = stems.pop(0)
+                save_png(grid(pictures), out / f"{stem}-grid.png")
+                pictures = []
+    print(common.printable(f"{out}: {common.count(len(jobs), 'picture')} of {common.count(len(captions), 'caption')}"))
+    return common.DONE
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts: {path}: expected UTF-8 text, got other bytes") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
