@@ -225,7 +225,7 @@ def load_seed(data: Path, images: Path | None = None) -> list[Question]:
 
 
 def seed_answer(text: str, choices: Mapping[str, str]) -> str:
-    """The letter that an answer is, else whose choice it is, else that it begins with before . : ) or a space; or ""."""
+    """The letter that an answer is, or whose choice it is, or that it begins with, before . : ) or a space; or ""."""
     text = text.strip()
     found = re.match(r"\(?([A-D])(?:[.:)]+|\s|$)", text)
     if found and found[0] == text:
