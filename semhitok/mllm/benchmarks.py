@@ -225,11 +225,14 @@ def load_seed(data: Path, images: Path | None = None) -> list[Question]:
 
 
 def seed_answer(text: str, choices: Mapping[str, str]) -> str:
-    """The letter whose choice an answer is, or that it begins with, alone or before . : ) or a space; or ""."""
+    """The letter that an answer is, or whose choice it is, or that it begins with, before . : ) or a space; or ""."""
     text = text.strip()
-    found = re.match(r"\(?([A-D])(?:[.:)]|\s|$)", text)
-    # "A dog" is a choice's words before it is the letter A.
-    same = [letter for letter, c in choices.items() if c.strip().removesuffix(".").lower() == text.rstrip(".").lower()]
+    found = re.match(r"\(?([A-D])(?:[.:)]+|\s|$)", text)
+    if found and found[0] == text:
+        return found[1]
+    # "A dog" is a choice before it is the letter A.
+    said = text.removesuffix(".").lower()
+    same = [letter for letter, choice in choices.items() if choice.strip().removesuffix(".").lower() == said]
     return same[0] if same else found[1] if found else ""
 
 
