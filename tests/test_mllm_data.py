@@ -229,6 +229,40 @@ def test_ids_files_have_their_captions_beside_them(tmp_path):
         open_source(config, RowsConfig())
 
 
+@pytest.mark.parametrize("streams", [1, 2, 4])  # fewer, as many as and more than shards
+def test_a_corpus_of_ids_gives_its_captions(tmp_path, streams, capfd):
+    pytest.importorskip("pyarrow")
+    from semhitok.data.corpus import EncodedCorpus
+    from semhitok.encoding import EncodingConfig, encode_corpus
+
+    write_pictures(tmp_path / "pictures")
+    for n in range(11):  # the last has none
+        (tmp_path / "pictures" / f"{n}.txt").write_text(CAPTIONS[n])
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    config = EncodingConfig(batch_size=4, images_per_shard=6)
+    encode_corpus(str(tmp_path / "tokenizer"), [str(tmp_path / "pictures")], tmp_path / "corpus", config)
+
+    def data():
+        return rows_of(open_source(SourceConfig(f"{tmp_path}/corpus", "generation"), RowsConfig(shuffle_buffer=4)))
+
+    whole, _ = take(data(), 48 // streams, streams, 1)
+    found = Counter(m[0] for micro in whole for m in members(micro))
+    expected = set()
+    rows = [row for row in EncodedCorpus(tmp_path / "corpus") if row.caption]
+    assert sorted(row.caption for row in rows) == sorted(CAPTIONS[:11])
+    for ids, caption, _ in rows:
+        parts = prompts.generation_parts(WORDS, VOCABULARY, caption, VOCABULARY.image(ids, HASH))
+        expected.add(tuple(join(*parts).input_ids.tolist()))
+    assert set(found) == expected and max(found.values()) - min(found.values()) <= 6
+    assert "11.png: expected a caption, got none" in capfd.readouterr().err
+    parts, position = [], None
+    for count in (1, 4, 48 // streams - 5):
+        more, position = take(data(), count, streams, 1, position)
+        position = json.loads(json.dumps(position))
+        parts += more
+    same(whole, parts)
+
+
 def test_ids_of_another_codebook_are_refused(tmp_path):
     other = small_tokenizer(1)
     assert other.codebook_hash != HASH

@@ -17,8 +17,8 @@ STAGES = ("adapter", "joint", "instruct")
 class SourceConfig:
     """Samples of one kind.
 
-    path: a .jsonl file, webdataset shards (a pattern of .tar), or an ids file of `semhitok encode` (.safetensors).
-        See `semhitok.mllm.data` for what is in them.
+    path: a .jsonl file, webdataset shards (a pattern of .tar), or what `semhitok encode` wrote: an ids file
+        (.safetensors), or a corpus (a folder). See `semhitok.mllm.data` for what is in them.
     task: "understanding" (images to text), "generation" (captions to images) or "text"; under this name its loss is
         logged, and it tells what is made of an image with a caption.
     weight: samples are drawn from the sources of a stage in proportion to their weights.

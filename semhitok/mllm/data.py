@@ -8,7 +8,7 @@ A record of a source is one of
 
 with the images as "images": [paths], relative to the file's folder, or as "codes": [ids of an image, row by row, ...]
 and the "codebook_hash" they belong to. A JSONL file has one in each line; in webdataset shards a sample's .txt is its
-caption, its .json such a record; an ids file of `semhitok encode` has captions beside it.
+caption, its .json such a record; an ids file of `semhitok encode` has captions beside it, a corpus of ids inside.
 
 Every row of the global batch has a stream of samples of its own, that is: a part of each source, drawn from by the
 seed and the number of the draw. So the batches do not depend on how many processes share them.
@@ -16,6 +16,7 @@ seed and the number of the draw. So the batches do not depend on how many proces
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from semhitok.data import training as image_data
 from semhitok.data.codes import load_codes
+from semhitok.data.corpus import Encoded, EncodedCorpus
 from semhitok.data.crops import generator, to_uint8
 from semhitok.data.images import read_image, resize_crop
 from semhitok.data.shards import Sample as ShardSample
@@ -219,6 +221,43 @@ class Shards:
                     yield from _texts(record)
 
 
+class Corpus:
+    """A source of the rows of a corpus of ids (`semhitok encode`), its shards divided over the streams.
+
+    With fewer shards than streams every stream reads all of them and leaves out the others' rows.
+    """
+
+    def __init__(self, config: SourceConfig, rows: RowsConfig) -> None:
+        self.corpus = EncodedCorpus(config.path, shuffle_buffer=rows.shuffle_buffer)
+        if not self.corpus.rows:
+            raise ValueError(f"{config.path}: expected at least one image, got none")
+        self.task, self.weight, self.question = config.task, config.weight, config.question
+        self.description = {"rows": self.corpus.rows, "sha256": self.corpus.identity()["corpus"]}
+
+    def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
+        corpus = copy.copy(self.corpus)
+        corpus.seed = seed
+        shared = len(corpus._order(0, 1, 0)) < streams
+        epoch, done = place or (0, 0)
+        while True:
+            for row in corpus._rows(*((0, 1) if shared else (number, streams)), epoch, done):
+                done += 1
+                if not shared or done % streams == number:
+                    yield self._record(row), [epoch, done]
+            epoch, done = epoch + 1, 0
+
+    def _record(self, row: Encoded) -> Any:
+        if not row.caption:
+            return ValueError(f"{row.key}: expected a caption, got none")
+        own = self.corpus.layout.codebook_hash
+        return {"caption": row.caption, "codes": [row.ids], "codebook_hash": own, "name": row.key}
+
+    def texts(self) -> Iterator[str]:
+        for row in self.corpus._rows(0, 1, 0, 0):
+            if row.caption:
+                yield row.caption
+
+
 class _Reader(image_data._ShardStream):
     """The order of shards and samples that training on images has, with their texts."""
 
@@ -281,8 +320,9 @@ def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
         )  # fmt: skip
     if is_shard(path):
         return Shards(config, rows)
-    # A folder will be an encoded corpus (parquet).
-    raise ValueError(f"path: expected .jsonl, .safetensors or webdataset shards, got {path}")
+    if Path(path).is_dir():
+        return Corpus(config, rows)
+    raise ValueError(f"path: expected .jsonl, .safetensors, webdataset shards or a corpus of ids, got {path}")
 
 
 @dataclass
