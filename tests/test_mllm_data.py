@@ -308,7 +308,7 @@ def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
 
 
 def test_sources_are_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"path: expected .jsonl, .safetensors or webdataset shards, got"):
+    with pytest.raises(ValueError, match=r"path: expected .jsonl, .safetensors, webdataset shards or"):
         open_source(SourceConfig("a.csv", "text"), RowsConfig())
     with pytest.raises(FileNotFoundError):
         open_source(SourceConfig(f"{tmp_path}/none.jsonl", "text"), RowsConfig())
