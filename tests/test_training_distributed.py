@@ -96,7 +96,7 @@ def test_a_critic_that_is_not_wrapped_is_noticed(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_at_twenty_moments_of_a_two_process_run_changes_no_bit(pictures, tmp_path):
-    settings = [*CRITIC, "semantic.steps=150", "pixel.steps=300"]
+    settings = [*CRITIC, "semantic.steps=150", "pixel.steps=400"]
     assert Workers(2, tmp_path / "whole", pictures, settings).wait() == [0, 0]
     moments = random.Random(0)
     run, kills = tmp_path / "killed", 0
