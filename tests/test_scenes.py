@@ -177,12 +177,13 @@ def test_shuffled_ids_are_the_same_ids() -> None:
     assert torch.equal(mixed, attributes.shuffled(codes))
 
 
+@pytest.mark.slow
 def test_the_reader_reads_pictures_it_has_not_seen() -> None:
-    reader = attributes.train_reader(steps=100)  # a quarter of the time, and nearly as good
+    reader = attributes.train_reader()
     for split in ("random", "comp"):
         images, labels, _ = scenes.pictures(7, 0, 500, split)
         found = attributes.score(reader.read(images), labels)
-        assert min(found.values()) >= 0.5 and found["mean"] >= 0.85, found
+        assert min(found.values()) >= 0.98 and found["mean"] >= 0.995, found
         assert torch.equal(reader.read(images.float() / 255), reader.read(images))
         assert attributes.score(reader.read(attributes.other(images)), labels)["mean"] < 0.3
     with pytest.raises(ValueError, match=r"images: expected \[N, 3, 48, 48\], got \[2, 3, 64, 64\]"):
