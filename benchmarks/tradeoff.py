@@ -16,8 +16,9 @@ are described in tradeoff_arms.py. Columns, all of held-out pictures:
     seconds         of training; stages that arms share are counted in each of them
 
 With several seeds a figure is a mean and half of its 95 % confidence interval (t-distribution) over trainings; data and
-teacher stay the same. Finished (arm, seed) are kept in OUT and not computed again. Exit status 1 if a check at the end
-misses. --photographs measures reconstruction on crops of the demo's photographs instead, without labels and checks.
+teacher stay the same. Finished (arm, seed) are kept in OUT and not computed again, so processes with seeds of their own
+may share it. Exit status 1 if a check at the end misses. --photographs measures reconstruction on crops of the demo's
+photographs instead, without labels and checks.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Settings:
     photographs: bool = False
 
 
-QUICK = Settings(pictures=8_000, probe=3_000, test=750, steps=240, batch=32, teacher_steps=700, teacher_batch=64)
+QUICK = Settings(pictures=8_000, probe=2_500, test=750, steps=220, teacher_steps=650, probe_steps=330)
 
 
 def arms(K: int, m: int, quick: bool) -> list[Arm]:
@@ -243,7 +244,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("tradeoff"))
     parser.add_argument("--quick", action="store_true", help="one seed, short training, fewer sizes")
     parser.add_argument("--photographs", action="store_true", help="reconstruction of photographs instead")
-    parser.add_argument("--seeds", type=int, help="trainings of every arm (default: 3, 1 with --quick)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of the trainings of every arm (default: 0 1 2, 0 with --quick)",
+    )
     parser.add_argument("--sizes", type=int, nargs=2, default=(256, 8), metavar=("K", "m"))
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=N", help="a field of Settings")
@@ -282,7 +289,7 @@ def main() -> int:
         return figures
 
     results: dict[str, list[dict[str, float]]] = {}
-    for seed in range(args.seeds or (1 if args.quick else 3)):
+    for seed in args.seeds or ([0] if args.quick else [0, 1, 2]):
         rows = [(arm.title, arm) for arm in arms(K, m, args.quick)]
         for title, arm in rows if args.photographs else [(TEACHER_ROW, None), *rows]:
             results.setdefault(title, []).append(result(title, seed, arm))
