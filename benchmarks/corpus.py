@@ -58,9 +58,11 @@ def make_images(folder: Path, count: int) -> None:
         Image.fromarray(coarse).resize((96, 72), Image.Resampling.BICUBIC).save(path, quality=85)
 
 
-def make_checkpoint(folder: Path, name: str) -> None:
+def make_checkpoint(folder: Path, name: str, size: int | None = None) -> None:
     """A tokenizer of that preset with random weights. Of the decoder, which does not encode, little is left."""
     config = preset(name)
+    if size:
+        config.image_size = config.teacher.image_size = size
     config.teacher.pretrained = False
     config.decoder = config.semantic_decoder = ViTConfig(64, 1, 1)
     torch.manual_seed(0)
@@ -92,7 +94,8 @@ def changed(one: Path, other: Path) -> float:
 
 
 def engines(work: Path, args: argparse.Namespace) -> bool:
-    make_checkpoint(work / "tiny", "semhitok-tiny")
+    # Small, so that what is measured is the writing, reading and dealing out of images.
+    make_checkpoint(work / "tiny", "semhitok-tiny", 32)
     everything, some = [str(work / "images")], [str(work / "images" / f"{n:03}") for n in range(args.small // 1000)]
     size = ("--shard-images", str(args.shard_images))
     two = ("--processes", "2")
@@ -102,7 +105,7 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
         ("torchrun", everything, ("--engine", "torchrun"), tuple(TORCHRUN)),
         ("ray", everything, ("--engine", "ray", *two), ()),
     ]
-    print(f"semhitok-tiny, random weights, {args.images:,} images, two processes of one thread each\n")
+    print(f"semhitok-tiny at 32 x 32, random weights, {args.images:,} images, two processes of one thread each\n")
     print(
         f"{'engine':12} {'command s':>9} {'images/s':>9} {'% waiting':>9} {'% quantiser':>11} {'peak MiB':>9}  shards"
     )
