@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import json
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Callable
@@ -66,7 +66,8 @@ class Page:
         treatment = getattr(self, block.language, None) if block.language in LANGUAGES else None
         assert treatment, f"language: expected one of {', '.join(LANGUAGES)}, got {block.language!r}"
         kind, _, value = block.note.partition(": ")
-        assert kind not in ("not run", "file") or value, f"<!-- {block.note} -->: expected a reason or a name"
+        known = not block.note or (kind in ("not run", "file") and value)
+        assert known, f"<!-- {block.note} -->: expected `not run: REASON` or `file: NAME`"
         treatment(block, value if kind == "file" else None, kind != "not run")
 
     def python(self, block: Block, file: str | None, run: bool) -> None:
@@ -124,7 +125,7 @@ class Page:
         elif program.endswith("python") and arguments[:2] == ["-m", "semhitok"]:
             return self.semhitok(arguments[2:], run, fails, target)
         elif program.endswith("python") and arguments[:1] == ["-m"]:
-            return printed(lambda: runpy.run_module(arguments[1], run_name="__main__"), arguments[1:])
+            return printed(importlib.import_module(arguments[1]).main, arguments[1:])
         elif program == "semhitok":
             return self.semhitok(arguments, run, fails, target)
         else:
@@ -136,7 +137,7 @@ class Page:
             args = cli._parser().parse_args(arguments)
         except SystemExit as error:
             raise AssertionError(f"semhitok {shlex.join(arguments)}: not parsed") from error
-        if args.command in ("train", "train-mllm") and not (args.config.endswith(".yaml") and not run):
+        if args.command in ("train", "train-mllm"):
             config = printed(lambda: cli.main([*arguments, "--print-config"]))
             assert config.startswith(("model:", "tokenizer:")), config
             if target:
@@ -151,7 +152,7 @@ class Page:
             code = cli.main([*arguments, *own])
 
         out = printed(call)
-        assert fails == (code != 0) and "passed over" not in out, f"semhitok {shlex.join(arguments)}: {code}\n{out}"
+        assert fails == (code != 0) and "skipped: " not in out, f"semhitok {shlex.join(arguments)}: {code}\n{out}"
         return out
 
 
@@ -172,7 +173,7 @@ def printed(call: Callable[[], Any], argv: list[str] | None = None) -> str:
 
 
 def labels(text: str) -> list[str]:
-    """Of each line with a number in it what stands first, and of others all; numbers and hashes masked, repeats left out."""
+    """What stands first in lines with a number in them, and all of others; repeats count once. Numbers are masked."""
     found: list[str] = []
     for line in text.splitlines():
         masked = re.sub(r"\b[0-9a-f]{12}\b|[-+]?\d[\d.,]*%?", "#", line.strip())

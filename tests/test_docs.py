@@ -122,7 +122,7 @@ WRONG = [
     ("adaptive: true", "adapted: true", "unknown key 'adapted'"),
     ("adaptive: true", "adaptive: [true", "not YAML"),
     ("<!-- file: my.yaml -->\n", "", "expected <!-- file"),
-    ("not run: minutes", "not run", "expected a reason"),
+    ("not run: minutes", "not run", "expected `not run: REASON`"),
     ('"caption"', '"captions"', "expected keys that training reads"),
     ("```text", "```", "expected one of python"),
     ("```text", "```shell", "expected one of python"),
@@ -161,8 +161,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
     # As `make docs` does it.
-    (command,) = re.findall(r"^\t(.*)\$\(BIN\)/(mkdocs .*)$", (ROOT / "Makefile").read_text(), re.M)
-    command = [sys.executable, "-m", *command[1].split(), "--site-dir", str(tmp_path / "site")]
+    (recipe,) = re.findall(r"\$\(BIN\)/(mkdocs .*)$", (ROOT / "Makefile").read_text(), re.M)
+    command = [sys.executable, "-m", *recipe.split(), "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = (result.stdout + result.stderr).splitlines()
