@@ -3,6 +3,7 @@
 # make demo-mllm  train a tiny unified model on generated pictures and captions; results in demo_mllm_output/
 # make test    lint, types, tests
 # make bench   time the ops against PyTorch and other libraries (several minutes)
+# make docs    the documentation as pages in site/; `python3 -m http.server -d site` serves them, with search
 # make clean   remove what was built (.venv stays)
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv.
@@ -16,7 +17,7 @@ INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt $(shel
 # Threads that wait asleep: on a machine that is shared, spinning ones slow training several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo demo-mllm test bench clean
+.PHONY: env demo demo-mllm test bench docs clean
 
 env: $(STAMP)
 
@@ -50,7 +51,11 @@ test: env
 bench: env
 	$(BIN)/python benchmarks/quantize_bench.py
 
+# The theme tells at every build, in colours, that its maintenance ends in 2027: no warning about these pages.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build demo_output demo_mllm_output semhitok.egg-info semhitok/_C*.so $(STAMP)
+	rm -rf build site demo_output demo_mllm_output semhitok.egg-info semhitok/_C*.so $(STAMP)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find semhitok tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,9 +47,11 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
         z: tokens [..., D], floating point.
         codebook: [K, D], floating point, K >= 1.
         metric: "ip" or "l2".
+
     Returns:
         scores [...] (float32, or float64 when an input is), differentiable in z and codebook;
         ids [...] int64 in [0, K).
+
     Raises:
         RuntimeError: a wrong dtype, shape, device or metric.
 
@@ -72,9 +74,11 @@ def nearest_subcode(
         group: [...] int64; outside [0, K) gives id 0 and score NaN.
         metric: "ip" or "l2".
         offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+
     Returns:
         scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
         ids [...] int64 in [0, m), with offsets in [0, m_i).
+
     Raises:
         RuntimeError: a wrong dtype, shape, device or metric.
 
@@ -99,12 +103,15 @@ def hier_quantize(
         z_pix: [..., Dp], floating point, the leading dimensions of z_sem.
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        sem_metric, pix_metric: "ip" or "l2".
+        sem_metric: "ip" or "l2".
+        pix_metric: "ip" or "l2".
         offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+
     Returns:
         q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
         constant in z (straight-through estimation is the quantizer module's);
         codes [...] int64 = i * m + j, with offsets offsets[i] + j.
+
     Raises:
         RuntimeError: a wrong dtype, shape, device or metric.
 
@@ -124,8 +131,10 @@ def hier_lookup(
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
         offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+
     Returns:
         q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
+
     Raises:
         RuntimeError: a wrong dtype, shape or device.
 
@@ -141,9 +150,11 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
         values: [N, D], floating point, D >= 1.
         ids: [N] int64; rows with an id outside [0, num_segments) are left out.
         num_segments: S >= 0.
+
     Returns:
         sums [S, D] (float32, or float64 for float64 values), added in fp64 in a fixed order (on the CPU that
         of the rows) and rounded once, differentiable in values; counts [S] int64.
+
     Raises:
         RuntimeError: a wrong dtype, shape or device.
 

@@ -127,7 +127,8 @@ class HierarchicalQuantizer(nn.Module):
     Args:
         num_codes: K semantic codes.
         num_sub_codes: m pixel sub-codes under each.
-        sem_dim, pix_dim: Ds, Dp.
+        sem_dim: Ds.
+        pix_dim: Dp.
         decay: of the moving averages in `update`.
         adaptive: every semantic code owns m_i >= 1 sub-codes, K * m in all. The sizes are even at first; `initialize`
             sets them. After that they stay.

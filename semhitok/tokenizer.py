@@ -104,8 +104,10 @@ class SemHiTok(nn.Module):
     def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
         """ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
 
-        semantic_only: put the mean of its sub-codebook in every sub-code's place, and so decode what the semantic codes
-            alone say.
+        Args:
+            codes: int64 [B, h, w].
+            semantic_only: put the mean of its sub-codebook in every sub-code's place, and so decode what the semantic
+                codes alone say.
 
         Raises:
             ValueError: another shape or dtype, or an id outside [0, K*m).

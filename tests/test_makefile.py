@@ -50,6 +50,12 @@ def test_installs_once_and_again_when_an_input_changed(repository):
     assert log.read_text().count("pip install") == 4
 
 
+def test_docs_are_built_strictly_and_without_the_themes_notice(repository):
+    script(repository / ".venv/bin/mkdocs", 'echo "mkdocs $@, $NO_MKDOCS_2_WARNING" >> log')
+    assert make(repository, "docs").returncode == 0
+    assert (repository / "log").read_text().splitlines()[-1] == "mkdocs build --strict, 1"
+
+
 def test_failed_installation_is_tried_again(repository):
     script(repository / ".venv/bin/pip", "exit 1")
     assert make(repository, "env").returncode != 0

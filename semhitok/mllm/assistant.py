@@ -104,9 +104,12 @@ class Assistant:
         """One answer to each question about its image; an empty question asks for a caption.
 
         Args:
-            questions, images: as many of each; images as `read` or `encode` gives them.
+            questions: one for each image.
+            images: as `read` or `encode` gives them.
             max_new_tokens: ids an answer may have, less where the model's positions end.
-            temperature, top_p, seed: of the draw; temperature 0 takes the likeliest id.
+            temperature: of the draw; 0 takes the likeliest id.
+            top_p: draw from the likeliest ids of this share.
+            seed: of the draw.
 
         Raises:
             ValueError: other numbers, or a question that leaves no room for an answer.

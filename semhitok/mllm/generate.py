@@ -228,8 +228,14 @@ def generate(
         max_new_tokens: at most so many ids each; an image that would not be whole by then is not begun.
         guidance: scale of classifier-free guidance of image ids; 1 is without.
         unconditional: for guidance, a prompt each without the caption; where guidance is 1 it is not looked at.
-        eos_id, pad_id: text ids; None never ends before `max_new_tokens`. Padding is hidden by a mask.
-        num_text_ids, temperature, top_k, top_p, hierarchical, generator: see `Grammar` and `Draw`.
+        eos_id: a text id, which ends a row; None never ends before `max_new_tokens`.
+        pad_id: a text id, hidden by a mask.
+        num_text_ids: see `Grammar`.
+        temperature: see `Draw`.
+        top_k: see `Draw`.
+        top_p: see `Draw`.
+        hierarchical: see `Draw`.
+        generator: see `Draw`.
         streamer: of transformers, such as `TextIteratorStreamer`: gets the prompt and then every id. One prompt only.
 
     Returns:

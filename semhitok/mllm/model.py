@@ -215,7 +215,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         Args:
             llm: folder or Hub name of a causal LM, such a model (its weights are taken over, not copied), or a config,
                 which makes one with random weights.
-            head, resolution_id: see `UnifiedMLLMConfig`.
+            head: see `UnifiedMLLMConfig`.
+            resolution_id: see `UnifiedMLLMConfig`.
             kwargs: for `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
 
         Raises:
@@ -280,8 +281,10 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids: Tensor, image_features: Features | None = None) -> Tensor:
         """The LLM's input [B, T, width] of ids [B, T].
 
-        image_features: code vectors of the image ids in `input_ids`, in order, [..., Ds] and [..., Dp], as
-            `SemHiTok.features` gives them; the image ids then only mark the places. None looks the ids up.
+        Args:
+            input_ids: int64 of `vocabulary`.
+            image_features: code vectors of the image ids in `input_ids`, in order, [..., Ds] and [..., Dp], as
+                `SemHiTok.features` gives them; the image ids then only mark the places. None looks the ids up.
 
         Raises:
             ValueError: ids out of range, vectors of another number or size, or no codebooks to look ids up in.

@@ -8,8 +8,9 @@ The verdict is a critic's, which learns at the same time; the loop trains it, wi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Protocol
 
@@ -198,8 +199,9 @@ def perceptual_loss() -> nn.Module:
     lpips = require("lpips", "train")
     vgg16 = require("torchvision.models", "train").VGG16_Weights.IMAGENET1K_V1
     try:
-        network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
-        vgg = vgg16.get_state_dict(progress=False, check_hash=True)
+        with redirect_stdout(sys.stderr):  # torch tells of downloads there
+            network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
+            vgg = vgg16.get_state_dict(progress=False, check_hash=True)
         heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
     except Exception as error:  # torchvision's download raises many types
         raise OSError(f"lpips: LPIPS weights cannot be had: {error}") from error
