@@ -12,6 +12,8 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 
 from semhitok.cli import common
 
@@ -37,18 +39,21 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.data.images import list_images
     from semhitok.explore.explorer import Explorer
 
-    require("gradio", "explore")
-    from semhitok.explore import page
+    with tempfile.TemporaryDirectory(prefix="semhitok-explore-") as folder:
+        # What the page is sent and shows, until it ends; Gradio looks for the name when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        require("gradio", "explore")
+        from semhitok.explore import page
 
-    with page.listen(args.port) as listener:
-        paths = list_images([args.images])[:_MAX_IMAGES] if args.images else []
-        checkpoints = [args.checkpoint, *([args.compare] if args.compare else [])]
-        explorers = [Explorer(common.load_tokenizer(name, args.device), name) for name in checkpoints]
-        for explorer in explorers if paths else ():
-            reader = common.ImageReader(paths, explorer.tokenizer.config.image_size, 16, "explore")
-            explorer.collect(reader)
-            reader.check_any_read()
-        host, port = listener.getsockname()
-        print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # it waits for who comes before the page is built
-        page.serve(explorers, listener)
+        with page.listen(args.port) as listener:
+            paths = list_images([args.images])[:_MAX_IMAGES] if args.images else []
+            checkpoints = [args.checkpoint, *([args.compare] if args.compare else [])]
+            explorers = [Explorer(common.load_tokenizer(name, args.device), name) for name in checkpoints]
+            for explorer in explorers if paths else ():
+                reader = common.ImageReader(paths, explorer.tokenizer.config.image_size, 16, "explore")
+                explorer.collect(reader)
+                reader.check_any_read()
+            host, port = listener.getsockname()
+            print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # who comes before it is built waits a moment
+            page.serve(explorers, listener)
     return common.DONE

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +145,7 @@ def listen(port: int) -> socket.socket:
     except OverflowError:
         raise ValueError(f"--port: expected at most 65535, got {port}") from None
     except OSError as error:
-        raise OSError(f"--port: cannot listen on {HOST}:{port}: {error.strerror}") from None
+        raise OSError(f"--port: cannot listen on {HOST}:{port}: {os.strerror(error.errno or 0)}") from None
 
 
 def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
@@ -155,30 +154,25 @@ def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
     Raises:
         KeyboardInterrupt: by Ctrl-C.
     """
-    with tempfile.TemporaryDirectory(prefix="semhitok-explore-") as folder:
-        # For images the page was sent or shows: gone with the server.
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        outside = FastAPI(
-            docs_url=None, redoc_url=None, openapi_url=None
-        )  # those pages would load scripts from outside
-        # Another site's page must not get in under a name of its own that leads to this address.
-        outside.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-        app = gr.mount_gradio_app(
-            outside,
-            build(explorers),
-            path="/",
-            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=_CSS,
-            max_file_size=_MAX_FILE,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-        )
-        # An open page keeps a connection, which is not waited for.
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run(sockets=[listener])
+    outside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages would load scripts from outside
+    # Another site's page must not get in under a name of its own that leads to this address.
+    outside.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    app = gr.mount_gradio_app(
+        outside,
+        build(explorers),
+        path="/",
+        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        css=_CSS,
+        max_file_size=_MAX_FILE,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+    # An open page keeps a connection, which is not waited for.
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Panel:
