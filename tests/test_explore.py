@@ -247,6 +247,10 @@ def test_command_line_refuses(run, files, monkeypatch):
     assert refused(plain, "--compare", files / "none").startswith(f"{files}/none/config.json: no such file")
     assert refused(plain, "--images", files / "none") == f"{files}/none: no such file or folder"
     assert refused(plain, "--device", "abacus") == "device: expected one torch can use here, got 'abacus'"
+    assert run("explore", plain, "--images", files / "notes.png", "--port", 0)[2] == [
+        f"semhitok explore: skipped: {files}/notes.png: not an image of a known format",
+        "semhitok explore: error: none of 1 image could be read",
+    ]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         expected = f"semhitok explore: error: --port: cannot listen on 127.0.0.1:{port}: Address already in use"

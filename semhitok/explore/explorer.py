@@ -125,8 +125,10 @@ class Explorer:
     @torch.inference_mode()
     def collect(self, batches: Iterable[tuple[list[Path], Tensor]]) -> None:
         """Encode images for `sharing`: batches of paths and fp32 [B, 3, S, S], as `ImageReader` gives them."""
+        config = self.tokenizer.config
         names: list[str] = []
-        images, codes = [], []
+        images = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
+        codes = [torch.empty(0, config.grid_size, config.grid_size, dtype=torch.int64)]
         for paths, batch in batches:
             names += [path.name for path in paths]
             images.append(batch.mul(255).round().to(torch.uint8))

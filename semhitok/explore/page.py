@@ -293,7 +293,7 @@ def _pixels(image: Tensor, scale: int) -> np.ndarray:
 def _outlined(pixels: np.ndarray, row: int, column: int, side: int) -> np.ndarray:
     """With a line around a patch, black and white to be seen on anything; the patch itself stays as it is."""
     drawn, top, left = pixels.copy(), row * side, column * side
-    for width, value in ((3, 0), (2, 255)):
+    for width, value in ((5, 0), (3, 255)):
         drawn[max(0, top - width) : top + side + width, max(0, left - width) : left + side + width] = value
     patch = slice(top, top + side), slice(left, left + side)
     drawn[patch] = pixels[patch]
@@ -302,11 +302,11 @@ def _outlined(pixels: np.ndarray, row: int, column: int, side: int) -> np.ndarra
 
 def _heading(explorer: Explorer) -> str:
     config, vocabulary = explorer.tokenizer.config, explorer.vocabulary
-    mean = "on average " if vocabulary.offsets else ""
+    size, grid = f"{config.image_size} x {config.image_size}", f"{config.grid_size} x {config.grid_size}"
+    mean = " on average" if vocabulary.offsets else ""
     text = (
-        f"{config.image_size} x {config.image_size} pixels in {config.grid_size} x {config.grid_size} patches; "
-        f"{vocabulary.num_codes:,} semantic codes, {mean}{vocabulary.num_sub_codes} sub-codes each; "
-        f"codebooks {explorer.tokenizer.codebook_hash[:12]}"
+        f"{size} pixels, {grid} patches; {vocabulary.num_codes:,} semantic codes, {vocabulary.num_sub_codes} sub-codes "
+        f"each{mean}; codebooks {explorer.tokenizer.codebook_hash[:12]}"
     )
     return f"<h2>{html.escape(explorer.name)}</h2>{_paragraph(text)}"
 
