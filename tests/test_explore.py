@@ -43,7 +43,7 @@ import os, sys
 def watch(event, arguments):
     if event in ("socket.getaddrinfo", "socket.connect", "socket.sendto", "socket.bind"):
         with open(os.environ["WATCHED"], "a") as log:
-            print(event, arguments[0] if event == "socket.getaddrinfo" else arguments[1], file=log)
+            print(event, repr(arguments[0] if event == "socket.getaddrinfo" else arguments[1]), file=log)
 
 sys.addaudithook(watch)
 """
@@ -428,7 +428,7 @@ def test_the_page_in_a_browser(page, files):
     # A swap changes the picture of one tokenizer alone, and a reset takes it back.
     corner = np.s_[-64:, :64]  # far from the lines around the patch
     before = [explorer.decode(view)[0] for explorer, view in zip(explorers, views, strict=True)]
-    other = next(j for j in range(patches[1].size) if j != patches[1].j)
+    other = max(j for j in range(patches[1].size) if j != patches[1].j)
     page.tab.locator("#sub-codes-1 img").nth(other).click()
     page.wait("#figures-1", "1 of 16 patches swapped")
     page.wait("#patch-1", f"i = {patches[1].i}, j = {other} (encoded as j = {patches[1].j})")
@@ -497,6 +497,17 @@ def status(url, **headers):
         return error.code
 
 
+def request_to_open(url, path):
+    """What the page would ask after an upload, but of any path: the answer."""
+    body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}], "fn_index": 0, "session_hash": "abc"}
+    headers = {"Content-Type": "application/json"}
+    post = urllib.request.Request(f"{url}gradio_api/queue/join", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(post, timeout=20).close()
+    with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash=abc", timeout=20) as lines:
+        messages = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.strip()]
+    return next(message for message in messages if message["msg"] == "process_completed")
+
+
 def test_the_server_keeps_to_this_machine(server, files):
     _, url = server
     port = int(url.split(":")[2].rstrip("/"))
@@ -505,6 +516,11 @@ def test_the_server_keeps_to_this_machine(server, files):
     for file in ("/etc/hostname", files / "images" / "photo 0.png", files / "plain" / "config.json", "../notes.txt"):
         assert status(f"{url}gradio_api/file={urllib.request.quote(str(file))}") in (403, 404)
     assert status(f"{url}docs") == 404
+    # Nor does a made up request get it to read a file that was not uploaded.
+    for file in (files / "images" / "photo 0.png", "/etc/hostname.png"):
+        answer = request_to_open(url, str(file))
+        assert not answer["success"] and "data" not in answer["output"], answer
+    assert (files / "images" / "photo 0.png").exists()
     # No other address has it.
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=2)

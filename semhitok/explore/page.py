@@ -55,7 +55,7 @@ Views = tuple[View, ...]
 
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
     """The page: a column for every explorer, all of them of the same image and the same place in it."""
-    # Files that are older than an hour are deleted every ten minutes.
+    # Pictures that were shown are deleted after an hour.
     with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {_TITLE}")
         views = gr.State(None)
@@ -82,12 +82,14 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         def open_file(file: str | None) -> list[Any]:
             if file is None:
                 return [None, gr.skip(), *unchanged()]
-            name = Path(file).name
+            path = Path(file)
             try:
-                image = decode_image(Path(file).read_bytes(), name)
+                image = decode_image(path.read_bytes(), path.name)
             except (ValueError, OSError) as error:
                 return [None, _paragraph(str(error), "error"), *unchanged()]
-            text = f"{name}, {image.shape[2]} x {image.shape[1]} pixels, cropped to the centre"
+            finally:
+                path.unlink(missing_ok=True)
+            text = f"{path.name}, {image.shape[2]} x {image.shape[1]} pixels, cropped to the centre"
             return [None, _paragraph(text), *show(tuple(explorer.open(image) for explorer in explorers))]
 
         # One event at a time, whatever the number of sessions: what they ask of the machine is bounded.
@@ -154,12 +156,15 @@ def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
     Raises:
         KeyboardInterrupt: by Ctrl-C.
     """
+    page = build(explorers)
+    # A mounted page does not say so itself, and until it does, Gradio lets a request name any file as its upload.
+    page.has_launched = True
     outside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages would load scripts from outside
     # Another site's page must not get in under a name of its own that leads to this address.
     outside.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app = gr.mount_gradio_app(
         outside,
-        build(explorers),
+        page,
         path="/",
         theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         css=_CSS,
@@ -293,7 +298,8 @@ def _pixels(image: Tensor, scale: int) -> np.ndarray:
 def _outlined(pixels: np.ndarray, row: int, column: int, side: int) -> np.ndarray:
     """With a line around a patch, black and white to be seen on anything; the patch itself stays as it is."""
     drawn, top, left = pixels.copy(), row * side, column * side
-    for width, value in ((5, 0), (3, 255)):
+    line = max(1, len(pixels) // 150)
+    for width, value in ((2 * line, 0), (line, 255)):
         drawn[max(0, top - width) : top + side + width, max(0, left - width) : left + side + width] = value
     patch = slice(top, top + side), slice(left, left + side)
     drawn[patch] = pixels[patch]
