@@ -319,7 +319,7 @@ class Page:
 
     def __init__(self, browser, server):
         self.tab = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
-        self.tab.set_default_timeout(20_000)
+        self.tab.set_default_timeout(60_000)
         self.requests = []
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.goto(server[1])
@@ -462,7 +462,7 @@ def test_the_page_refuses_what_is_no_image(page, server, files):
     before = peak()
     page.drop(files / "huge.png")
     page.wait("#status", f"huge.png: cannot read image: expected at most {2**27} pixels, got more")
-    assert peak() - before < 50 * 1024  # KiB; a bit a pixel would be 48 MiB
+    assert peak() - before < 100 * 1024  # KiB; its pixels are 400 MB at least
     page.shot("6-huge")
     page.drop(files / "notes.txt")
     page.tab.get_by_text("Invalid file type: notes.txt. Only image allowed.").wait_for()

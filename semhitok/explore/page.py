@@ -246,11 +246,11 @@ class _Panel:
             f"{view.num_swapped} of {patches} patches swapped."
         )
         yield gr.Button(interactive=view.num_swapped > 0)
-        patch = None if view.place is None else explorer.patch(view)
-        yield _legend(counts, explorer.colors, patch)
-        if view.place is None or patch is None:
-            yield from ("", gr.Gallery(visible=False), gr.Gallery(visible=False))
+        if view.place is None:
+            yield from (_legend(counts, explorer.colors), "", gr.Gallery(visible=False), gr.Gallery(visible=False))
         else:
+            patch = explorer.patch(view)
+            yield _legend(counts, explorer.colors, patch.i)
             yield _ids(patch, *view.place)
             yield self._sub_codes(view, patch)
             yield self._sharing(view, patch)
@@ -325,9 +325,8 @@ def _ids(patch: Patch, row: int, column: int) -> str:
     )
 
 
-def _legend(counts: Sequence[tuple[int, int]], colors: Tensor, patch: Patch | None) -> str:
-    """The most frequent semantic codes of an image and the chosen patch's, each with its number of patches."""
-    chosen = None if patch is None else patch.i
+def _legend(counts: Sequence[tuple[int, int]], colors: Tensor, chosen: int | None = None) -> str:
+    """The most frequent semantic codes of an image and the chosen one, each with its number of patches."""
     shown = [*counts[:_MAX_LEGEND], *(pair for pair in counts[_MAX_LEGEND:] if pair[0] == chosen)]
     items = []
     for i, count in shown:
