@@ -56,6 +56,6 @@ docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build site demo_output demo_mllm_output semhitok.egg-info semhitok/_C*.so $(STAMP)
+	rm -rf build site demo_output demo_mllm_output explore_screenshots semhitok.egg-info semhitok/_C*.so $(STAMP)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find semhitok tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

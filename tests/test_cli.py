@@ -24,7 +24,7 @@ from semhitok.vocabulary import Vocabulary
 
 COMMANDS = [
     "demo", "train", "train-mllm", "chat", "generate", "eval-mllm", "encode", "decode", "reconstruct", "eval",
-    "analyze", "info",
+    "analyze", "explore", "info",
 ]  # fmt: skip
 
 

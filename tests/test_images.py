@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from semhitok.data import images as module
-from semhitok.data.images import list_images, read_image, resize_crop, save_png
+from semhitok.data.images import crop_around, list_images, read_image, resize_crop, save_png
 
 RGB = (np.random.default_rng(0).random((6, 9, 3)) * 255).round().astype(np.uint8)
 
@@ -218,10 +218,10 @@ def test_bit_flips_never_crash(tmp_path):
 
 def test_too_many_pixels(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    monkeypatch.setattr(module, "_MAX_PIXELS", 53)
+    monkeypatch.setattr(module, "MAX_PIXELS", 53)
     Image.fromarray(RGB).save(path)
     assert "expected at most 53 pixels, got 9 x 6" in assert_refused(path)
-    monkeypatch.setattr(module, "_MAX_PIXELS", 54)
+    monkeypatch.setattr(module, "MAX_PIXELS", 54)
     check(read_image(path), (3, 6, 9))
 
 
@@ -232,7 +232,16 @@ def test_decompression_bomb(tmp_path):
     content[16:24] = struct.pack(">II", 65536, 65536)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
-    assert "pixels" in assert_refused(path)
+    assert f"expected at most {2**27} pixels, got more" in assert_refused(path)
+
+
+def test_a_patch_with_its_surroundings():
+    image = torch.arange(36.0).view(1, 1, 6, 6)
+    assert torch.equal(crop_around(image, 1, 1, 2, margin=1), image[..., 1:5, 1:5])
+    assert torch.equal(crop_around(image, 1, 2, 2, margin=0), image[..., 2:4, 4:6])
+    corner = crop_around(image, 0, 0, 2, margin=2)[0, 0]
+    assert corner.shape == (6, 6) and torch.equal(corner[2:, 2:], image[0, 0, :4, :4])
+    assert (corner[:3, :3] == 0).all() and torch.equal(corner[0, 2:], image[0, 0, 0, :4])
 
 
 def test_missing_file_and_folder(tmp_path):

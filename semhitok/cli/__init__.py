@@ -27,6 +27,7 @@ _COMMANDS = {
     "reconstruct": "images to ids and back to PNGs, with PSNR and SSIM",
     "eval": "rFID, PSNR, SSIM, LPIPS, use of the codes and more, under a fixed protocol",
     "analyze": "what the codes know of pixels, in numbers and figures",
+    "explore": "what the ids mean, patch by patch, on a local page",
     "info": "what is in a checkpoint, an ids file, a corpus or this installation",
 }
 _EXIT_CODES = """exit codes:

@@ -16,13 +16,13 @@ from semhitok._files import write_atomic
 from semhitok._optional import require
 
 # Formats read, whatever a file is called. Pillow knows more, some by running other programs.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Names taken for images inside a folder or a shard.
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-_MAX_PIXELS = 2**27  # 134 million, 1.5 GiB as float32 RGB
+MAX_PIXELS = 2**27  # 134 million, 1.5 GiB as float32 RGB
 _MAX_ASPECT = 4  # of what `resize_crop` resizes: the crop keeps only the middle anyway
 
 
@@ -161,6 +161,15 @@ def untile(parts: torch.Tensor, columns: int) -> torch.Tensor:
     return parts.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
+def crop_around(images: torch.Tensor, row: int, column: int, patch: int, *, margin: int) -> torch.Tensor:
+    """A patch with `margin` pixels around it: [B, C, H, W] -> [B, C, patch + 2 * margin, patch + 2 * margin].
+
+    row, column: of the patch, in patches of `patch` pixels. Beyond the image its border is repeated.
+    """
+    side, y, x = patch + 2 * margin, row * patch, column * patch
+    return F.pad(images, [margin] * 4, mode="replicate")[:, :, y : y + side, x : x + side]
+
+
 def whole_tiles(image: torch.Tensor, size: int) -> torch.Tensor:
     """The top left part of [C, H, W] that whole tiles cover; nothing of an image smaller than one."""
     return image[:, : image.shape[1] // size * size, : image.shape[2] // size * size]
@@ -204,15 +213,17 @@ def _decode(file: IO[bytes], name: str) -> torch.Tensor:
             # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
             # tag say, does not keep the pixels from being read.
             warnings.simplefilter("ignore")
-            with pil.open(file, formats=_FORMATS) as image:
+            with pil.open(file, formats=FORMATS) as image:
                 width, height = image.size
-                if width * height > _MAX_PIXELS:
-                    raise ValueError(f"expected at most {_MAX_PIXELS} pixels, got {width} x {height}")
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
                 return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
     except (ImportError, MemoryError):
         raise
     except pil.UnidentifiedImageError:
         raise ValueError(f"{name}: not an image of a known format") from None
+    except pil.DecompressionBombError:  # Pillow's own limit, which is higher and tells no size
+        raise ValueError(f"{name}: cannot read image: expected at most {MAX_PIXELS} pixels, got more") from None
     except Exception as error:
         # Decoders meet damaged files with every kind of exception.
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok._optional import require
-from semhitok.data.images import untile
+from semhitok.data.images import crop_around, untile
 from semhitok.tokenizer import SemHiTok
 
 
@@ -32,15 +32,24 @@ def save(figure: Any, path: Path) -> None:
     pyplot().close(figure)
 
 
+def code_colors(codebook: Tensor) -> Tensor:
+    """A colour for every code of [K, D]: its place on the three principal axes, RGB in [0, 1] [K, 3].
+
+    So near codes get near colours.
+    """
+    centered = codebook - codebook.mean(0)
+    colors = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:3].T
+    colors = (colors - colors.amin(0)) / (colors.amax(0) - colors.amin(0)).clamp_min(1e-9)
+    return F.pad(colors, (0, 3 - colors.shape[1]))  # of fewer than three dimensions or codes
+
+
 def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]], path: Path) -> None:
-    """Images and their semantic ids; near codes get near colours (three principal axes of the codebook).
+    """Images and their semantic ids, in the colours of `code_colors`.
 
     rows: image [3, H, W], the flat ids [T, h, w] of its tiles, tiles in a row.
     """
     codebook, device = tokenizer.quantizer.semantic.codebook.cpu(), tokenizer.quantizer.pix_codebook.device
-    centered = codebook - codebook.mean(0)
-    colors = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:3].T
-    colors = (colors - colors.amin(0)) / (colors.amax(0) - colors.amin(0)).clamp_min(1e-9)
+    colors = code_colors(codebook)
     heights = [5 * image.shape[1] / image.shape[2] for image, _, _ in rows]
     figure, axes = pyplot().subplots(
         len(rows), 2, figsize=(10, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
@@ -91,9 +100,7 @@ def patches_of_codes(
             pick = fit[semantic == code].argsort(descending=True, stable=True)
         places = sorted(found[pick[:columns]].tolist(), key=lambda at: int(sub[tuple(at)]))
         for axis, (n, y, x) in zip(row, places, strict=True):
-            side = p + 2 * context
-            padded = F.pad(images[n : n + 1] / scale, [context] * 4, mode="replicate")[0]
-            axis.imshow(picture(padded[:, y * p : y * p + side, x * p : x * p + side]))
+            axis.imshow(picture(crop_around(images[n : n + 1] / scale, y, x, p, margin=context)[0]))
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=palette(int(sub[n, y, x]) % 20), linewidth=2)

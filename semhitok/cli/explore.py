@@ -1,0 +1,59 @@
+"""See what ids mean, on a local page: an image's semantic map beside its reconstruction, patch by patch.
+
+Click a patch to see its id (i, j), its sub-codebook decoded in its place, and the patches of a folder that share i;
+click a sub-code to swap it in. With --compare, two checkpoints side by side. The page is for this machine alone and
+needs no network. Ctrl-C ends it.
+
+examples:
+  semhitok explore demo_output/checkpoint --images demo_output/photographs
+  semhitok explore demo_output/checkpoint --compare runs/adaptive/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+
+from semhitok.cli import common
+
+_MAX_IMAGES = 1000  # of the folder; they are held in memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="another tokenizer, shown beside the first")
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help=f"where patches that share a code are looked for (first {_MAX_IMAGES} images)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is)")
+    parser.add_argument(
+        "--port", type=common.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from semhitok._optional import require
+    from semhitok.data.images import list_images
+    from semhitok.explore.explorer import Explorer
+
+    with tempfile.TemporaryDirectory(prefix="semhitok-explore-") as folder:
+        # What the page is sent and shows, until it ends; Gradio looks for the name when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        require("gradio", "explore")
+        from semhitok.explore import page
+
+        with page.listen(args.port) as listener:
+            paths = list_images([args.images])[:_MAX_IMAGES] if args.images else []
+            checkpoints = [args.checkpoint, *([args.compare] if args.compare else [])]
+            explorers = [Explorer(common.load_tokenizer(name, args.device), name) for name in checkpoints]
+            for explorer in explorers if paths else ():
+                reader = common.ImageReader(paths, explorer.tokenizer.config.image_size, 16, "explore")
+                explorer.collect(reader)
+                reader.check_any_read()
+            host, port = listener.getsockname()
+            print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # who comes before it is built waits a moment
+            page.serve(explorers, listener)
+    return common.DONE

@@ -1,0 +1,247 @@
+"""What a tokenizer makes of one image, patch by patch; knows nothing of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semhitok.data.images import crop_around, resize_crop
+from semhitok.evaluation.figures import code_colors
+from semhitok.evaluation.metrics import psnr
+from semhitok.tokenizer import SemHiTok
+
+MAX_SUB_CODES = 64  # shown of a patch; adaptive sub-codebooks may have more
+_DECODED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class View:
+    """One image under one tokenizer, and what was done to it since; tensors on the CPU.
+
+    Attributes:
+        image: fp32 [3, S, S] in [0, 1], as the tokenizer saw it.
+        z_sem: fp32 [h, w, Ds], before quantisation.
+        z_pix: fp32 [h, w, Dp], before quantisation.
+        encoded: int64 [h, w], the flat ids the tokenizer gave.
+        codes: int64 [h, w], the same with sub-codes swapped.
+        place: row and column of the chosen patch.
+    """
+
+    image: Tensor
+    z_sem: Tensor
+    z_pix: Tensor
+    encoded: Tensor
+    codes: Tensor
+    place: tuple[int, int] | None = None
+
+    @property
+    def num_swapped(self) -> int:
+        """Patches that have another sub-code than the tokenizer gave them."""
+        return int((self.codes != self.encoded).sum())
+
+
+class Patch(NamedTuple):
+    """Ids of the chosen patch.
+
+    Attributes:
+        i, j: its semantic code, and its sub-code now.
+        encoded_j: the sub-code that the tokenizer gave it.
+        flat: the flat id of (i, j).
+        size: m_i, sub-codes that i owns.
+        cosine: of z_sem to code i.
+    """
+
+    i: int
+    j: int
+    encoded_j: int
+    flat: int
+    size: int
+    cosine: float
+
+
+class SubCodes(NamedTuple):
+    """Sub-codes that the chosen patch could have, in the order of j.
+
+    Attributes:
+        sub: int64 [n], j.
+        distances: fp32 [n], |z_pix - sub-code|^2.
+    """
+
+    sub: Tensor
+    distances: Tensor
+
+
+class Album(NamedTuple):
+    """Images of a folder and their ids, as one tokenizer gives them; on the CPU.
+
+    Attributes:
+        names: file names, one an image.
+        images: uint8 [N, 3, S, S].
+        codes: int64 [N, h, w], flat ids.
+    """
+
+    names: list[str]
+    images: Tensor
+    codes: Tensor
+
+
+class Sharing(NamedTuple):
+    """Patches of an album that share a semantic code.
+
+    Attributes:
+        crops: fp32 [n, 3, 3p, 3p] in [0, 1], n of them within their neighbours.
+        names: of their images.
+        sub: int64 [n], their sub-codes.
+        num_patches, num_images: how many patches of the album share it, in how many images.
+    """
+
+    crops: Tensor
+    names: list[str]
+    sub: Tensor
+    num_patches: int
+    num_images: int
+
+
+class Explorer:
+    """A tokenizer with its teacher, and questions about images.
+
+    Args:
+        tokenizer: in eval mode, on any device.
+        name: what it is called, such as its folder.
+    """
+
+    def __init__(self, tokenizer: SemHiTok, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.album: Album | None = None
+        self.vocabulary = tokenizer.vocabulary
+        self.device = tokenizer.quantizer.pix_codebook.device
+        self.colors = code_colors(tokenizer.quantizer.semantic.codebook.cpu())
+
+    @torch.inference_mode()
+    def collect(self, batches: Iterable[tuple[list[Path], Tensor]]) -> None:
+        """Encode images for `sharing`: batches of paths and fp32 [B, 3, S, S], as `ImageReader` gives them."""
+        config = self.tokenizer.config
+        names: list[str] = []
+        images = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
+        codes = [torch.empty(0, config.grid_size, config.grid_size, dtype=torch.int64)]
+        for paths, batch in batches:
+            names += [path.name for path in paths]
+            images.append(batch.mul(255).round().to(torch.uint8))
+            codes.append(self.tokenizer.encode(batch.to(self.device)).cpu())
+        self.album = Album(names, torch.cat(images), torch.cat(codes))
+
+    @torch.inference_mode()
+    def open(self, image: Tensor) -> View:
+        """Encode an image [3, H, W] in [0, 1] of any size: its centre crop, as everywhere else."""
+        tokenizer = self.tokenizer
+        image = resize_crop(image, tokenizer.config.image_size)
+        batch = image[None].to(self.device)
+        z_sem = tokenizer.semantic_head(tokenizer.semantic_features(batch))
+        z_pix = tokenizer.encoder(batch)
+        codes = tokenizer.quantizer(z_sem, z_pix).codes[0].cpu()
+        return View(image, z_sem[0].float().cpu(), z_pix[0].float().cpu(), codes, codes)
+
+    def choose(self, view: View, x: float, y: float) -> View:
+        """Choose the patch at x, y, shares in [0, 1] of the image's width and height."""
+        grid = self.tokenizer.config.grid_size
+        row, column = (min(grid - 1, max(0, int(share * grid))) for share in (y, x))
+        return replace(view, place=(row, column))
+
+    def swap(self, view: View, j: int) -> View:
+        """Give the chosen patch sub-code j of its semantic code.
+
+        Raises:
+            ValueError: no such sub-code, or no patch is chosen.
+        """
+        patch = self.patch(view)
+        if not 0 <= j < patch.size:
+            raise ValueError(f"j: expected a sub-code in [0, {patch.size}), got {j}")
+        codes = view.codes.clone()
+        codes[_place(view)] = self.vocabulary.flat(patch.i, j)
+        return replace(view, codes=codes)
+
+    def reset(self, view: View) -> View:
+        """The sub-codes that the tokenizer gave."""
+        return replace(view, codes=view.encoded)
+
+    def patch(self, view: View) -> Patch:
+        """Ids of the chosen patch.
+
+        Raises:
+            ValueError: none is chosen.
+        """
+        place, quantizer = _place(view), self.tokenizer.quantizer
+        flat = int(view.codes[place])
+        i, j = self.vocabulary.split(flat)
+        _, encoded_j = self.vocabulary.split(int(view.encoded[place]))
+        cosine = float(view.z_sem[place] @ quantizer.semantic.codebook[i].cpu())
+        return Patch(i, j, encoded_j, flat, int(quantizer.sizes[i]), cosine)
+
+    def semantic_map(self, view: View) -> Tensor:
+        """The image with every patch in its semantic code's colour: fp32 [3, S, S]."""
+        colors = self.colors[self.vocabulary.split(view.codes)[0]].permute(2, 0, 1)
+        p = self.tokenizer.config.patch_size
+        return colors.repeat_interleave(p, 1).repeat_interleave(p, 2)
+
+    def semantic_counts(self, view: View) -> list[tuple[int, int]]:
+        """Semantic codes that occur, and of how many patches each: the most frequent first."""
+        codes, counts = self.vocabulary.split(view.codes)[0].unique(return_counts=True)
+        order = counts.argsort(descending=True, stable=True)
+        return list(zip(codes[order].tolist(), counts[order].tolist(), strict=True))
+
+    @torch.inference_mode()
+    def decode(self, view: View) -> tuple[Tensor, float]:
+        """The image that the codes stand for, fp32 [3, S, S], and its PSNR in dB."""
+        image = self.tokenizer.decode(view.codes[None].to(self.device)).float().cpu()
+        return image[0], float(psnr(image, view.image[None]))
+
+    def sub_codes(self, view: View) -> SubCodes:
+        """The sub-codebook of the chosen patch's semantic code; the nearest MAX_SUB_CODES of a larger one."""
+        patch = self.patch(view)
+        first = self.vocabulary.flat(patch.i, 0)
+        codebook = self.tokenizer.quantizer.pix_codebook.flatten(0, -2)[first : first + patch.size].cpu()
+        distances = (view.z_pix[_place(view)] - codebook).square().sum(-1)
+        sub = distances.argsort(stable=True)[:MAX_SUB_CODES].sort().values
+        return SubCodes(sub, distances[sub])
+
+    @torch.inference_mode()
+    def alternatives(self, view: View) -> Tensor:
+        """The chosen patch and its neighbours, decoded with each of `sub_codes` in its place: fp32 [n, 3, 3p, 3p]."""
+        row, column = _place(view)
+        first, sub = self.vocabulary.flat(self.patch(view).i, 0), self.sub_codes(view).sub
+        codes = view.codes.repeat(len(sub), 1, 1)
+        codes[:, row, column] = first + sub
+        p = self.tokenizer.config.patch_size
+        parts = [self.tokenizer.decode(part.to(self.device)) for part in codes.split(_DECODED_AT_ONCE)]
+        return crop_around(torch.cat(parts).float().cpu(), row, column, p, margin=p)
+
+    def sharing(self, view: View, limit: int) -> Sharing:
+        """Patches of the album with the chosen patch's semantic code.
+
+        Those with its sub-code come first; else in an order that is random, but always the same, so that `limit` of
+        them are from many images.
+        """
+        if self.album is None:
+            raise ValueError("album: expected images, by `collect`, got none")
+        patch, p = self.patch(view), self.tokenizer.config.patch_size
+        semantic, sub = self.vocabulary.split(self.album.codes)
+        found = (semantic == patch.i).nonzero()
+        images = found[:, 0].unique()
+        found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
+        other = sub[tuple(found.T)] != patch.j
+        found = found[other.byte().argsort(stable=True)[:limit]]
+        crops = [crop_around(self.album.images[n, None] / 255, y, x, p, margin=p) for n, y, x in found.tolist()]
+        names = [self.album.names[n] for n in found[:, 0].tolist()]
+        shown = torch.cat([torch.empty(0, 3, 3 * p, 3 * p), *crops])
+        return Sharing(shown, names, sub[tuple(found.T)], len(other), len(images))
+
+
+def _place(view: View) -> tuple[int, int]:
+    if view.place is None:
+        raise ValueError("view: expected one with a chosen patch, got one without")
+    return view.place
