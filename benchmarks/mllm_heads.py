@@ -171,7 +171,7 @@ def measure(head: str, adaptive: bool, sizes: Sizes) -> dict[str, float]:
 def table(rows: Sequence[tuple[Sizes, bool, str, Sequence[float], float | None, dict[str, float]]], steps: int) -> str:
     points = [steps * (n + 1) // POINTS for n in range(POINTS)]
     lines = [
-        f"{'':32}{'nats an id, after steps':>{8 * POINTS}}  {'step':>7}  {'loss':>7}  {'loss':>7}  {'gradients':>9}",
+        f"{'':34}{'nats an id, after steps':>{8 * POINTS}}  {'step':>7}  {'loss':>7}  {'loss':>7}  {'gradients':>9}",
         f"{'ids':11} {'sizes':9} {'head':12}" + "".join(f"{n:8}" for n in points)
         + f"  {'s':>7}  {'s':>7}  {'MiB':>7}  {'MiB':>9}",
     ]  # fmt: skip
