@@ -196,6 +196,10 @@ def test_losses_of_no_targets_are_zero():
     loss = linear_cross_entropy(hidden, [rows], torch.full((3,), -100)).sum()
     loss.backward()
     assert loss == 0 and rows.grad.eq(0).all() and hidden.grad.eq(0).all()
+    groups, none = torch.randn(5, 2, 4, requires_grad=True), torch.full((3,), -100)
+    loss = group_cross_entropy(hidden, groups, none, none).sum()
+    loss.backward()
+    assert loss == 0 and groups.grad.eq(0).all() and hidden.grad.eq(0).all()
 
 
 def test_linear_cross_entropy_follows_autocast():
