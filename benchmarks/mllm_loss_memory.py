@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from time import perf_counter
 
 import torch
@@ -41,27 +42,27 @@ def inputs(args: argparse.Namespace, image_ids: int, frozen: bool) -> tuple:
 
 
 def measure(name: str, image_ids: int, args: argparse.Namespace) -> dict[str, float]:
-    """In this process: MiB beyond weights and their gradients, and seconds."""
     hidden, weights, targets = inputs(args, image_ids, name == "frozen")
     loss = plain if name == "plain" else linear_cross_entropy
-
-    def step() -> None:
-        loss(hidden, weights, targets).mean().backward()
-
     loss(hidden[:8], [w[:64] for w in weights], targets[:8] % 128).mean().backward()  # what is taken once
     for leaf in [hidden, *weights]:
         leaf.grad = None
+    return cost(lambda: loss(hidden, weights, targets).mean().backward(), weights)
+
+
+def cost(step: Callable[[], None], weights: Iterable[torch.Tensor]) -> dict[str, float]:
+    """In this process: MiB of a step beyond the weights' gradients, MiB of these, and seconds."""
     begun = perf_counter()
     grown = peak(step, "cpu")
+    seconds = perf_counter() - begun
     gradients = sum(w.grad.numel() * 4 for w in weights if w.grad is not None) / 2**20
-    return {"MiB": grown - gradients, "gradients": gradients, "s": perf_counter() - begun}
+    return {"MiB": grown - gradients, "gradients": gradients, "s": seconds}
 
 
-def in_a_process(name: str, image_ids: int, args: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", name, str(image_ids)]
-    for key in ("tokens", "width", "text_ids", "image_ids", "threads"):
-        command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
+def in_a_process(script: str, *arguments: str) -> dict[str, float]:
+    """What a script prints, as JSON; memory that it frees goes back to the system at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
@@ -95,7 +96,9 @@ def main() -> int:
     missed = False
     rows = [(name, args.plain) for name in ("plain", "ours")] + [(name, args.image_ids) for name in ("ours", "frozen")]
     for name, image_ids in rows:
-        got = in_a_process(name, image_ids, args)
+        keys = ("tokens", "width", "text_ids", "image_ids", "threads")
+        sizes = [x for key in keys for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+        got = in_a_process(__file__, "--measure", name, str(image_ids), *sizes)
         total = image_ids + (args.text_ids if image_ids == args.image_ids else image_ids)
         verdict = "" if image_ids == args.plain else ("ok" if got["MiB"] <= BAR_MEMORY else "MISS")
         missed |= verdict == "MISS"

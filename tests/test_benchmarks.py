@@ -283,6 +283,53 @@ def test_train_memory_counts_the_tiny_preset() -> None:
     assert image > 4 * 256 * 128 * 4 * (2 + 1 + 4)
 
 
+def test_mllm_heads_compares_both_on_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    import mllm_heads
+    from mllm_runs import small_tokenizer
+
+    monkeypatch.setattr(mllm_heads, "LENGTH", 64)
+    monkeypatch.setattr(mllm_heads, "SAMPLES", 8)
+    captions = [f"a {colour} thing" for colour in ("red", "green", "blue") for _ in range(8)]
+    codes = torch.arange(24).div(8, rounding_mode="floor").view(-1, 1, 1) * 5 + torch.tensor([[0, 1], [2, 3]])
+    results = mllm_heads.compare(small_tokenizer(), codes, captions, (codes, captions), 12)
+    assert list(results) == ["flat", "hierarchical"]
+    for losses, seconds in results.values():
+        assert len(losses) == mllm_heads.POINTS and losses[-1] < losses[0] - 1 and seconds > 0
+
+    sizes = mllm_heads.Sizes(8, 4, 16, 8, 32)
+    rows = []
+    for head, more in (("flat", 0), ("hierarchical", 8)):
+        for adaptive in (False, True):
+            cost = mllm_heads.measure(head, adaptive, sizes)
+            assert cost["gradients"] == (16 + 32 + 2 + more) * 8 * 4 / 2**20 and cost["s"] > 0
+            rows.append((sizes, adaptive, head, *results[head], cost))
+    lines = mllm_heads.table([*rows, (sizes, True, "flat", [], None, cost)], 12).splitlines()
+    assert len(lines) == 7 and len({len(line) for line in lines}) == 1
+    assert lines[2].split()[:6] == ["8", "x", "4", "fixed", "flat", f"{results['flat'][0][0]:.3f}"]
+
+
+def test_mllm_heads_counts_image_ids_alone() -> None:
+    pytest.importorskip("transformers")
+    import mllm_heads
+    from test_mllm_model import samples, small_model
+
+    from semhitok.mllm import pack
+
+    model = small_model(head="hierarchical, adaptive")
+    packed = [pack(samples(model)[:2], 24), pack(samples(model)[2:], 24)]
+    logs = [model(input_ids=p.input_ids, position_ids=p.position_ids).logits.log_softmax(-1).detach() for p in packed]
+    first, end = model.vocabulary.text_size, model.vocabulary.begin_of_image
+    found = [
+        float(log[row, place - 1, p.labels[row, place]])
+        for log, p in zip(logs, packed, strict=True)
+        for row, place in ((p.labels >= first) & (p.labels < end)).nonzero().tolist()
+    ]
+    assert len(found) == 8 and mllm_heads.nats(model, packed) == pytest.approx(-sum(found) / 8, rel=1e-5)
+    offsets = mllm_heads.uneven(1000, 8)
+    assert offsets[-1] == 8000 and offsets.diff().min() == 1 and offsets.diff().max() > 50
+
+
 @pytest.mark.slow
 def test_train_bench_times_what_the_loop_does() -> None:
     settings = [

@@ -7,7 +7,7 @@ from semhitok.tokenizer import Features
 
 transformers = pytest.importorskip("transformers")
 
-from test_mllm_model import TEXT, TOKENIZER, image_ids, small_model  # noqa: E402
+from test_mllm_model import HEADS, OFFSETS, TEXT, TOKENIZER, image_ids, small_model  # noqa: E402
 
 from semhitok.mllm import generate, generate_images  # noqa: E402
 from semhitok.mllm.generate import Draw, Grammar, Guidance, left_pad  # noqa: E402
@@ -44,7 +44,7 @@ def check(model, prompt, new, *, num_text_ids=TEXT, images=True):
     return whole
 
 
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", HEADS)
 def test_ids_never_leave_their_ranges(head):
     torch.manual_seed(0)
     model = small_model(head=head, resolution_id=True)
@@ -64,7 +64,7 @@ def test_ids_never_leave_their_ranges(head):
     assert count >= 10_000 and images > 0.6 * count  # half of them begun by the prompt
 
 
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_cache_and_batch_change_no_id(kind, head):
     model = small_model(kind, head).double()
@@ -132,9 +132,10 @@ def test_generated_images_are_found_and_decoded():
     assert [x.tolist() for x in vocabulary.images(row)] == codes.flatten(1).tolist()
 
 
-def test_guidance_is_the_mixture_of_both_prompts():
+@pytest.mark.parametrize("head", ["flat", "hierarchical, adaptive"])
+def test_guidance_is_the_mixture_of_both_prompts(head):
     """The first image id of a guided row, drawn many times, follows u + s (c - u)."""
-    model = small_model().double()
+    model = small_model(head=head).double()
     vocabulary, scale = model.vocabulary, 2.5
     prompt, free = begin(model)[0], [vocabulary.begin_of_image]
     given, without = (model(input_ids=torch.tensor([x])).logits[0, -1, TEXT:-2] for x in (prompt, free))
@@ -164,7 +165,7 @@ def test_guidance_of_one_and_equal_prompts_change_nothing():
         generate(model, PROMPTS, max_new_tokens=3, guidance=2.0)
 
 
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", [*HEADS, "flat, adaptive"])
 def test_hierarchical_draws_follow_the_same_distribution(head):
     model = small_model(head=head).double()
     prompt, count = begin(model)[0], 4000
@@ -173,9 +174,15 @@ def test_hierarchical_draws_follow_the_same_distribution(head):
     codes = generate_images(model, [prompt[:-1]] * count, **options)[:, 0, 0]
     assert (torch.bincount(codes, minlength=15) / count - expected).abs().max() < 4 * 0.5 / count**0.5
     # the best code, then its best sub-code: not the best id
-    code = expected.view(5, 3).sum(1).argmax()
-    best = code * 3 + expected.view(5, 3)[code].argmax()
+    blocks = expected.split(OFFSETS.diff().tolist() if "adaptive" in head else 3)
+    code = max(range(5), key=lambda i: blocks[i].sum())
+    best = model.vocabulary.flat(code, int(blocks[code].argmax()))
     assert generate_images(model, [prompt[:-1]], temperature=0, hierarchical=True)[0, 0, 0] == best
+    # top_k holds for both draws
+    codes = generate_images(model, [prompt[:-1]] * 500, top_k=2, **options)[:, 0, 0]
+    best_codes = torch.stack([block.sum() for block in blocks]).topk(2).indices.tolist()
+    allowed = [model.vocabulary.flat(i, j) for i in best_codes for j in blocks[i].topk(min(2, len(blocks[i]))).indices]
+    assert set(codes.tolist()) <= {int(x) for x in allowed}
 
 
 def test_hierarchical_draw_takes_the_code_first():
@@ -187,6 +194,11 @@ def test_hierarchical_draw_takes_the_code_first():
     scores[0, TEXT:-2] = chances.log()
     assert Draw(grammar, temperature=0)(ids, scores).argmax() == TEXT
     assert Draw(grammar, temperature=0, hierarchical=True)(ids, scores).argmax() in (TEXT + 3, TEXT + 4)
+    adaptive = Grammar(small_model(head="flat, adaptive").config)
+    draw = Draw(adaptive, temperature=0, hierarchical=True, offsets=OFFSETS)  # 1 + 3 + ...: the second code is best
+    assert draw(ids, scores).argmax() in (TEXT + 3, TEXT + 4)
+    with pytest.raises(ValueError, match="offsets: expected those of the adaptive sizes"):
+        Draw(adaptive, hierarchical=True)
 
 
 def test_top_k_top_p_and_temperature_narrow_the_draw():

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import semhitok.mllm.loss as loss_module  # noqa: E402
 from semhitok.mllm import UnifiedMLLM, UnifiedMLLMConfig, group_cross_entropy, join, linear_cross_entropy, pack  # noqa: E402
+from semhitok.mllm.loss import group_logsumexp  # noqa: E402
 from semhitok.mllm.model import DualAdapter  # noqa: E402
 from semhitok.mllm.params import parameter_table, qwen2_5_7b  # noqa: E402
 
@@ -41,12 +42,19 @@ def small_tokenizer(seed=0, **more):
     return SemHiTok(config).eval()
 
 
-TOKENIZER = small_tokenizer()
+OFFSETS = torch.tensor([0, 1, 5, 7, 13, 15])
+TOKENIZER, ADAPTIVE = small_tokenizer(), small_tokenizer(adaptive=True)
+ADAPTIVE.quantizer.offsets.copy_(OFFSETS)
+HEADS = ["flat", "hierarchical", "hierarchical, adaptive"]
 
 
 def small_model(kind="qwen2", head="flat", seed=0, resolution_id=False, **overrides):
+    """head: one of `HEADS`; "adaptive" is a tokenizer with adaptive sizes."""
     torch.manual_seed(seed)
-    model = UnifiedMLLM.from_parts(llm_config(kind, **overrides), TOKENIZER, head=head, resolution_id=resolution_id)
+    head, _, adaptive = head.partition(", ")
+    model = UnifiedMLLM.from_parts(
+        llm_config(kind, **overrides), ADAPTIVE if adaptive else TOKENIZER, head=head, resolution_id=resolution_id
+    )
     with torch.no_grad():  # of a size that makes logits differ
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -57,7 +65,7 @@ def small_model(kind="qwen2", head="flat", seed=0, resolution_id=False, **overri
 
 def image_ids(model, count=1, seed=0):
     codes = torch.randint(15, (count, 2, 2), generator=torch.Generator().manual_seed(seed))
-    return model.vocabulary.image(codes, TOKENIZER.codebook_hash), codes
+    return model.vocabulary.image(codes, model.vocabulary.codebook_hash), codes
 
 
 def samples(model):
@@ -77,6 +85,7 @@ def tiles(request, monkeypatch):
     if request.param == "many tiles":
         monkeypatch.setattr(loss_module, "TILE", 64)
         monkeypatch.setattr(loss_module, "_TOKENS", 5)
+        monkeypatch.setattr(loss_module, "_TOGETHER", 3)
 
 
 def close(a, b):
@@ -119,6 +128,58 @@ def test_group_cross_entropy_equals_the_plain_computation():
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_group_cross_entropy_of_groups_with_sizes_of_their_own(frozen):
+    torch.manual_seed(0)
+    sizes = [1, 40, 3, 2, 4, 1, 7, 5]  # groups 2 and 3, 4 and 6 go together, padded
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    leaves = [torch.randn(60, 8), torch.randn(63, 8)]
+    for index, leaf in enumerate(leaves):
+        leaf.requires_grad_(index not in frozen)
+    hidden, weight = leaves
+    groups, scale = torch.randint(7, (60,)), torch.rand(60)  # the last group has no token
+    groups[:20] = 1
+    targets = (torch.rand(60) * torch.tensor(sizes)[groups]).long()
+    targets[[0, 33]] = -100
+    losses = group_cross_entropy(hidden, weight, groups, targets, offsets)
+    blocks = weight.split(sizes)
+    plain = [F.cross_entropy(blocks[g] @ x, t) for g, x, t in zip(groups.tolist(), hidden, targets, strict=True)]
+    plain = torch.stack(plain).where(targets >= 0, 0)
+    close(losses, plain)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    got = torch.autograd.grad((losses * scale).sum(), wanted)
+    for a, b in zip(got, torch.autograd.grad((plain * scale).sum(), wanted), strict=True):
+        close(a, b)
+
+
+def test_group_losses_name_what_is_wrong():
+    hidden, offsets = torch.zeros(2, 4), torch.tensor([0, 1, 5])
+    two = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"targets: expected ids in \[0, 1\), got 1"):
+        group_cross_entropy(hidden, torch.zeros(5, 4), two * 0, two, offsets)
+    with pytest.raises(ValueError, match=r"groups: expected ids in \[0, 2\), got 2"):
+        group_cross_entropy(hidden, torch.zeros(5, 4), two + 1, two, offsets)
+    with pytest.raises(ValueError, match=r"weight: expected \[T, 4\] \(with offsets\), got \[5, 1, 4\]"):
+        group_cross_entropy(hidden, torch.zeros(5, 1, 4), two, two, offsets)
+    with pytest.raises(ValueError, match=r"weight: expected \[K, m, 4\], got \[5, 4\]"):
+        group_cross_entropy(hidden, torch.zeros(5, 4), two, two)
+
+
+@pytest.mark.parametrize("shape", [(15,), (2, 3, 15)])
+def test_group_logsumexp(shape):
+    torch.manual_seed(0)
+    scores = (torch.randn(shape) * 50).requires_grad_()
+    blocks = scores.split([1, 4, 2, 6, 2], -1)
+    plain = torch.stack([block.logsumexp(-1) for block in blocks], -1)
+    got = group_logsumexp(scores, OFFSETS)
+    close(got, plain)
+    scale = torch.rand(got.shape)
+    for a, b in zip(*(torch.autograd.grad((x * scale).sum(), scores) for x in (got, plain)), strict=True):
+        close(a, b)
+    assert group_logsumexp(torch.full((15,), -torch.inf), OFFSETS).eq(-torch.inf).all()
+
+
+@pytest.mark.usefixtures("tiles")
 def test_losses_pass_gradcheck():
     torch.manual_seed(0)
     hidden, rows, groups = (torch.randn(*s, 4, dtype=torch.float64, requires_grad=True) for s in ((7,), (9,), (3, 2)))
@@ -126,6 +187,8 @@ def test_losses_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, [w[:2], w[2:]], targets), (hidden, rows))
     sub = torch.where(targets < 0, targets, targets % 2)
     assert torch.autograd.gradcheck(lambda h, w: group_cross_entropy(h, w, group, sub), (hidden, groups))
+    ragged, sub = torch.tensor([0, 1, 5, 9]), torch.tensor([0, 3, -100, 2, 0, 1, 3])
+    assert torch.autograd.gradcheck(lambda h, w: group_cross_entropy(h, w, group, sub, ragged), (hidden, rows))
 
 
 def test_losses_of_no_targets_are_zero():
@@ -133,6 +196,10 @@ def test_losses_of_no_targets_are_zero():
     loss = linear_cross_entropy(hidden, [rows], torch.full((3,), -100)).sum()
     loss.backward()
     assert loss == 0 and rows.grad.eq(0).all() and hidden.grad.eq(0).all()
+    groups, none = torch.randn(5, 2, 4, requires_grad=True), torch.full((3,), -100)
+    loss = group_cross_entropy(hidden, groups, none, none).sum()
+    loss.backward()
+    assert loss == 0 and groups.grad.eq(0).all() and hidden.grad.eq(0).all()
 
 
 def test_linear_cross_entropy_follows_autocast():
@@ -205,7 +272,7 @@ def test_embed_puts_every_kind_of_id_in_its_place():
 
 
 def test_gradients_reach_all_new_parts_and_no_codebook():
-    for head in ("flat", "hierarchical"):
+    for head in HEADS:
         model = small_model(head=head)
         model(**pack(samples(model), 32)._asdict()).loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -227,8 +294,9 @@ def test_ids_of_another_codebook_are_refused():
 # ---- output ----
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", HEADS)
 def test_loss_is_that_of_the_logits(kind, head):
     model = small_model(kind, head)
     image, _ = image_ids(model, 2)
@@ -248,24 +316,26 @@ def test_loss_is_that_of_the_logits(kind, head):
     close(model(input_ids=ids, labels=labels, num_items_in_batch=2 * count).loss, out.loss / 2)
 
 
-def test_hierarchical_head_is_code_first_then_its_own_rows():
-    model = small_model(head="hierarchical")
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_hierarchical_head_is_code_first_then_its_own_rows(head):
+    model = small_model(head=head).double()
     vocabulary = model.vocabulary
-    hidden = torch.randn(4, 18)
+    hidden = torch.randn(4, 18, dtype=torch.float64)
     probability = model.logits(hidden).softmax(-1)
-    close(probability.sum(-1), torch.ones(4))
+    close(probability.sum(-1), torch.ones(4, dtype=torch.float64))
     outer = torch.cat([model.text_head.weight, model.semantic_head.weight, model.special_head.weight])
     outer = (hidden @ outer.T).softmax(-1)
-    for i in range(5):
-        within = (hidden @ model.image_head.weight[i].T).softmax(-1)
-        for j in range(3):
-            close(probability[:, vocabulary.to_text(vocabulary.flat(i, j))], outer[:, TEXT + i] * within[:, j])
-    close(probability[:, :TEXT], outer[:, :TEXT])
-    close(probability[:, vocabulary.begin_of_image :], outer[:, TEXT + 5 :])
+    blocks = model.image_head.weight.flatten(0, 1).split(OFFSETS.diff().tolist() if "adaptive" in head else 3)
+    expected = [outer[:, TEXT + i, None] * (hidden @ block.T).softmax(-1) for i, block in enumerate(blocks)]
+    expected = torch.cat([outer[:, :TEXT], *expected, outer[:, TEXT + 5 :]], -1)
+    torch.testing.assert_close(probability, expected, atol=1e-12, rtol=1e-9)
     # the loss, by every id there is
     ids = torch.arange(vocabulary.size)
     losses = model.token_losses(hidden[:1].expand(len(ids), -1), ids)
-    close(losses.neg().exp(), probability[0])
+    torch.testing.assert_close(losses.neg().exp(), expected[0], atol=1e-12, rtol=1e-9)
+    code, sub = vocabulary.split(torch.arange(15))
+    assert torch.equal(code, torch.cat([torch.full((len(x),), i) for i, x in enumerate(blocks)]))
+    assert torch.equal(vocabulary.flat(code, sub), torch.arange(15))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -314,7 +384,7 @@ def test_from_parts_keeps_the_language_model():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", HEADS)
 def test_saving_and_loading_keeps_every_bit(tmp_path, head, tied):
     model = small_model(head=head, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
@@ -330,18 +400,14 @@ def test_saving_and_loading_keeps_every_bit(tmp_path, head, tied):
 
 
 def test_a_tokenizer_with_adaptive_sizes(tmp_path):
-    tokenizer = small_tokenizer(adaptive=True)
-    tokenizer.quantizer.offsets.copy_(torch.tensor([0, 1, 5, 7, 13, 15]))
-    model = UnifiedMLLM.from_parts(llm_config(), tokenizer).bfloat16().eval()
+    model = UnifiedMLLM.from_parts(llm_config(), ADAPTIVE).bfloat16().eval()
     codes = torch.arange(15)
-    expected = tokenizer.quantizer.lookup(codes)
+    expected = ADAPTIVE.quantizer.lookup(codes)
     assert all(torch.equal(a, b) for a, b in zip(model.codebooks(codes), expected, strict=True))
     model.save_pretrained(tmp_path)
     loaded = UnifiedMLLM.from_pretrained(tmp_path)  # which checks the hash
-    assert torch.equal(loaded.codebooks.offsets, tokenizer.quantizer.offsets)
+    assert torch.equal(loaded.codebooks.offsets, OFFSETS) and loaded.vocabulary.offsets == tuple(OFFSETS.tolist())
     assert all(torch.equal(a, b) for a, b in zip(loaded.codebooks(codes), expected, strict=True))
-    with pytest.raises(ValueError, match="head: expected flat, as the tokenizer's sub-codebooks differ in size"):
-        UnifiedMLLM.from_parts(llm_config(), tokenizer, head="hierarchical")
 
 
 def test_codebooks_stay_fp32_and_are_checked_on_loading(tmp_path):
@@ -357,7 +423,7 @@ def test_codebooks_stay_fp32_and_are_checked_on_loading(tmp_path):
         UnifiedMLLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("head", ["flat", "hierarchical"])
+@pytest.mark.parametrize("head", HEADS)
 def test_lora_trains_through_peft(tmp_path, head):
     peft = pytest.importorskip("peft")
     model = small_model(head=head)

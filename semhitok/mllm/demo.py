@@ -114,7 +114,7 @@ def demo(
     config = tokenizer or tokenizer_config()
     config.model.teacher = teacher
     with clock("tokenizer"):
-        images = _write_pictures(made.images, out / "pictures")
+        images = write_pictures(made.images, out / "pictures")
         train(config, [images], out / "tokenizer")
     tok = SemHiTok.from_pretrained(out / "tokenizer" / "checkpoint")
     held = {split: scenes.pictures(1, 0, HELD_OUT, split, SIZE) for split in SPLITS}
@@ -177,6 +177,19 @@ def decode(tokenizer: SemHiTok, codes: Tensor) -> Tensor:
     return torch.cat([tokenizer.decode(x) for x in codes.split(100)])
 
 
+def write_pictures(images: Tensor, folder: Path) -> Path:
+    """uint8 images [N, 3, S, S] as files in `folder`, which it returns; those that are there stay."""
+    pil = require("PIL.Image", "models")
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, image in enumerate(images):
+        path = folder / f"{n:05}.png"
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            pil.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="PNG", compress_level=1)
+            partial.replace(path)
+    return folder
+
+
 # ---- the parts ----
 
 
@@ -212,18 +225,6 @@ def _reader(path: Path) -> Reader:
     reader = train_reader(SIZE, steps=READER_STEPS)
     write_atomic(path, safetensors.save({k: v.contiguous() for k, v in reader.state_dict().items()}))
     return reader
-
-
-def _write_pictures(images: Tensor, folder: Path) -> Path:
-    pil = require("PIL.Image", "models")
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, image in enumerate(images):
-        path = folder / f"{n:05}.png"
-        if not path.exists():
-            partial = path.with_suffix(".tmp")
-            pil.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="PNG", compress_level=1)
-            partial.replace(path)
-    return folder
 
 
 def _training_codes(tokenizer: SemHiTok, images: Tensor, path: Path) -> Tensor:

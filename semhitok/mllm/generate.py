@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from semhitok.mllm.loss import group_logsumexp
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 
 Prompt = Tensor | Sequence[int]
@@ -46,7 +47,7 @@ class Grammar(LogitsProcessor):
         max_length: int | None = None,
         num_text_ids: int | None = None,
     ) -> None:
-        self.vocabulary = config.vocabulary
+        self.vocabulary, self.adaptive = config.vocabulary, config.adaptive
         self.prefix = [self.vocabulary.resolution(config.image_size)] if config.resolution_id else []
         self.tokens = config.grid_size**2
         self.images, self.max_length = images, max_length
@@ -112,12 +113,14 @@ class Draw(LogitsProcessor):
         top_k, top_p: as in transformers; 0 and 1 leave all ids.
         hierarchical: in images, draw the semantic code i first (a code's score is the logsumexp of its ids'), then
             the sub-code j of i; temperature, top_k and top_p hold for both draws.
+        offsets: int64 [K + 1], for hierarchical draws of a model with adaptive sizes: its `codebooks.offsets`.
         halves: the second half of the rows takes what is drawn for the first (`Guidance`).
         generator: of the random numbers, on any device; or one on the CPU for each row that is drawn, whose ids then
             depend on no other row.
 
     Raises:
-        ValueError: a negative temperature; when drawing, generators of another number than rows.
+        ValueError: a negative temperature, or adaptive sizes without their offsets; when drawing, generators of another
+            number than rows.
     """
 
     def __init__(
@@ -128,12 +131,16 @@ class Draw(LogitsProcessor):
         top_k: int = 0,
         top_p: float = 1.0,
         hierarchical: bool = False,
+        offsets: Tensor | None = None,
         halves: bool = False,
         generator: Generators | None = None,
     ) -> None:
+        if hierarchical and grammar.adaptive and offsets is None:
+            raise ValueError("offsets: expected those of the adaptive sizes for hierarchical draws, got none")
         if temperature < 0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        self.grammar, self.hierarchical, self.halves, self.generator = grammar, hierarchical, halves, generator
+        self.grammar, self.hierarchical, self.offsets = grammar, hierarchical, offsets
+        self.halves, self.generator = halves, generator
         self.warpers = LogitsProcessorList()
         self.greedy = temperature == 0
         if not self.greedy:
@@ -161,11 +168,17 @@ class Draw(LogitsProcessor):
         if not len(rows):
             return scores
         span = slice(vocabulary.text_size, vocabulary.begin_of_image)
-        of_image = scores[rows, span].unflatten(1, (vocabulary.num_codes, vocabulary.num_sub_codes))
-        code = self._pick(input_ids[rows], of_image.float().logsumexp(-1), rows)
-        others = torch.arange(vocabulary.num_codes, device=scores.device) != code
+        of_image = scores[rows, span]
+        places = torch.arange(vocabulary.num_flat_codes, device=scores.device)
+        if self.offsets is None:
+            of_codes = of_image.float().unflatten(1, (vocabulary.num_codes, -1)).logsumexp(-1)
+            owners = places // vocabulary.num_sub_codes
+        else:
+            of_codes = group_logsumexp(of_image.float(), self.offsets)
+            owners = torch.searchsorted(self.offsets, places, right=True) - 1
+        code = self._pick(input_ids[rows], of_codes, rows)
         scores = scores.clone()
-        scores[rows, span] = of_image.masked_fill(others[:, :, None], -torch.inf).flatten(1)
+        scores[rows, span] = of_image.masked_fill(owners != code, -torch.inf)
         return scores
 
     def _pick(self, input_ids: Any, scores: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -265,7 +278,7 @@ def generate(
     processors.append(
         Draw(
             grammar, temperature=temperature, top_k=top_k, top_p=top_p, hierarchical=hierarchical,
-            halves=guided, generator=generator,
+            offsets=model.codebooks.offsets, halves=guided, generator=generator,
         )
     )  # fmt: skip
     # An id that never comes: None would be filled in from the LLM's own generation config.

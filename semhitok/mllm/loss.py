@@ -4,6 +4,8 @@ Logits of N tokens and V ids are computed in tiles of at most `TILE` numbers, on
 gradients. Beyond the weights and their gradients that takes about three tiles (200 MB in fp32) and N * width numbers,
 whatever V is. The gradient of a weight is made once, in place; a weight that needs none costs nothing. (As with every
 parameter, a second backward pass before the optimiser's step holds a second gradient while it is added to the first.)
+
+Of groups, the rows that tokens need are copied tile by tile; a group whose rows are more than a tile is copied whole.
 """
 
 from __future__ import annotations
@@ -44,14 +46,18 @@ def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor)
     return _LinearCrossEntropy.apply(hidden, targets, _dtype(hidden), *weights)
 
 
-def group_cross_entropy(hidden: Tensor, weight: Tensor, groups: Tensor, targets: Tensor) -> Tensor:
+def group_cross_entropy(
+    hidden: Tensor, weight: Tensor, groups: Tensor, targets: Tensor, offsets: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of every token over the rows of its own group, whose logits are weight[group] @ hidden.
 
     Args:
         hidden: [N, width], floating point; dtypes as in `linear_cross_entropy`.
-        weight: [K, m, width].
+        weight: [K, m, width], or with offsets [T, width].
         groups: [N] int64 in [0, K).
-        targets: [N] int64 in [0, m), or -100 for no loss.
+        targets: [N] int64 in [0, m), or in [0, m_i) for group i, or -100 for no loss.
+        offsets: [K + 1] int64, where groups have sizes of their own: group i has the rows from offsets[i] to
+            offsets[i + 1] - 1.
 
     Returns:
         [N] fp32 (fp64 for fp64), 0 where there is no loss. Differentiable once, in hidden and weight.
@@ -60,14 +66,27 @@ def group_cross_entropy(hidden: Tensor, weight: Tensor, groups: Tensor, targets:
         ValueError: other shapes, a group or a target out of range.
     """
     _check_hidden(hidden, targets)
-    if weight.ndim != 3 or weight.shape[2] != hidden.shape[1]:
-        raise ValueError(f"weight: expected [K, m, {hidden.shape[1]}], got {list(weight.shape)}")
+    expected = f"[K, m, {hidden.shape[1]}]" if offsets is None else f"[T, {hidden.shape[1]}] (with offsets)"
+    if weight.ndim != (3 if offsets is None else 2) or weight.shape[-1] != hidden.shape[1]:
+        raise ValueError(f"weight: expected {expected}, got {list(weight.shape)}")
     if groups.shape != targets.shape:
         raise ValueError(f"groups: expected {list(targets.shape)}, got {list(groups.shape)}")
-    _check_range("targets", targets, weight.shape[1])
+    if offsets is None:
+        offsets = torch.arange(len(weight) + 1, device=weight.device) * weight.shape[1]
+        weight = weight.flatten(0, 1)
     groups = torch.where(targets == IGNORE, 0, groups)
-    _check_range("groups", groups, weight.shape[0])
-    return _GroupCrossEntropy.apply(hidden, groups, targets, _dtype(hidden), weight)
+    _check_range("groups", groups, len(offsets) - 1)
+    _check_range("targets", targets, offsets.diff()[groups])
+    return _GroupCrossEntropy.apply(hidden, groups, targets, offsets, _dtype(hidden), weight)
+
+
+def group_logsumexp(scores: Tensor, offsets: Tensor) -> Tensor:
+    """logsumexp of scores [..., T] within each group: [..., K]. Group i has the places from offsets[i] on, [K + 1]."""
+    group = torch.repeat_interleave(offsets.diff(), output_size=scores.shape[-1])
+    peak = scores.new_full((*scores.shape[:-1], len(offsets) - 1), -torch.inf)
+    peak = peak.scatter_reduce(-1, group.expand_as(scores), scores.detach(), "amax")
+    peak = peak.clamp_min(torch.finfo(scores.dtype).min)  # a group of -inf alone has no other differences
+    return peak + torch.zeros_like(peak).index_add(-1, group, (scores - peak[..., group]).exp()).log()
 
 
 def _check_hidden(hidden: Tensor, targets: Tensor) -> None:
@@ -78,10 +97,11 @@ def _check_hidden(hidden: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets: expected [{len(hidden)}] of int64, got {got}")
 
 
-def _check_range(name: str, ids: Tensor, stop: int) -> None:
+def _check_range(name: str, ids: Tensor, stop: int | Tensor) -> None:
     if ids.numel() and not torch.compiler.is_compiling():
         wrong = (ids >= stop) | ((ids < 0) & (ids != IGNORE))
         if wrong.any():
+            stop = stop if isinstance(stop, int) else int(stop[wrong][0])
             raise ValueError(f"{name}: expected ids in [0, {stop}), got {int(ids[wrong][0])}")
 
 
@@ -172,41 +192,78 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _GroupCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, groups: Tensor, targets: Tensor, dtype: torch.dtype, weight: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        groups: Tensor,
+        targets: Tensor,
+        offsets: Tensor,
+        dtype: torch.dtype,
+        weight: Tensor,
     ) -> Tensor:
         loss = hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _group_chunks(targets, weight):
-                logits = _group_logits(hidden[rows].to(dtype), weight[groups[rows]].to(dtype)).to(loss.dtype)
-                loss[rows] = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none")
-        ctx.save_for_backward(hidden, groups, targets, weight)
+            for tokens, rows, taken, owned in _group_chunks(groups, targets, offsets, hidden.shape[1]):
+                logits = _group_logits(hidden[tokens].to(dtype), weight[rows].to(dtype), owned, loss.dtype)
+                chosen = logits.gather(2, targets[tokens].unsqueeze(2)).squeeze(2)
+                loss[tokens[taken]] = (logits.logsumexp(2) - chosen)[taken]
+        ctx.save_for_backward(hidden, groups, targets, offsets, weight)
         ctx.dtype = dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, groups, targets, weight = ctx.saved_tensors
+        hidden, groups, targets, offsets, weight = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[5] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _group_chunks(targets, weight):
-                x, own = hidden[rows].to(ctx.dtype), weight[groups[rows]].to(ctx.dtype)
-                gradient = _group_logits(x, own).to(upstream.dtype).softmax(-1)
-                gradient[torch.arange(len(rows), device=rows.device), targets[rows]] -= 1
-                gradient = gradient.mul_(upstream[rows, None]).to(ctx.dtype)
+            for tokens, rows, taken, owned in _group_chunks(groups, targets, offsets, hidden.shape[1]):
+                x, own = hidden[tokens].to(ctx.dtype), weight[rows].to(ctx.dtype)
+                gradient = _group_logits(x, own, owned, upstream.dtype).softmax(2)
+                target = targets[tokens].unsqueeze(2)
+                gradient.scatter_add_(2, target, gradient.new_full((), -1).expand(target.shape))
+                gradient = gradient.mul_((upstream[tokens] * taken).unsqueeze(2)).to(ctx.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] = torch.einsum("nm,nmw->nw", gradient, own).to(d_hidden.dtype)
+                    d_hidden[tokens[taken]] = (gradient @ own)[taken].to(d_hidden.dtype)
                 if d_weight is not None:
-                    d_weight.index_add_(0, groups[rows], (gradient[:, :, None] * x[:, None, :]).to(d_weight.dtype))
-        return d_hidden, None, None, None, d_weight
+                    of_rows = (gradient.mT @ x).to(d_weight.dtype)
+                    d_weight.index_add_(0, rows.flatten(), of_rows.flatten(0, 1))
+        return d_hidden, None, None, None, None, d_weight
 
 
-def _group_chunks(targets: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Indices of tokens with a loss, so many together that their groups' rows fill a tile."""
-    return (targets != IGNORE).nonzero().squeeze(1).split(max(1, TILE // weight[0].numel()))
+# Tokens of one group that go together: enough for a product of matrices, and few beside a large group's rows.
+_TOGETHER = 256
 
 
-def _group_logits(x: Tensor, own: Tensor) -> Tensor:
-    """x [n, width] and the rows [n, m, width] of each token's group -> [n, m]."""
-    return torch.einsum("nmw,nw->nm", own, x)
+def _group_chunks(
+    groups: Tensor, targets: Tensor, offsets: Tensor, width: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Groups whose tokens are computed together: tokens [g, n], rows [g, m], and which of both are no padding.
+
+    Groups with numbers of tokens and rows of the same binary digits are padded to the largest, so less than half of
+    either is padding.
+    """
+    kept = (targets != IGNORE).nonzero().squeeze(1)
+    group, order = groups[kept].sort(stable=True)
+    kept = kept[order]
+    place = torch.arange(len(kept), device=kept.device)
+    start = ((place - torch.searchsorted(group, group)) % _TOGETHER == 0).nonzero().squeeze(1)
+    counts = start.diff(append=start.new_tensor([len(kept)]))
+    first, sizes = offsets[group[start]], offsets.diff()[group[start]]
+    digits = torch.frexp(torch.stack([counts, sizes]).double()).exponent
+    kinds, kind = digits.unique(dim=1, return_inverse=True)
+    for n in range(kinds.shape[1]):
+        like = (kind == n).nonzero().squeeze(1)
+        n_tokens, n_rows = int(counts[like].max()), int(sizes[like].max())
+        numbers = max(n_tokens * n_rows, (n_tokens + n_rows) * width)
+        for some in like.split(max(1, TILE // numbers)):
+            taken = torch.arange(n_tokens, device=kept.device) < counts[some, None]
+            owned = torch.arange(n_rows, device=kept.device) < sizes[some, None]
+            # In place of padding stands the group's first token or row.
+            tokens = kept[start[some, None] + torch.arange(n_tokens, device=kept.device) * taken]
+            yield tokens, first[some, None] + torch.arange(n_rows, device=kept.device) * owned, taken, owned
+
+
+def _group_logits(x: Tensor, own: Tensor, owned: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens [g, n, width] and rows [g, m, width] of groups -> [g, n, m] in `dtype`, -inf where no row is owned."""
+    return (x @ own.mT).to(dtype).masked_fill_(~owned.unsqueeze(1), -torch.inf)

@@ -12,6 +12,7 @@ alone knows the offsets.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from semhitok.mllm.loss import IGNORE, group_cross_entropy, linear_cross_entropy
+from semhitok.mllm.loss import IGNORE, group_cross_entropy, group_logsumexp, linear_cross_entropy
 from semhitok.tokenizer import Features, SemHiTok
 from semhitok.vocabulary import Vocabulary, codebook_hash
 
@@ -36,7 +37,7 @@ class UnifiedMLLMConfig(PreTrainedConfig):
     image_size: pixels on one side of an image; with `resolution_id` it gets a special id after begin of image.
     codebook_hash: of the codebooks the model holds; None while it holds none.
     head: "flat", one row for every id; "hierarchical", code i first, then sub-code j by the rows of i alone.
-    adaptive: the tokenizer's sub-codebooks have sizes of their own; for the flat head only.
+    adaptive: the tokenizer's sub-codebooks have sizes of their own, which the model keeps with its codebooks.
     """
 
     model_type = "semhitok_mllm"
@@ -71,8 +72,6 @@ class UnifiedMLLMConfig(PreTrainedConfig):
             setattr(self, name, value)
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
-        if adaptive and head == "hierarchical":
-            raise ValueError("head: expected flat, as the tokenizer's sub-codebooks differ in size, got 'hierarchical'")
         self.adaptive = adaptive
         self.text_config = text_config
         self.resolution_id = resolution_id
@@ -83,7 +82,10 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids of the model. Image ids follow the rows of the LLM's embedding, not the words of its tokenizer."""
+        """All ids of the model. Image ids follow the rows of the LLM's embedding, not the words of its tokenizer.
+
+        Adaptive sizes are no part of a config: `UnifiedMLLM.vocabulary` knows them.
+        """
         return Vocabulary(
             self.num_codes,
             self.num_sub_codes,
@@ -119,13 +121,17 @@ class Codebooks(nn.Module):
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
-        if self.offsets is None:
-            semantic = codes // self.pix.shape[1]
-        else:
-            semantic = torch.searchsorted(self.offsets, codes, right=True) - 1
+        semantic, _ = self.split(codes)
         return Features(
             nn.functional.embedding(semantic, self.sem), nn.functional.embedding(codes, self.pix.flatten(0, -2))
         )
+
+    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Semantic codes and sub-codes (i, j) of flat ids."""
+        if self.offsets is None:
+            return codes // self.pix.shape[1], codes % self.pix.shape[1]
+        semantic = torch.searchsorted(self.offsets, codes, right=True) - 1
+        return semantic, codes - self.offsets[semantic]
 
 
 class DualAdapter(nn.Module):
@@ -182,7 +188,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         self.adapter = DualAdapter(config.sem_dim, config.pix_dim, width)
         self.special_embedding = nn.Embedding(vocabulary.num_special, width)
         self.text_head = nn.Linear(width, vocabulary.text_size, bias=False)
-        # Rows of flat ids; in the hierarchical head, those of sub-codes within their code.
+        # Rows of flat ids in their order, whatever the sizes; in the hierarchical head, of sub-codes within their code.
         self.image_head = Rows(K, m, width)
         self.semantic_head = Rows(K, width) if config.head == "hierarchical" else None
         self.special_head = Rows(vocabulary.num_special, width)
@@ -220,8 +226,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             kwargs: for `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
 
         Raises:
-            ValueError: an LLM whose head has a bias, or another number of rows than its embedding; a hierarchical head
-                for a tokenizer with adaptive sizes.
+            ValueError: an LLM whose head has a bias, or another number of rows than its embedding.
             OSError: `llm` cannot be read or fetched.
         """
         if isinstance(llm, str):
@@ -271,8 +276,11 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids of the model, with the hash of its codebooks."""
-        return self.config.vocabulary
+        """All ids of the model, with the hash of its codebooks and, where they are adaptive, the offsets."""
+        offsets = self.codebooks.offsets
+        if offsets is None:
+            return self.config.vocabulary
+        return replace(self.config.vocabulary, offsets=tuple(offsets.tolist()))
 
     def get_output_embeddings(self) -> nn.Module:
         """The text head alone."""
@@ -289,7 +297,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: ids out of range, vectors of another number or size, or no codebooks to look ids up in.
         """
-        vocabulary, config = self.vocabulary, self.config
+        vocabulary, config = self.config.vocabulary, self.config
         if not torch.compiler.is_compiling():
             low, high = (int(x) for x in torch.aminmax(input_ids)) if input_ids.numel() else (0, 0)
             if low < 0 or high >= vocabulary.size:
@@ -383,27 +391,34 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., width] -> logits [..., vocabulary.size] of every id, for one softmax over all."""
         text, image, special = self._rows()
-        width, rows = hidden.shape[-1], self.image_head.weight
-        of_image = hidden @ rows.reshape(-1, width).T
+        rows, offsets = self.image_head.weight, self.codebooks.offsets
+        of_image = hidden @ rows.reshape(-1, hidden.shape[-1]).T
         if self.semantic_head is not None:
             # log p(i, j) = log p(i) + log p(j | i), but for one constant.
-            within = of_image.unflatten(-1, rows.shape[:2]).float().log_softmax(-1)
-            of_image = ((hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
+            wide = of_image.to(torch.promote_types(of_image.dtype, torch.float32))
+            if offsets is None:
+                within = wide.unflatten(-1, rows.shape[:2]).log_softmax(-1)
+                of_image = ((hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
+            else:
+                shift = hidden @ image.T - group_logsumexp(wide, offsets)
+                of_image = wide + shift.repeat_interleave(offsets.diff(), -1, output_size=wide.shape[-1])
         return torch.cat([hidden @ text.T, of_image, hidden @ special.T], dim=-1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [N] (fp32) of last hidden states [N, width] and the ids [N] they predict, 0 where -100."""
-        vocabulary = self.vocabulary
+        vocabulary = self.config.vocabulary
         if self.semantic_head is None:
             return linear_cross_entropy(hidden, self._rows(), targets)
         # The codes i take the place of the image ids in a smaller vocabulary.
         image = (targets >= vocabulary.text_size) & (targets < vocabulary.begin_of_image)
         codes = torch.where(image, targets - vocabulary.text_size, 0)
-        code, sub = codes // vocabulary.num_sub_codes, codes % vocabulary.num_sub_codes
+        code, sub = self.codebooks.split(codes)
         shorter = vocabulary.num_flat_codes - vocabulary.num_codes
         coarse = torch.where(image, vocabulary.text_size + code, targets)
         coarse = torch.where(targets >= vocabulary.begin_of_image, targets - shorter, coarse)
-        within = group_cross_entropy(hidden, self.image_head.weight, code, torch.where(image, sub, IGNORE))
+        offsets = self.codebooks.offsets
+        rows = self.image_head.weight if offsets is None else self.image_head.weight.flatten(0, 1)
+        within = group_cross_entropy(hidden, rows, code, torch.where(image, sub, IGNORE), offsets)
         return linear_cross_entropy(hidden, self._rows(), coarse) + within
 
     def _rows(self) -> list[Tensor]:
