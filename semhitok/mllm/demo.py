@@ -84,7 +84,7 @@ def model_config() -> MLLMTrainConfig:
     config = mllm_config("mllm-tiny")
     for setting in (
         "data.length=256", "data.caption_drop=0.1", "tracker=none", "joint.steps=1600", "joint.batch_size=16",
-        "head=flat", "joint.optimizer.lr=2.0e-3", "joint.optimizer.min_lr=2.0e-5", "joint.checkpoint_every=200",
+        "head=hierarchical", "joint.optimizer.lr=2.0e-3", "joint.optimizer.min_lr=2.0e-5", "joint.checkpoint_every=200",
     ):  # fmt: skip
         override(config, setting)
     return config

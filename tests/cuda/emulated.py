@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -77,21 +78,23 @@ def build(include: Path, csrc: Path = ROOT / "csrc", folder: Path = ROOT / "buil
         source, built = job
         if built.exists():
             return
-        part = built.with_suffix(f".{os.getpid()}")
+        part = built.with_suffix(".part")
         command = [compiler, *flags, *FASTER.get(source.name, []), "-x", "c++", "-c", str(source), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        part.replace(built)  # another process may build the same
+        part.replace(built)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
     objects = [str(built) for _, built in jobs]
     library = folder / f"kernels-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        part = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-shared", "-o", str(part), *objects], check=True)
-        part.replace(library)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that builds the same is waited for
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, jobs))
+        if not library.exists():
+            part = library.with_suffix(".part")
+            subprocess.run([compiler, "-shared", "-o", str(part), *objects], check=True)
+            part.replace(library)
     return library
 
 
