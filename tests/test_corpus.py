@@ -376,6 +376,48 @@ def test_a_disk_that_takes_no_more_leaves_no_damage_and_a_restart_completes(whol
     assert_same(tmp_path, whole)
 
 
+NAMESPACE = ["unshare", "--mount", "--map-root-user"]
+ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from semhitok.cli import main
+
+def mount(*options):
+    subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", "disk"], check=True)
+
+mount("-o", "size=32k")
+command = ["encode", "checkpoint", "photos", "--out", "disk/corpus", *sys.argv[1:]]
+assert main(command) == 2
+print("left:", *sorted(path.name for path in Path("disk/corpus").iterdir()))
+mount("-o", "remount,size=1m")
+assert main(command) == 0
+subprocess.run(["cp", "-r", "disk/corpus", "saved"], check=True)
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="no mounts of one's own here",
+)
+def test_a_full_disk_is_told_and_a_restart_completes(whole, root, tmp_path, monkeypatch):
+    """A tmpfs with room for half of the corpus, then for all of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    for name in ("checkpoint", "photos"):
+        (tmp_path / name).symlink_to(root / name)
+    command = [*NAMESPACE, sys.executable, "-c", ON_A_SMALL_DISK, *SETTINGS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "No space left on device" in result.stderr
+    left = re.search("^left: (.*)$", result.stdout, re.M)[1].split()
+    shards = [name for name in left if name.endswith(".parquet")]
+    assert 0 < len(shards) < 5 and "manifest.json" not in left and not [name for name in left if name.startswith(".")]
+    # Those that were whole are not made again.
+    again = result.stdout.count("encoded now") and int(re.search(r"encoded now +(\d+) images", result.stdout)[1])
+    assert again == IMAGES - 5 * len(shards)
+    assert_same(tmp_path / "saved", whole)
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped", "gone"])
 def test_damaged_shards_are_named_and_made_again(whole, tmp_path, how, capsys):
     out = tmp_path / "out"
