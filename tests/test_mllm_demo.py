@@ -48,7 +48,7 @@ def test_the_demo_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "chance",
     ))  # fmt: skip
     assert metrics["seconds"] == pytest.approx(sum(metrics["seconds_of"].values()))
-    assert {"random", "comp"} <= metrics.keys() and "guidance 2" in metrics["comp"]["images"]
+    assert {"random", "comp"} <= metrics.keys() and "guidance 1.5" in metrics["comp"]["images"]
     assert f"{metrics['random']['captions']['right image']['mean']:.3f}" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"random.png", "comp.png"}
     # Called again, it has nothing to train, and says the same.
