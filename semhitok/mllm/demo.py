@@ -45,10 +45,10 @@ from semhitok.training.contrastive import ContrastiveConfig, scenes_lesson, trai
 
 SIZE, PATCH = 64, 8  # pixels: 8 x 8 ids
 SPLITS = ("random", "comp")
-HELD_OUT = 240  # pictures of a split
+HELD_OUT = 480  # pictures of a split
 TEACHER_STEPS, TEACHER_BATCH, READER_STEPS = 400, 64, 400
 GUIDANCE = (1.0, 1.5)
-SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_k": 30}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 30}
 
 
 def tokenizer_config() -> TrainConfig:
