@@ -154,6 +154,8 @@ def test_measured_tables_are_those_that_were_measured():
     for page in ("README.md", "docs/kernels.md"):
         text = (ROOT / page).read_text()
         assert table in text and exactness.splitlines()[-1] in text, page
+    trained = (ROOT / "benchmarks/results/tradeoff/table.txt").read_text()
+    assert trained in (ROOT / "docs/tradeoff.md").read_text()
 
 
 @pytest.mark.slow

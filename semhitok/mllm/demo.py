@@ -109,7 +109,7 @@ def demo(
     with clock("teacher"):
         made = scenes.pictures(0, 0, pictures, "train", SIZE)
         teacher = train_teacher(
-            ContrastiveConfig("scenes", pictures, TEACHER_STEPS, 64), out, lambda: scenes_lesson(made)
+            ContrastiveConfig("scenes", pictures, TEACHER_STEPS, TEACHER_BATCH), out, lambda: scenes_lesson(made)
         )
     config = tokenizer or tokenizer_config()
     config.model.teacher = teacher
