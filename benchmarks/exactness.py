@@ -1,6 +1,6 @@
 """Does nearest_code find the exact winner? On a million tokens of many kinds, on every instruction set of this CPU.
 
-    python benchmarks/exactness.py [--tokens 1000000] [--device cuda]      (see cuda_exactness.py)
+    python benchmarks/exactness.py [--tokens 1000000] [--device cuda]      (see cuda/exactness.py)
 
 A wrong id is one other than that of the greatest score in exact arithmetic, the lowest index among equal scores (see
 exact.py). Random data alone would prove little, as a first pass whose error bound is three times too small passes it;
@@ -28,9 +28,9 @@ from dataclasses import dataclass
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would count as CPU time
 
 import torch
-from exact import count_wrong, exact_winners
 from torch import Generator, Tensor
 
+from benchmarks.exact import count_wrong, exact_winners
 from semhitok import _C, ops
 
 TIMED = 4096
@@ -258,7 +258,7 @@ def main() -> int:
     if arguments.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: this PyTorch finds no CUDA device")
-        import cuda_exactness
+        from benchmarks.cuda import exactness as cuda_exactness
 
         return cuda_exactness.run(CASES, n)
     titles = list(engines())

@@ -61,7 +61,7 @@ build() {
     limited 240 "$PYTHON" -m pip install -q -e . --no-build-isolation --no-deps
 }
 
-sass() { limited 60 "$PYTHON" benchmarks/sass_report.py 2>&1 | tee "$out/sass.txt"; }
+sass() { limited 60 "$PYTHON" -m benchmarks.cuda.sass_report 2>&1 | tee "$out/sass.txt"; }
 
 test_file() {
   local file=$1 status
@@ -75,7 +75,7 @@ test_file() {
 # Files side by side: they wait for the host most of the time.
 tests() {
   local file pids=() files=() failed=0 place
-  mapfile -t files < <(grep -lE 'mark\.gpu|device: torch\.device' tests/test_*.py)
+  mapfile -t files < <(grep -lE 'mark\.gpu|device: torch\.device' tests/*/test_*.py)
   for file in "${files[@]}"; do
     test_file "$file" &
     pids+=($!)
@@ -96,7 +96,7 @@ tests() {
 # out of bounds inside one of its blocks.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 170 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 10 \
-    "$PYTHON" tests/cuda_small.py >"$scratch/$1" 2>&1
+    "$PYTHON" tests/helpers/cuda_small.py >"$scratch/$1" 2>&1
 }
 
 # collect TOOL PID
@@ -127,7 +127,7 @@ bench() {
 
 # What is installed decides how much of this can run.
 train() {
-  limited 150 "$PYTHON" benchmarks/train_bench.py --device cuda --minutes 0.3 2>"$scratch/train" | tee "$out/train.txt"
+  limited 150 "$PYTHON" -m benchmarks.training.train_bench --device cuda --minutes 0.3 2>"$scratch/train" | tee "$out/train.txt"
   local status=$?
   ((status == 0)) || tail -n 30 "$scratch/train"
   return "$status"
@@ -145,7 +145,7 @@ check() {
   step tests tests
   step memcheck collect memcheck "$memcheck"
   step racecheck collect racecheck "$racecheck"
-  step ceilings limited 120 "$PYTHON" benchmarks/cuda_ceilings.py --out "$out/ceilings.json"
+  step ceilings limited 120 "$PYTHON" -m benchmarks.cuda.ceilings --out "$out/ceilings.json"
   step exactness exactness
   step benchmark bench
   step train train

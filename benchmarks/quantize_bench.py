@@ -1,7 +1,7 @@
 """nearest_code and hier_quantize against what one would use instead, every id checked against exact arithmetic.
 
     python benchmarks/quantize_bench.py [--quick] [--threads 1] [--dtype float32] [--out DIR]
-    python benchmarks/quantize_bench.py --device cuda [--quick | --full] [--out DIR]      (see cuda_bench.py)
+    python benchmarks/quantize_bench.py --device cuda [--quick | --full] [--out DIR]      (see cuda/bench.py)
 
 Every round gives ours and each contestant a turn in this process, in random order, so that a busy machine disturbs all
 alike; medians of the rounds are printed. "x NAME" is the contestant's time over ours: CPU time on one CPU thread, wall
@@ -46,11 +46,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or one contestant's idle threads spin during the next one's turn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/quantize_bench.py`
+
 import torch
-from exact import count_wrong, exact_winners
 from torch import Tensor
 
 import semhitok
+from benchmarks.exact import count_wrong, exact_winners
 from semhitok import _C, ops, reference
 
 Shape = tuple[int, int, int]  # N, K, D
@@ -363,7 +365,7 @@ def shape_of(text: str) -> Shape:
 
 
 def on_cuda(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    import cuda_bench
+    from benchmarks.cuda import bench as cuda_bench
 
     if arguments.dtype != "float32":
         parser.error(f"--dtype: expected float32 with --device cuda, got {arguments.dtype}")
@@ -380,7 +382,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="NxKxD", help="these shapes, in both tables")
     parser.add_argument("--full", action="store_true", help="CUDA: every contestant on every shape")
     parser.add_argument("--budget", type=float, default=170, metavar="SECONDS", help="CUDA: no new shape after these")
-    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="CUDA: what cuda_ceilings.py --out wrote")
+    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="CUDA: what ceilings.py --out wrote")
     parser.add_argument("--out", type=Path, help="folder for results.json, table.txt and plot.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():

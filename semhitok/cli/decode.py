@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from semhitok.data.codes import load_codes
+    from semhitok.corpus.ids_file import load_codes
     from semhitok.data.images import save_png
 
     file = load_codes(args.ids)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.config import override, train_config
-    from semhitok.demo import demo
+    from semhitok.demo.tokenizer import demo
     from semhitok.training import Interrupted
 
     config = train_config("semhitok-tiny")

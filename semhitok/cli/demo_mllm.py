@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from semhitok.mllm.demo import demo
+    from semhitok.demo.mllm import demo
     from semhitok.training import Interrupted
 
     try:

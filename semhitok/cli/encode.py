@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from semhitok.cli import common
 
 if TYPE_CHECKING:
-    from semhitok.encoding import Summary
+    from semhitok.corpus.encoder import Summary
 
 # Options of a corpus alone, and what they are without the user's word.
 _CORPUS = {
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def _file(args: argparse.Namespace) -> int:
     import torch
 
-    from semhitok.data.codes import save_codes
+    from semhitok.corpus.ids_file import save_codes
     from semhitok.data.images import list_images
 
     out = common.check_output_file(args.out)
@@ -112,7 +112,7 @@ def _file(args: argparse.Namespace) -> int:
 
 
 def _corpus(args: argparse.Namespace) -> int:
-    from semhitok.encoding import EncodingConfig, encode_corpus
+    from semhitok.corpus.encoder import EncodingConfig, encode_corpus
 
     given: dict[str, Any] = {**_CORPUS, **{k: v for k, v in vars(args).items() if k in _CORPUS and v is not None}}
     config = EncodingConfig(

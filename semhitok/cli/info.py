@@ -86,7 +86,7 @@ def _checkpoint(name: str) -> Iterable[tuple[str, Any]]:
 def _ids(path: str) -> Iterable[tuple[str, Any]]:
     import torch
 
-    from semhitok.data.codes import load_codes
+    from semhitok.corpus.ids_file import load_codes
     from semhitok.usage import CodeUsage
 
     file = load_codes(path)
@@ -103,7 +103,7 @@ def _ids(path: str) -> Iterable[tuple[str, Any]]:
 
 
 def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
-    from semhitok.data.corpus import read_manifest, verify
+    from semhitok.corpus.format import read_manifest, verify
 
     layout, manifest = read_manifest(folder)
     usage = verify(folder)

@@ -29,11 +29,11 @@ from transformers import AutoConfig, AutoTokenizer
 from semhitok import distributed
 from semhitok._optional import require
 from semhitok.mllm.config import MLLMStageConfig, MLLMTrainConfig, SourceConfig
-from semhitok.mllm.data import TASKS, MicroRows, Source, TrainingRows, fill, open_source
 from semhitok.mllm.loss import IGNORE
 from semhitok.mllm.model import UnifiedMLLM
 from semhitok.mllm.packing import Packed
 from semhitok.mllm.prompts import word_tokenizer
+from semhitok.mllm.rows import TASKS, MicroRows, Source, TrainingRows, fill, open_source
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.loop import Run, StopOnSignal, run_stage
 from semhitok.training.parts import Part, seed_everything
@@ -58,7 +58,7 @@ def run(
     Args:
         config: see `semhitok.mllm.config`.
         out: the run's folder.
-        sources: of each stage, in place of those that the configuration names: `semhitok.mllm.data.Records`, say.
+        sources: of each stage, in place of those that the configuration names: `semhitok.mllm.rows.Records`, say.
         held_out: likewise, for evaluations on the way.
         tokenizer: the image tokenizer, in place of `config.tokenizer`.
         text_tokenizer: of transformers, in place of `config.text_tokenizer`.

@@ -94,7 +94,7 @@ def vision_transformer(
         OSError: its weights cannot be had.
     """
     timm = require("timm", "models")
-    import semhitok.models.shapes_teacher  # noqa: F401  registers its model with timm
+    import semhitok.models.small_vit  # noqa: F401  registers its model with timm
 
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": checkpoint}

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from semhitok import distributed
 from semhitok._files import write_atomic
-from semhitok.data.training import MicroBatch
-from semhitok.evaluation.evaluate import lower_is_better
+from semhitok.data.training_images import MicroBatch
+from semhitok.evaluation.running import lower_is_better
 from semhitok.training import checkpoint, log
 from semhitok.training.parts import Batch, seed_everything
 from semhitok.training.stage import Stage

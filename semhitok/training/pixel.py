@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from semhitok import distributed
 from semhitok.config import PixelStageConfig, ReconstructionConfig, TrainConfig
-from semhitok.evaluation.evaluate import default_metrics, evaluate
+from semhitok.evaluation.running import default_metrics, evaluate
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.critic import PatchCritic

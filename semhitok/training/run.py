@@ -21,7 +21,7 @@ import torch
 from semhitok import distributed
 from semhitok._files import write_atomic
 from semhitok.config import TrainConfig
-from semhitok.data.training import TrainingImages, held_out_batches
+from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.decoder import DecoderStage
 from semhitok.training.loop import Run, StopOnSignal, run_stage

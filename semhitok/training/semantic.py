@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from semhitok import distributed
 from semhitok.config import SemanticStageConfig, TrainConfig
-from semhitok.evaluation.evaluate import MeanOverImages, Metric, Usage, evaluate
+from semhitok.evaluation.running import MeanOverImages, Metric, Usage, evaluate
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parts import Batch, Part, gather, generator

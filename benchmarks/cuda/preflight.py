@@ -1,0 +1,85 @@
+"""Which searches run on which shapes: every pair tried in a process of its own, as a kernel that crashes or hangs takes
+its process with it and must not take the benchmark.
+
+    python -m benchmarks.cuda.preflight PATH NxKxD...      ("op": what nearest_code itself chooses)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+from benchmarks.processes import environment
+
+LIMIT = 45  # seconds for all paths, which run side by side
+OP = "op"  # the path that the op itself chooses
+
+Shape = tuple[int, int, int]  # N, K, D
+
+
+def name_of(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def survivors(paths: Iterable[str], shapes: Iterable[Shape]) -> tuple[dict[str, set[Shape]], dict[str, str]]:
+    """(path -> shapes it runs on, path -> what went wrong first)."""
+    named = {name_of(shape): shape for shape in shapes}
+    running = {
+        path: subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, path, *named],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for path in paths
+    }
+    deadline = time.monotonic() + LIMIT
+    ran: dict[str, set[Shape]] = {}
+    wrong: dict[str, str] = {}
+    for path, process in running.items():
+        try:
+            printed, _ = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, _ = process.communicate()
+            wrong[path] = f"still running after {LIMIT} s"
+        ran[path], message = outcome(printed, named)
+        if len(ran[path]) < len(named):
+            wrong.setdefault(path, message)
+    return ran, wrong
+
+
+def outcome(printed: str, named: dict[str, Shape]) -> tuple[set[Shape], str]:
+    """What a process printed -> shapes it got through, and its first complaint."""
+    lines = printed.splitlines()
+    ran = {named[name] for name, _, rest in (line.partition(" ") for line in lines) if rest == "ok" and name in named}
+    complaints = [line for line in lines if not line.endswith(" ok")]
+    refused = [line for line in complaints if line.partition(" ")[0] in named]
+    return ran, (refused or complaints[-1:] or ["stopped without a word"])[0]
+
+
+def main() -> None:
+    import torch
+
+    import semhitok  # noqa: F401  (registers the ops)
+
+    path, *names = sys.argv[1:]
+    for name in names:
+        n, k, d = map(int, name.split("x"))
+        z, codebook = torch.randn(n, d, device="cuda"), torch.randn(k, d, device="cuda")
+        try:
+            if path == OP:
+                torch.ops.semhitok.nearest_code(z, codebook, "ip")
+            else:
+                torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", path)
+            torch.cuda.synchronize()
+            print(name, "ok", flush=True)
+        except RuntimeError as error:
+            print(name, str(error).splitlines()[0], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What the compiler made of every CUDA kernel: registers, memory and the instructions that decide its speed.
+
+    python -m benchmarks.cuda.sass_report [semhitok/_C....so | kernel.cubin | program]
+
+Reads the machine code out of the binary (the installed semhitok._C unless another is named) with cuobjdump: that of
+$CUOBJDUMP, the PATH or Triton's package. A line for each kernel and architecture. Exit status 1 when a kernel of ours
+uses local memory (a stack, LDL, STL) or lacks an instruction that PROMISES names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# What makes a kernel fast, by a part of its demangled name and the architecture: instructions (an opcode's beginning)
+# that must be in its code. A kernel that is not in the binary breaks its promise too, where its architecture is there.
+PROMISES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("search_few_kernel", "sm_80"): ("HMMA",),
+    ("search_mma_kernel", "sm_80"): ("HMMA",),
+    ("search_wgmma_kernel", "sm_90a"): ("HGMMA",),
+    ("search_int8_kernel", "sm_90a"): ("IGMMA", "VIMNMX3"),
+}
+
+# title -> opcodes counted under it, each the part before the first dot
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "LDL/STL": ("LDL", "STL"),
+    "HGMMA": ("HGMMA",),
+    "IGMMA": ("IGMMA",),
+    "HMMA": ("HMMA",),
+    "IMMA": ("IMMA",),
+    "VIMNMX3": ("VIMNMX3",),
+    "VIMNMX": ("VIMNMX", "IMNMX"),
+    "FMNMX": ("FMNMX",),
+    "FFMA": ("FFMA",),
+    "UBLKCP": ("UBLKCP",),
+}
+NAMESPACE = "semhitok"
+SHOWN = 44  # characters of a kernel's name
+
+
+class ToolError(Exception):
+    """cuobjdump is missing or cannot read the file; the message says which."""
+
+
+@dataclass
+class Kernel:
+    mangled: str
+    architecture: str
+    registers: int = 0
+    stack: int = 0  # bytes, as is shared
+    shared: int = 0
+    code: list[tuple[int, str, int | None]] = field(default_factory=list)  # address, opcode, where a branch goes
+    name: str = ""  # demangled
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        """How often each opcode occurs, without its modifiers."""
+        return Counter(opcode.partition(".")[0] for _, opcode, _ in self.code)
+
+    def count(self, title: str) -> int:
+        opcodes = self.opcodes
+        return sum(opcodes[name] for name in COLUMNS[title])
+
+    @property
+    def ours(self) -> bool:
+        return NAMESPACE in self.name
+
+    def loops(self) -> list[Counter[str]]:
+        """The opcodes of each loop: what lies between a branch backwards and where it goes."""
+        found = []
+        for address, _, target in self.code:
+            if target is not None and target < address:
+                found.append(
+                    Counter(opcode.partition(".")[0] for at, opcode, _ in self.code if target <= at <= address)
+                )
+        return found
+
+
+def find_tool(name: str = "cuobjdump") -> str | None:
+    """$CUOBJDUMP, the PATH, Triton's package."""
+    asked = os.environ.get(name.upper())
+    if asked:
+        return asked
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton") if found is None else None
+    if spec is not None and spec.origin:
+        bundled = Path(spec.origin).parent / "backends/nvidia/bin" / name
+        found = str(bundled) if bundled.is_file() else None
+    return found
+
+
+def dump(tool: str, option: str, binary: Path) -> str:
+    try:
+        done = subprocess.run([tool, option, str(binary)], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolError(f"{tool}: {error.strerror}") from error
+    if done.returncode != 0:
+        raise ToolError(f"{tool} {option} {binary}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+ARCHITECTURE = re.compile(r"(?:arch =|code for) (sm_\w+)")
+FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+)\s*:?\s*$")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*(.*)")
+BRANCH = re.compile(r"\b(0x[0-9a-f]+)\s*;")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def parse(sass: str, resources: str) -> list[Kernel]:
+    """What cuobjdump prints with -sass and with --dump-resource-usage, of one binary -> its kernels, in that order."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    architecture, kernel = "", None
+    for line in sass.splitlines():
+        if match := ARCHITECTURE.search(line):
+            architecture, kernel = match[1], None
+        elif match := FUNCTION.match(line):
+            kernel = kernels.setdefault((match[1], architecture), Kernel(match[1], architecture))
+        elif kernel and (match := INSTRUCTION.match(line)):
+            target = BRANCH.search(match[3]) if match[2].partition(".")[0] == "BRA" else None
+            kernel.code.append((int(match[1], 16), match[2], int(target[1], 16) if target else None))
+    architecture, kernel = "", None
+    for line in resources.splitlines():
+        if match := ARCHITECTURE.search(line):
+            architecture = match[1]
+        elif match := FUNCTION.match(line):
+            kernel = kernels.get((match[1], architecture))
+            # Of a lone .cubin this part is printed without its architecture.
+            kernel = kernel or next((k for k in kernels.values() if k.mangled == match[1] and not architecture), None)
+        elif kernel and (match := RESOURCES.search(line)):
+            kernel.registers, stack, kernel.shared, local = map(int, match.groups())
+            kernel.stack = stack + local
+    names = demangle([k.mangled for k in kernels.values()])
+    for kernel, name in zip(kernels.values(), names, strict=True):
+        kernel.name = name
+    return list(kernels.values())
+
+
+def demangle(names: list[str]) -> list[str]:
+    """By c++filt where there is one; otherwise names as they are."""
+    tool = shutil.which("c++filt") or find_tool("cu++filt")
+    if tool is None or not names:
+        return names
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True)
+    readable = done.stdout.splitlines()
+    return readable if done.returncode == 0 and len(readable) == len(names) else names
+
+
+def short(name: str) -> str:
+    """`semhitok::cuda::(anonymous namespace)::search<float>(Problem, int)` -> `search<float>`."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("semhitok::cuda::", "")
+    name = re.sub(r"\((bool|int|long|unsigned int)\)", "", name).replace("semhitok::", "")
+    name = re.sub(r"^cub::\w+::detail::", "cub::", name)
+    depth = 0
+    for place, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return name[:place]
+    return name
+
+
+def read(binary: Path) -> list[Kernel]:
+    tool = find_tool()
+    if tool is None:
+        raise ToolError("no cuobjdump: set CUOBJDUMP, put the CUDA toolkit's bin folder on PATH, or pip install triton")
+    return parse(dump(tool, "-sass", binary), dump(tool, "--dump-resource-usage", binary))
+
+
+def broken_promises(kernels: list[Kernel]) -> list[str]:
+    """A sentence for each: kernels of ours that use local memory, and promised instructions that are not there."""
+    broken = [
+        f"{short(k.name)} ({k.architecture}) uses local memory: {k.stack} bytes of stack, {k.count('LDL/STL')} LDL/STL"
+        for k in kernels
+        if k.ours and (k.stack or k.count("LDL/STL"))
+    ]
+    there = {k.architecture for k in kernels}
+    for (part, architecture), opcodes in PROMISES.items():
+        meant = [k for k in kernels if part in k.name and k.architecture == architecture]
+        if architecture in there and not meant:
+            broken.append(f"no kernel named {part} for {architecture}")
+        broken += [f"{short(k.name)} ({architecture}) has no {o}" for k in meant for o in opcodes if not k.opcodes[o]]
+    return broken
+
+
+def table(kernels: list[Kernel]) -> list[str]:
+    titles = ["kernel".ljust(SHOWN), f"{'arch':7}", "registers", "stack", "shared", *COLUMNS]
+    lines = [" ".join(titles)]
+    for k in kernels:
+        values = [short(k.name)[:SHOWN].ljust(SHOWN), f"{k.architecture:7}", k.registers, k.stack, k.shared]
+        values += [k.count(title) for title in COLUMNS]
+        lines.append(" ".join(str(v).rjust(len(title)) for title, v in zip(titles, values, strict=True)))
+    return lines
+
+
+def installed() -> Path:
+    from semhitok import _C
+
+    return Path(_C.__file__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", nargs="?", type=Path, help="default: the installed semhitok._C")
+    arguments = parser.parse_args()
+    binary = arguments.binary or installed()
+    try:
+        kernels = read(binary)
+    except ToolError as error:
+        parser.error(str(error))
+    if not kernels:
+        parser.error(f"{binary}: no CUDA machine code in it")
+    print("\n".join(table(kernels)))
+    broken = broken_promises(kernels)
+    print("\n".join(broken) or "no kernel of ours uses local memory; all promised instructions are there")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Understanding against reconstruction: the hierarchical codebook and its rivals, at equal networks, updates and codes.
+
+    python -m benchmarks.tradeoff.run --quick --out tradeoff      # one seed, about ten minutes on two cores
+    python -m benchmarks.tradeoff.run --out tradeoff-full         # three seeds, longer training, all sizes
+
+On generated pictures (`semhitok.demo.shapes`) with a small text-aligned teacher trained on their captions. The designs
+are described in tradeoff_arms.py. Columns, all of held-out pictures:
+
+    shape, colour   accuracy of a linear probe on the mean code vector of the cell that an object lies in
+    by id           shape again, from learned values of the ids in place of their code vectors
+    pair AP         mean average precision of an attention-pool probe: which (shape, colour) pairs a picture has
+    PSNR, SSIM      of reconstructions; "sem. PSNR" of those from the semantic id alone
+    var sem, var id share of the variance of patches' pixels that the semantic id, and the whole id, explain
+    used, perpl.    share of ids in use, perplexity of the ids; bits = log2 of it, a patch's entropy
+    params, codes   millions of weights that the design needs, besides the frozen teacher; numbers in its codebooks
+    seconds         of training; stages that arms share are counted in each of them
+
+With several seeds a figure is a mean and half of its 95 % confidence interval (t-distribution) over trainings; data and
+teacher stay the same. Finished (arm, seed) are kept in OUT and not computed again, so processes with seeds of their own
+may share it. Exit status 1 if a check at the end misses. --photographs measures reconstruction on crops of the demo's
+photographs instead, without labels and checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.tradeoff.arms import GRID, Arm, Network, fit, stages
+from benchmarks.tradeoff.measures import Data, measure, understanding
+from semhitok._files import write_atomic
+from semhitok.config import DataConfig
+from semhitok.data.crops import RandomCrops
+from semhitok.data.images import list_images
+from semhitok.demo import shapes
+from semhitok.demo.photographs import write_photographs
+from semhitok.demo.teacher import ContrastiveConfig, shapes_lesson, train_teacher
+from semhitok.models.teacher import Teacher
+
+COLUMNS = {
+    "shape": "shape", "colour": "colour", "by_id": "by id", "pair_ap": "pair AP", "psnr": "PSNR", "ssim": "SSIM",
+    "semantic_psnr": "sem. PSNR", "variance_semantic": "var sem", "variance_id": "var id", "used": "used",
+    "perplexity": "perpl.", "bits": "bits", "parameters": "params", "codebook": "codes", "seconds": "seconds",
+}  # fmt: skip
+TEACHER_ROW = "continuous teacher"
+
+
+@dataclass
+class Settings:
+    """What a result depends on besides its arm and seed; two results of the same settings compare.
+
+    pictures: of training; probe, test: pictures that probes learn from and that everything is measured on.
+    steps, batch: updates of a branch and their pictures. teacher_*: see ContrastiveConfig. probe_steps: of the
+        attention-pool probe.
+    """
+
+    pictures: int = 16_000
+    probe: int = 4_000
+    test: int = 1_000
+    steps: int = 500
+    batch: int = 32
+    teacher_steps: int = 1_000
+    teacher_batch: int = 64
+    probe_steps: int = 400
+    photographs: bool = False
+
+
+QUICK = Settings(pictures=8_000, probe=2_500, test=750, steps=220, teacher_steps=650, probe_steps=330)
+
+
+def arms(K: int, m: int, quick: bool) -> list[Arm]:
+    """The arms of the table: main ones, then the sizes K x m of equal product, then large vocabularies."""
+    main = [
+        Arm("semantic", K, 1), Arm("flat", K, m), Arm("independent", K, m), Arm("shared", K, m),
+        Arm("joint", K, m), Arm("joint", K, m, "image"), Arm("staged", K, m), Arm("ragged", K, m),
+    ]  # fmt: skip
+    if quick:
+        return [*main, Arm("staged", 2 * K, m // 2)]
+    sizes = [Arm("staged", K * m // n, n) for n in (4 * m, 2 * m, m // 2, m // 4) if n and K * m // n > 1]
+    large = [Arm("independent", K, K), Arm("staged", K, 16 * m)]
+    return [*main, Arm("staged", K, m, "image"), *sizes, Arm("semantic", K * m, 1), *large]
+
+
+def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
+    """The data, and the teacher that is trained or found in `out`."""
+    config = ContrastiveConfig("shapes", settings.pictures, settings.teacher_steps, settings.teacher_batch)
+    began = time.perf_counter()
+    sets = {"train": (0, settings.pictures), "probe": (1, settings.probe), "test": (2, settings.test)}
+    made = {name: shapes.pictures(seed, 0, count) for name, (seed, count) in sets.items()}
+    _say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
+    teacher = Teacher(train_teacher(config, out, lambda: shapes_lesson(made["train"])), GRID)
+    images = {name: pictures.images for name, pictures in made.items()}
+    if settings.photographs:
+        folders = write_photographs(out / "photographs")
+        for name, part, seed in (("train", "train", 0), ("probe", "train", 1), ("test", "held_out", 2)):
+            crops = RandomCrops(list_images([folders[part]]), shapes.SIZE, DataConfig(crop_scale=None), seed)
+            images[name] = torch.stack([(crops[n] * 255).round().byte() for n in range(sets[name][1])])
+    features = {
+        name: torch.cat([_features(teacher, x.float() / 255) for x in some.split(250)]) for name, some in images.items()
+    }
+    labels = None if settings.photographs else {name: pictures.labels for name, pictures in made.items()}
+    return Data(images, features, labels), teacher
+
+
+def _features(teacher: Teacher, images: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return teacher(images).bfloat16()
+
+
+class Trainer:
+    """Trains arms; a semantic branch that several arms share is trained once a seed."""
+
+    def __init__(self, data: Data, teacher: Teacher, settings: Settings) -> None:
+        self.data, self.teacher, self.settings = data, teacher, settings
+        self.shared: dict[tuple[Any, ...], tuple[Network, float]] = {}
+
+    def train(self, arm: Arm, seed: int) -> tuple[Network, float]:
+        """The trained network of an arm, and the seconds of training it."""
+        torch.manual_seed(seed)
+        net, seconds = Network(arm, self.teacher), 0.0
+        for parts in stages(arm):
+            if parts != {"semantic"}:
+                seconds += self._fit(net, parts, seed)
+                continue
+            key = (arm.K, arm.feed, seed)
+            if key not in self.shared:
+                torch.manual_seed(seed)
+                branch = Network(Arm("semantic", arm.K, 1, arm.feed), self.teacher)
+                self.shared[key] = branch, self._fit(branch, parts, seed)
+            branch, spent = self.shared[key]
+            for name in ("vit", "head", "semantic_decoder"):
+                setattr(net, name, copy.deepcopy(getattr(branch, name)))
+            net.codes.semantic = copy.deepcopy(branch.codes.semantic)
+            seconds += spent
+        return net.eval(), seconds
+
+    def _fit(self, net: Network, parts: set[str], seed: int) -> float:
+        began = time.perf_counter()
+        images, features = self.data.images["train"], self.data.features["train"]
+        fit(net, parts, images, features, self.settings.steps, self.settings.batch, seed)
+        return time.perf_counter() - began
+
+
+# ---- the table, its checks and the plot ----
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of the mean; nan for one value."""
+    if len(values) < 2:
+        return math.nan
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def _number(key: str, values: list[float]) -> str:
+    if not values:
+        return "-"
+    digits = {"psnr": 2, "semantic_psnr": 2, "bits": 2, "parameters": 2, "perplexity": 0, "codebook": 0, "seconds": 0}
+    n = digits.get(key, 3)
+    half = interval(values)
+    return f"{mean(values):.{n}f}" + ("" if math.isnan(half) or key in ("parameters", "codebook") else f"±{half:.{n}f}")
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """One line an arm: the mean of each column over its seeds, and half of the confidence interval."""
+    keys = [k for k in COLUMNS if any(k in r for rows in results.values() for r in rows)]
+    lines = [["", *(COLUMNS[k] for k in keys)]]
+    lines += [[title, *(_number(k, [r[k] for r in rows if k in r]) for k in keys)] for title, rows in results.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(text.rjust(w) if n else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def checks(results: dict[str, list[dict[str, float]]], K: int, m: int, quick: bool) -> list[tuple[bool, str]]:
+    """What the hierarchical codebook promises, held against the means: whether it came true, and the figures."""
+
+    def of(arm: Arm | str, key: str) -> float:
+        return mean(r[key] for r in results[arm.title if isinstance(arm, Arm) else arm])
+
+    staged, semantic = Arm("staged", K, m), Arm("semantic", K, 1)
+    flat, independent = Arm("flat", K, m), Arm("independent", K, m)
+    gain = 1.5 if quick else 2.0
+    asked = [
+        (f"{name}: staged at least semantic only - .02", of(staged, key), of(semantic, key) - 0.02)
+        for name, key in (("shape", "shape"), ("pair AP", "pair_ap"))
+    ]
+    asked += [
+        (f"PSNR: staged at least semantic only + {gain}", of(staged, "psnr"), of(semantic, "psnr") + gain),
+        ("PSNR: staged at least two independent + .5", of(staged, "psnr"), of(independent, "psnr") + 0.5),
+        ("shape: staged at least flat + .4", of(staged, "shape"), of(flat, "shape") + 0.4),
+        ("pixel variance explained by the semantic id", of(staged, "variance_semantic"), 0.3),
+        ("ids in use", of(staged, "used"), 0.9),
+    ]
+    if not quick:
+        asked.append(("shape: continuous teacher", of(TEACHER_ROW, "shape"), 0.95))
+    return [(got >= bar, f"{what}: {got:.3f}, asked {bar:.3f}") for what, got, bar in asked]
+
+
+def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """PSNR against the shape probe and against pair AP."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    for axis, key in zip(axes, ("shape", "pair_ap"), strict=True):
+        for n, (title, rows) in enumerate((t, r) for t, r in results.items() if "psnr" in r[0]):
+            x, y = ([row[k] for row in rows] for k in ("psnr", key))
+            error = [None if len(rows) < 2 else interval(values) for values in (x, y)]
+            marker = "os^Dv<>P"[n % 8]
+            axis.errorbar(mean(x), mean(y), error[1], error[0], marker=marker, linestyle="", label=title)
+        if all(key in r for r in results.get(TEACHER_ROW, [])) and TEACHER_ROW in results:
+            axis.axhline(results[TEACHER_ROW][0][key], linestyle="--", color="grey", label=TEACHER_ROW)
+        axis.set(xlabel="reconstruction: PSNR, dB", ylabel=f"understanding: {COLUMNS[key]}")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tradeoff"))
+    parser.add_argument("--quick", action="store_true", help="one seed, short training, fewer sizes")
+    parser.add_argument("--photographs", action="store_true", help="reconstruction of photographs instead")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of the trainings of every arm (default: 0 1 2, 0 with --quick)",
+    )
+    parser.add_argument("--sizes", type=int, nargs=2, default=(256, 8), metavar=("K", "m"))
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=N", help="a field of Settings")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(**asdict(QUICK if args.quick else Settings()) | {"photographs": args.photographs})
+    for assignment in args.set:
+        name, _, value = assignment.partition("=")
+        if name not in asdict(settings) or not value.isdigit():
+            parser.error(f"--set: expected one of {', '.join(asdict(settings))} = a number, got {assignment}")
+        setattr(settings, name, int(value))
+    (K, m), began = args.sizes, time.perf_counter()
+    if m < 2:
+        parser.error(f"--sizes: expected m of at least 2, got {m}")
+    kept = args.out / "results"
+    kept.mkdir(parents=True, exist_ok=True)
+    inputs: list[tuple[Data, Trainer]] = []  # made when the first result is missing
+
+    def result(title: str, seed: int, arm: Arm | None) -> dict[str, float]:
+        key = {"title": title, "seed": seed, **asdict(settings)}
+        path = kept / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+        if path.exists():
+            return json.loads(path.read_text())["figures"]
+        if not inputs:
+            data, teacher = load(settings, args.out)
+            inputs.append((data, Trainer(data, teacher, settings)))
+        data, trainer = inputs[0]
+        if arm is None:
+            figures = understanding(data.features, data.labels, seed, settings.probe_steps)
+        else:
+            net, seconds = trainer.train(arm, seed)
+            figures = {**measure(net, data, seed, settings.probe_steps), "seconds": seconds}
+        write_atomic(path, json.dumps({**key, "figures": figures}, indent=1).encode())
+        _say(f"{title}, seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
+        return figures
+
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in args.seeds or ([0] if args.quick else [0, 1, 2]):
+        rows = [(arm.title, arm) for arm in arms(K, m, args.quick)]
+        for title, arm in rows if args.photographs else [(TEACHER_ROW, None), *rows]:
+            results.setdefault(title, []).append(result(title, seed, arm))
+    text = table(results)
+    (args.out / "table.txt").write_text(text + "\n")
+    print(text)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"\n{time.perf_counter() - began:.0f} s, peak memory {peak:.0f} MiB, {torch.get_num_threads()} threads")
+    ragged, fixed = (mean_of(results[Arm(kind, K, m).title]) for kind in ("ragged", "staged"))
+    print(
+        f"rate and distortion: ragged m {ragged['bits']:.2f} bits, {ragged['psnr']:.2f} dB;"
+        f" fixed m {fixed['bits']:.2f} bits, {fixed['psnr']:.2f} dB"
+    )
+    if args.photographs:
+        return 0
+    draw(results, args.out / "tradeoff.png")
+    found = checks(results, K, m, args.quick)
+    for good, what in found:
+        print(f"{'ok  ' if good else 'MISS'}  {what}")
+    return 0 if all(good for good, _ in found) else 1
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: mean(row[key] for row in rows) for key in rows[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Corpora of ids on disk: the format, reading, and encoding images into one."""

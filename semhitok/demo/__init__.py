@@ -1,0 +1,1 @@
+"""The demos and their toy world: photographs, generated pictures, small teachers."""

@@ -1,0 +1,284 @@
+"""Training of the small teacher on pictures and their captions: SigLIP (Zhai et al. 2023) in small, in minutes.
+
+loss = sigmoid contrastive loss of images and captions
+     + 10 (which words the caption has, from the image: binary cross-entropy)
+     + what is said of each region, of the background where it is empty, from the mean of its tokens: cross-entropy
+
+The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
+alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
+teacher would be blind to most pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semhitok._files import write_atomic
+from semhitok._optional import require
+from semhitok.config import TeacherConfig
+from semhitok.demo import scenes, shapes
+from semhitok.models.teacher import vision_transformer
+
+NAME = "vit_shapes_patch8_64"
+
+CELLS = shapes.CELLS**2
+GRID = 8  # tokens a side
+# Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
+WEIGHTS = {"shape": 3.0, "colour": 2.0}
+OTHER_WEIGHT = 0.1  # of the other attributes
+BACKGROUND_WEIGHT = 1.0
+SCALE = 20.0  # of the cosines that are logits of regions
+
+
+class Lesson(NamedTuple):
+    """N pictures and what their captions say of them, in numbers.
+
+    images: uint8 [N, 3, 64, 64].
+    words: float32 [N, P, V], for each of a caption's phrases ones for the words that it has.
+    regions: float32 [N, R, 64], shares of the 8 x 8 tokens in regions of the picture; a region's sum to one.
+    labels: int64 [N, R, A], attributes of the object in each region; -1 where there is none.
+    background: int64 [N, B], attributes of the background.
+    attributes, surroundings: name -> number of values, of the columns of `labels` and of `background`.
+    """
+
+    images: Tensor
+    words: Tensor
+    regions: Tensor
+    labels: Tensor
+    background: Tensor
+    attributes: dict[str, int]
+    surroundings: dict[str, int]
+
+
+@dataclass
+class ContrastiveConfig:
+    """Training of the small teacher.
+
+    data, pictures: name and size of the training set.
+    steps, batch_size, lr: of AdamW; warm-up over the first tenth, then cosine decay to nothing.
+    words_weight, region_weight: of the second and third term of the loss.
+    """
+
+    data: str = "shapes"
+    pictures: int = 16_000
+    steps: int = 1500
+    batch_size: int = 96
+    lr: float = 1.5e-3
+    words_weight: float = 10.0
+    region_weight: float = 1.0
+    seed: int = 0
+
+
+def shapes_lesson(data: shapes.Pictures) -> Lesson:
+    """What the captions of `semhitok.demo.shapes` say: regions are the 3 x 3 cells, phrases objects and background."""
+    objects = [w for words in shapes.ATTRIBUTES.values() for w in words] + [*shapes.ROWS, *shapes.COLUMNS]
+    of_object = {word: n for n, word in enumerate(objects)}
+    # A word of an object and the same word of a background would be two.
+    behind = [w for words in shapes.SURROUNDINGS.values() for w in words]
+    of_background = {word: n + len(objects) for n, word in enumerate(behind)}
+    found = torch.zeros(len(data.captions), 4, len(objects) + len(behind))  # three objects at most and the background
+    for caption, rows in zip(data.captions, found, strict=True):
+        for phrase, row in zip(caption.split(", "), rows, strict=False):
+            words = of_background if phrase.endswith(" light") else of_object
+            row[[words[w] for w in phrase.split() if w in words]] = 1
+    return Lesson(
+        data.images,
+        found,
+        cell_means().expand(len(found), -1, -1),
+        data.labels,
+        data.background,
+        {name: len(words) for name, words in shapes.ATTRIBUTES.items()},
+        {name: len(words) for name, words in shapes.SURROUNDINGS.items()},
+    )
+
+
+def scenes_lesson(data: scenes.Pictures) -> Lesson:
+    """What the captions of `semhitok.demo.scenes` say: regions are the object's surroundings and all else."""
+    names = list(scenes.ATTRIBUTES)
+    firsts = torch.tensor([0, *scenes.COUNTS[:-1]]).cumsum(0)
+    found = torch.zeros(len(data.labels), 2, sum(scenes.COUNTS))  # the object, the background
+    found[:, 0].scatter_(1, (firsts + data.labels)[:, :4], 1.0)
+    found[:, 1].scatter_(1, (firsts + data.labels)[:, 4:], 1.0)
+    near = torch.stack([scenes.surroundings(position, GRID).flatten() for position in range(CELLS)])
+    regions = torch.stack([near, ~near], 1)[data.labels[:, names.index("position")]].float()
+    objects = data.labels[:, :3, None].transpose(1, 2)
+    return Lesson(
+        data.images,
+        found,
+        regions / regions.sum(-1, keepdim=True),
+        torch.cat([objects, torch.full_like(objects, -1)], 1),
+        data.labels[:, 4:],
+        {name: len(scenes.ATTRIBUTES[name]) for name in names[:3]},
+        {"background": len(scenes.ATTRIBUTES["background"])},
+    )
+
+
+def cell_means(grid_size: int = GRID) -> Tensor:
+    """Shares [9, grid_size^2] of the tokens in each of the 3 x 3 cells."""
+    one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), CELLS).float()
+    return (one_hot / one_hot.sum(0)).T.contiguous()
+
+
+class TextEncoder(nn.Module):
+    """Phrases as ones [N, P, V] -> unit vectors [N, width]: each phrase through one MLP, summed."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.phrase = nn.Sequential(nn.Linear(vocabulary, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.project = nn.Linear(width, width)
+
+    def forward(self, words: Tensor) -> Tensor:
+        present = words.amax(-1, keepdim=True)
+        return F.normalize(self.project((self.phrase(words) * present).sum(1)), dim=-1)
+
+
+class ImageHead(nn.Module):
+    """What training reads off the teacher's tokens [B, 64, width], and nobody needs afterwards.
+
+    Returns unit vectors [B, width]; logits [B, V] of the caption's words; logits [B, R, logits] of each region, for
+    `region_loss`.
+    """
+
+    mean: Tensor
+
+    def __init__(self, width: int, vocabulary: int, logits: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pool = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.project = nn.Linear(width, width)
+        self.words = nn.Linear(CELLS * width, vocabulary)
+        self.regions = nn.Parameter(torch.randn(logits, width) * width**-0.5)
+        self.register_buffer("mean", cell_means())
+
+    def forward(self, tokens: Tensor, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.norm(tokens)
+        pooled, _ = self.pool(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
+        of_cells = self.mean.to(tokens.dtype) @ tokens
+        embedding = F.normalize(self.project(pooled[:, 0]).float(), dim=-1)
+        # Cosines of a fixed scale: an attribute that is easy to tell keeps its share of the features, where free
+        # logits of it would do with ever less, and no code would be spent on it.
+        told = F.normalize((regions.to(tokens.dtype) @ tokens).float(), dim=-1)
+        cosines = F.linear(told, F.normalize(self.regions, dim=-1))
+        return embedding, self.words(of_cells.flatten(1)), SCALE * cosines
+
+
+def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's loss of unit vectors [B, D]: every pair of an image and a text is a match or none."""
+    logits = images @ texts.T * log_scale.exp() + bias
+    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum(1).mean()
+
+
+def logit_sizes(lesson: Lesson) -> list[int]:
+    """Of a region: logits of its object's attributes, "none" first in each, then of the background's."""
+    return [*(1 + count for count in lesson.attributes.values()), *lesson.surroundings.values()]
+
+
+def region_loss(logits: Tensor, lesson: Lesson, pick: Tensor) -> Tensor:
+    """Cross-entropy of ImageHead's logits of regions [B, R, .] with what is said of the pictures `pick` [B], weighted.
+
+    Regions without object, most of them, count a tenth in the objects' terms. The background is asked of those alone:
+    an object's tokens that had to tell it too would need a code for every pair of both.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    labels, background = lesson.labels[pick], lesson.background[pick]
+    parts = logits.float().split(logit_sizes(lesson), dim=-1)
+    for n, (name, part) in enumerate(zip(lesson.attributes, parts, strict=False)):
+        target = labels[..., n].flatten() + 1
+        each = F.cross_entropy(part.flatten(0, 1), target, reduction="none")
+        weight = torch.where(target > 0, 1.0, 0.1)
+        total = total + WEIGHTS.get(name, OTHER_WEIGHT) * (each * weight).sum() / weight.sum()
+    empty = labels[..., 0] < 0
+    for n, part in enumerate(parts[len(lesson.attributes) :]):
+        target = background[:, n, None].expand(-1, part.shape[1])
+        total = total + BACKGROUND_WEIGHT * F.cross_entropy(part[empty], target[empty])
+    return total
+
+
+def train_teacher(
+    config: ContrastiveConfig, folder: str | os.PathLike[str], lesson: Callable[[], Lesson]
+) -> TeacherConfig:
+    """Train the teacher, or find it trained with the same settings in `folder`.
+
+    Args:
+        lesson: makes what `config.data` and `config.pictures` name; called when it is needed.
+
+    Returns:
+        The configuration with which `Teacher` loads its weights, a safetensors file in `folder` named after the
+        settings.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    path = Path(folder) / f"{NAME}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors = require("safetensors.torch", "models")
+        weights = _train(config, lesson())
+        write_atomic(path, safetensors.save(weights, metadata={"format": "pt", "settings": settings}))
+    return TeacherConfig(NAME, pretrained=False, checkpoint=str(path), image_size=shapes.SIZE, block=-1)
+
+
+def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
+    torch.manual_seed(config.seed)
+    vit: Any = vision_transformer("teacher", NAME, load=False, checkpoint=None, image_size=shapes.SIZE)
+    words, width = data.words, vit.embed_dim
+    text, head = TextEncoder(words.shape[-1], width), ImageHead(width, words.shape[-1], sum(logit_sizes(data)))
+    scale = nn.Parameter(torch.tensor([2.3, -10.0]))  # SigLIP's log of the temperature, and its bias
+    parameters: list[nn.Parameter] = [*vit.parameters(), *text.parameters(), *head.parameters()]
+    groups: list[dict[str, Any]] = [{"params": parameters}, {"params": [scale], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, config.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
+    )
+    cfg = vit.pretrained_cfg
+    mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    draw = torch.Generator().manual_seed(config.seed)
+    started = time.perf_counter()
+    bar = require("tqdm", "models").tqdm(total=config.steps, desc="teacher", unit="step", disable=None)
+    vit.train()
+    for step in range(config.steps):
+        if step * config.batch_size // len(words) != (step - 1) * config.batch_size // len(words) or step == 0:
+            order = torch.randperm(len(words), generator=draw)
+        pick = order[(step * config.batch_size + torch.arange(config.batch_size)) % len(words)]
+        images = (data.images[pick].float() / 255 - mean) / std
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding, of_words, of_regions = head(
+                vit.forward_features(images.contiguous(memory_format=torch.channels_last)), data.regions[pick]
+            )
+            texts = text(words[pick])
+        loss = (
+            sigmoid_loss(embedding, texts.float(), scale[0], scale[1])
+            + config.words_weight * F.binary_cross_entropy_with_logits(of_words.float(), words[pick].amax(1))
+            + config.region_weight * region_loss(of_regions, data, pick)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if bar.disable and (step + 1) % max(config.steps // 5, 1) == 0:
+            spent = time.perf_counter() - started
+            print(
+                f"teacher: step {step + 1} of {config.steps}, loss {loss.item():.3f}, {spent:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    bar.close()
+    return {k: v.detach().float().contiguous() if v.is_floating_point() else v for k, v in vit.state_dict().items()}

@@ -1,0 +1,208 @@
+"""The demo: photographs in, ids out, photographs back; figures and a table of what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from semhitok import ops
+from semhitok._files import write_atomic
+from semhitok._optional import require
+from semhitok.config import TrainConfig
+from semhitok.corpus.ids_file import save_codes
+from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
+from semhitok.demo.photographs import write_photographs
+from semhitok.evaluation import figures
+from semhitok.evaluation.metrics import psnr, ssim
+from semhitok.tokenizer import SemHiTok
+from semhitok.training import train
+from semhitok.usage import CodeUsage
+
+BATCH = 32
+
+
+def demo(config: TrainConfig, out: Path) -> str:
+    """Train on the demo's photographs (or go on with it), evaluate, draw; the table as text."""
+    folders = write_photographs(out / "photographs")
+    seconds = train(config, [folders["train"]], out, held_out=[folders["held_out"]])
+    tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
+    size = config.model.image_size
+    # part -> its photographs, cut at the right and bottom to whole crops of the tokenizer's size
+    photographs = {
+        part: [whole_tiles(read_image(path), size) for path in list_images([folder])]
+        for part, folder in folders.items()
+    }
+    begun = time.perf_counter()
+    codes = {part: [_encode(tokenizer, x) for x in images] for part, images in photographs.items()}
+    seconds_encoding = time.perf_counter() - begun
+    everything = torch.cat([c for part in codes.values() for c in part])
+    metrics: dict[str, Any] = {}
+    pictures: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for part in ("held_out", "unseen"):
+        images = photographs[part]
+        names = [f"{n:02}-{t:03}" for n, c in enumerate(codes[part]) for t in range(len(c))]
+        save_codes(out / f"{part}_ids.safetensors", torch.cat(codes[part]), names, tokenizer.vocabulary)
+        full = [_decode(tokenizer, c, x) for c, x in zip(codes[part], images, strict=True)]
+        semantic = [_decode(tokenizer, c, x, semantic_only=True) for c, x in zip(codes[part], images, strict=True)]
+        metrics[part] = _fidelity(full, images)
+        metrics[part]["semantic_only_psnr"] = _fidelity(semantic, images)["psnr"]
+        metrics[part]["codes"] = _usage(config, torch.cat(codes[part]))
+        pictures[part] = list(zip(images, semantic, full, strict=True))
+    metrics |= _usage(config, everything)
+    metrics["tokens"] = everything.numel()
+    metrics["references"] = _references(photographs, config)
+    metrics["bits_per_pixel"] = config.model.bits_per_pixel
+    metrics["tokens_per_second"] = everything.numel() / seconds_encoding
+    metrics["seconds"] = seconds | {"total": sum(seconds.values())}
+    metrics["teacher"] = "stand-in: a fixed Vision Transformer with random weights"
+    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+
+    _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
+    photograph = photographs["unseen"][0]
+    row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
+    figures.semantic_map(tokenizer, [row], out / "semantic_map.png")
+    crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
+    figures.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
+    _draw_curves(out)
+    return _table(metrics, config, out)
+
+
+def _encode(tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
+    """Ids [T, h, w] of the tiles of a photograph."""
+    return torch.cat([tokenizer.encode(x) for x in tiles(photograph, tokenizer.config.image_size).split(BATCH)])
+
+
+def _decode(tokenizer: SemHiTok, codes: Tensor, like: Tensor, *, semantic_only: bool = False) -> Tensor:
+    """The picture of a photograph's ids, put together from its tiles."""
+    parts = torch.cat([tokenizer.decode(c, semantic_only=semantic_only) for c in codes.split(BATCH)])
+    return untile(parts, like.shape[2] // tokenizer.config.image_size)
+
+
+def _fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float]:
+    """Mean PSNR and SSIM over whole photographs, so that a large one counts no more than a small one."""
+    pairs = list(zip(pictures, originals, strict=True))
+    return {f.__name__: sum(f(x[None], y[None]).item() for x, y in pairs) / len(pairs) for f in (psnr, ssim)}
+
+
+def _usage(config: TrainConfig, codes: Tensor) -> dict[str, dict[str, float]]:
+    usage = CodeUsage(config.model.num_codes, config.model.num_sub_codes)
+    usage.update(codes)
+    return usage.summary()
+
+
+def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> dict[str, Any]:
+    """What trivial codings of the same patches reach on the same photographs.
+
+    block_mean: every patch is its mean colour, in full precision. kmeans_patches: every patch is the nearest of K * m
+    patches, a k-means codebook of raw pixels, so the same bits as the tokenizer.
+    """
+    cluster = require("sklearn.cluster", "demo")
+    p, total = config.model.patch_size, config.model.vocabulary_size
+
+    def patches(image: Tensor) -> Tensor:
+        return F.pixel_unshuffle(image, p).permute(1, 2, 0)
+
+    train = torch.cat([patches(x).flatten(0, 1) for x in photographs["train"]])
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))[: 32 * total]
+    kmeans = cluster.MiniBatchKMeans(total, batch_size=4096, n_init=1, max_iter=20, random_state=config.seed)
+    codebook = torch.from_numpy(kmeans.fit(train[chosen].numpy()).cluster_centers_).float()
+
+    def block_mean(image: Tensor) -> Tensor:
+        return F.avg_pool2d(image, p).repeat_interleave(p, 1).repeat_interleave(p, 2)
+
+    def kmeans_patches(image: Tensor) -> Tensor:
+        _, ids = ops.nearest_code(patches(image), codebook, "l2")
+        return F.pixel_shuffle(codebook[ids].permute(2, 0, 1), p)
+
+    return {
+        reference.__name__: {
+            part: _fidelity([reference(x) for x in photographs[part]], photographs[part])
+            for part in ("held_out", "unseen")
+        }
+        for reference in (block_mean, kmeans_patches)
+    }
+
+
+def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
+    references = metrics["references"]
+    lines = [
+        "",
+        f"semhitok-tiny on photographs (teacher: {metrics['teacher']})",
+        "",
+        f"{'':34}  PSNR dB   SSIM  semantic part only, dB",
+    ]
+    for part, label in (("held_out", "held-out parts of 14 photographs"), ("unseen", "an unseen photograph")):
+        row = metrics[part]
+        lines.append(f"{label:34}  {row['psnr']:7.2f}  {row['ssim']:5.3f}  {row['semantic_only_psnr']:22.2f}")
+        for name, title in (("block_mean", "block mean"), ("kmeans_patches", "k-means patch codebook")):
+            other = references[name][part]
+            lines.append(f"{'  trivial: ' + title:34}  {other['psnr']:7.2f}  {other['ssim']:5.3f}")
+    m = config.model
+    sizes = {"semantic": m.num_codes, "flat": m.vocabulary_size, "group": m.num_sub_codes}
+    for title, codes in (
+        (f"codes of all {metrics['tokens']:,} patches", metrics),
+        ("codes of the held-out parts alone", metrics["held_out"]["codes"]),
+    ):
+        lines += ["", f"{title:34}  {'usage':>7}  perplexity  of"]
+        for view, size in sizes.items():
+            row = codes[view]
+            lines.append(f"{'  ' + view:34}  {row['usage']:7.3f}  {row['perplexity']:10.1f}  {size}")
+    seconds = metrics["seconds"]
+    lines += [
+        "",
+        f"{'bits per pixel':34}  {metrics['bits_per_pixel']:7.3f}",
+        f"{'tokens per second, encoding':34}  {metrics['tokens_per_second']:7.0f}",
+        f"{'seconds, semantic stage':34}  {seconds['semantic']:7.1f}",
+        f"{'seconds, pixel stage':34}  {seconds['pixel']:7.1f}",
+        "",
+        f"pictures, ids, checkpoint and metrics.json: {out}/",
+    ]
+    return "\n".join(lines)
+
+
+def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
+    """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
+    plt = figures.pyplot()
+    cut = [min(x.shape[1:]) for x, _, _ in rows]
+    rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
+    heights = [3 * row[0].shape[1] / row[0].shape[2] for row in rows]
+    figure, axes = plt.subplots(
+        len(rows), 3, figsize=(9, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for line, row in zip(axes, rows, strict=True):
+        for axis, picture in zip(line, row, strict=True):
+            axis.imshow(figures.picture(picture), interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], ("original", "semantic part only", "full reconstruction"), strict=True):
+        axis.set_title(title)
+    figures.save(figure, out / "reconstructions.png")
+
+
+def _draw_curves(out: Path) -> None:
+    """Losses, and usage and perplexity by window, of both stages."""
+    plt = figures.pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6))
+    for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
+        lines = (out / stage / "log.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        for axis, keys in (
+            (row[0], ("cosine", "l1", "l2", "codebook", "commitment")),
+            (row[1], ("semantic_usage", "flat_usage", "group_usage")),
+        ):
+            for key in keys:
+                points = [(r["step"], r[key]) for r in records if r.get(key)]  # no commitment before the codes
+                if points and not (stage == "semantic" and key in ("flat_usage", "group_usage")):
+                    axis.plot(*zip(*points, strict=True), label=key.replace("_", " "))
+            axis.set(xlabel=f"step, {stage} stage")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+        row[0].set_yscale("log")
+        row[1].set_ylim(0, 1.05)
+    figure.tight_layout()
+    figures.save(figure, out / "curves.png")

@@ -1,0 +1,381 @@
+"""Rows of packed samples: what is in them, how often, in which order, and the same after any stop."""
+
+import itertools
+import json
+import tarfile
+from collections import Counter
+from io import BytesIO
+
+import pytest
+import torch
+from mllm_runs import small_tokenizer, write_jsonl
+
+transformers = pytest.importorskip("transformers")
+
+from semhitok.corpus.ids_file import save_codes  # noqa: E402
+from semhitok.data.images import read_image, resize_crop, save_png  # noqa: E402
+from semhitok.mllm import UnifiedMLLMConfig, join, prompts  # noqa: E402
+from semhitok.mllm.config import RowsConfig, SourceConfig  # noqa: E402
+from semhitok.mllm.rows import TASKS, Records, TrainingRows, WrongCodebook, fill, open_source  # noqa: E402
+
+TOKENIZER = small_tokenizer()
+HASH = TOKENIZER.codebook_hash
+CAPTIONS = [f"picture number {n}" for n in range(12)]
+WORDS = prompts.word_tokenizer([*CAPTIONS, "what is it ?", "a long text without end ."])
+MODEL = UnifiedMLLMConfig(
+    transformers.AutoConfig.for_model("qwen2", vocab_size=64, hidden_size=8, num_attention_heads=1), 5, 3, 6, 4, 2, 16,
+    codebook_hash=HASH,
+)  # fmt: skip
+VOCABULARY = MODEL.vocabulary
+
+
+def codes(count, seed=0):
+    return torch.randint(15, (count, 2, 2), generator=torch.Generator().manual_seed(seed))
+
+
+def captioned(count=12, seed=0):
+    return [{"caption": c, "codes": [x]} for c, x in zip(CAPTIONS, codes(count, seed), strict=False)]
+
+
+def rows_of(*sources, model=MODEL, seed=0, rank=0, world_size=1, **settings):
+    config = RowsConfig(**{"length": 24, "look_ahead": 4, "caption_drop": 0.0, "shuffle_buffer": 4, **settings})
+    return TrainingRows(sources, config, model, WORDS, seed, rank=rank, world_size=world_size)
+
+
+def members(micro, packed=None):
+    """(ids, labels, task) of every sample in the rows, padding left out."""
+    packed = packed or micro.packed
+    found = []
+    for n, (ids, labels, positions) in enumerate(zip(*packed, strict=True)):
+        starts = [*positions.eq(0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            if not micro.padding[n, start]:
+                assert not micro.padding[n, start:end].any()
+                task = TASKS[int(micro.tasks[n, start])]
+                assert micro.tasks[n, start:end].eq(TASKS.index(task)).all()
+                found.append((tuple(ids[start:end].tolist()), tuple(labels[start:end].tolist()), task))
+    return found
+
+
+def take(data, count, batch_size=4, micro_batch=2, position=None):
+    batches = data.batches(batch_size, micro_batch, 0, position)
+    try:
+        return [m for _ in range(count) for m in next(batches)], batches.position()
+    finally:
+        batches.close()
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        pairs = zip((*x.packed, x.tasks, x.images, x.places), (*y.packed, y.tasks, y.images, y.places), strict=True)
+        assert all(torch.equal(left, right) for left, right in pairs)
+
+
+def write_pictures(folder, count=12):
+    folder.mkdir(exist_ok=True)
+    draw = torch.Generator().manual_seed(0)
+    for n in range(count):
+        save_png(torch.rand(3, 16 + n, 20, generator=draw), folder / f"{n}.png")
+    return torch.cat([TOKENIZER.encode(_pixels(folder / f"{n}.png")) for n in range(count)])
+
+
+def _pixels(path):
+    return (resize_crop(read_image(path), 16).mul(255).round().to(torch.uint8).float() / 255)[None]
+
+
+def write_tar(path, folder, numbers, texts):
+    with tarfile.open(path, "w") as tar:
+        for n in numbers:
+            for suffix, content in (("png", (folder / f"{n}.png").read_bytes()), *texts(n)):
+                info = tarfile.TarInfo(f"{n:04}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+
+
+# ---- what is in a row ----
+
+
+def test_rows_hold_every_record_once_an_epoch_as_it_is_formatted():
+    data = rows_of(Records(captioned(), "generation", codebook_hash=HASH), look_ahead=1)
+    found = [m for micro in take(data, 30)[0] for m in members(micro)]
+    expected = set()
+    for record in captioned():
+        image = VOCABULARY.image(record["codes"][0], HASH)
+        sample = join(*prompts.generation_parts(WORDS, VOCABULARY, record["caption"], image))
+        # no label before the first id
+        expected.add((tuple(sample.input_ids.tolist()), (-100, *sample.labels[1:].tolist()), "generation"))
+    counts = Counter(found)
+    assert set(counts) == expected
+    assert max(counts.values()) - min(counts.values()) <= 4  # the streams are not at the same place
+
+
+def test_looking_ahead_leaves_less_padding():
+    texts = [{"text": "text " * (1 + n * 7 % 19)} for n in range(50)]
+
+    def padding(look_ahead):
+        data = rows_of(Records(texts, "text"), look_ahead=look_ahead)
+        return torch.cat([m.padding for m in take(data, 40)[0]]).float().mean()
+
+    assert padding(16) < 0.5 * padding(1)
+
+
+def test_mixture_and_dropped_captions_come_out_as_asked():
+    texts = Records([{"text": "a long text"}], "text", weight=1)
+    asked = Records(captioned(), "understanding", weight=3, question="what is it ?", codebook_hash=HASH)
+    drawn = Records(captioned(), "generation", weight=4, codebook_hash=HASH)
+    data = rows_of(texts, asked, drawn, caption_drop=0.25)
+    found = [m for micro in take(data, 500)[0] for m in members(micro)]
+    shares = {task: sum(m[2] == task for m in found) / len(found) for task in TASKS}
+    assert len(found) > 3000
+    assert shares == pytest.approx({"text": 1 / 8, "understanding": 3 / 8, "generation": 1 / 2}, abs=0.03)
+    begin = VOCABULARY.begin_of_image
+    dropped = [m[0][0] == begin for m in found if m[2] == "generation"]
+    assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
+    assert all(len(m[0]) > 12 for m in found if m[2] == "understanding")  # captions are dropped nowhere else
+
+
+def test_long_texts_are_cut_and_other_long_samples_passed_over(capfd):
+    long = {"text": " ".join(["a long text without end ."] * 9)}
+    data = rows_of(Records([long], "text"), look_ahead=2)
+    whole = join(*prompts.text_parts(WORDS, VOCABULARY, long["text"])).input_ids
+    found = [m[0] for micro in take(data, 6, 1, 1)[0] for m in members(micro)]
+    assert [len(ids) for ids in found[:3]] == [24, 24, len(whole) - 48]
+    assert torch.equal(torch.tensor(sum(found[:3], ())), whole)
+    talk = {"messages": [{"role": "user", "content": long["text"]}, {"role": "assistant", "content": "a"}]}
+    data = rows_of(Records([talk, *captioned()], "understanding", codebook_hash=HASH))
+    batches = data.batches(2, 2)
+    for _ in range(10):
+        next(batches)
+    assert batches.skipped >= 1
+    assert "skipped: record 1: data.length: expected at least 56 for this sample, got 24" in capfd.readouterr().err
+
+
+def test_samples_that_are_ready_are_taken_as_they_are():
+    ready = join(([3, 4], False), ([5], True))
+    data = rows_of(Records([ready], "text"), caption_drop=1.0)
+    assert members(take(data, 1)[0][0])[0] == ((3, 4, 5), (-100, -100, 5), "text")
+
+
+# ---- where they come from ----
+
+
+@pytest.mark.parametrize("resolution_id", [False, True])
+def test_pictures_in_files_give_the_rows_that_their_ids_give(tmp_path, resolution_id):
+    ids = write_pictures(tmp_path / "pictures")
+    model = UnifiedMLLMConfig(**{**MODEL.to_dict(), "resolution_id": resolution_id})
+    talk = [{"role": "user", "content": "<image> what is it ? <image>"}, {"role": "assistant", "content": "a <image>"}]
+    by_file = [{"caption": c, "images": [f"pictures/{n}.png"]} for n, c in enumerate(CAPTIONS)]
+    by_file += [{"messages": talk, "images": [f"pictures/{n}.png" for n in (5, 6, 7)]}]
+    by_ids = [{"caption": c, "codes": [ids[n].flatten().tolist()]} for n, c in enumerate(CAPTIONS)]
+    by_ids += [{"messages": talk, "codes": ids[5:8].tolist()}]
+    write_jsonl(tmp_path / "files.jsonl", by_file)
+    write_jsonl(tmp_path / "ids.jsonl", [{**r, "codebook_hash": HASH} for r in by_ids])
+    made = []
+    for name in ("files", "ids"):
+        source = open_source(SourceConfig(f"{tmp_path}/{name}.jsonl", "generation"), RowsConfig())
+        made.append(take(rows_of(source, model=model, length=40), 20)[0])
+    pictures = 0
+    for files, stored in zip(*made, strict=True):
+        pictures += len(files.images)
+        assert len(stored.images) == 0
+        encoded = TOKENIZER.encode(files.images.float() / 255).flatten(1) + VOCABULARY.text_size
+        for left, right in zip(fill(files, encoded), stored.packed, strict=True):
+            assert torch.equal(left, right)
+    assert pictures > 100
+
+
+def test_shards_give_images_with_captions_and_conversations(tmp_path):
+    ids = write_pictures(tmp_path / "pictures")
+    talk = [{"role": "user", "content": "<image> what is it ?"}, {"role": "assistant", "content": "a text"}]
+
+    def texts(n):
+        if n % 3 == 0:
+            return [("json", json.dumps({"messages": talk}).encode())]
+        caption = CAPTIONS[n]
+        return [("txt", caption.encode())] if n % 3 == 1 else [("json", json.dumps({"caption": caption}).encode())]
+
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", tmp_path / "pictures", range(shard * 6, shard * 6 + 6), texts)
+    source = open_source(
+        SourceConfig(f"{tmp_path}/{{0..1}}.tar", "understanding", question="what is it ?"), RowsConfig()
+    )
+    expected = set()
+    for n in range(12):
+        image = VOCABULARY.image(ids[n], HASH)
+        answer = "a text" if n % 3 == 0 else CAPTIONS[n]
+        parts = prompts.understanding_parts(WORDS, VOCABULARY, image, "what is it ?", answer)
+        expected.add(tuple(join(*parts).input_ids.tolist()))
+    for streams in (1, 2, 4):  # fewer, as many as and more than shards
+        found = Counter()
+        for micro in take(rows_of(source), 48 // streams, streams, 1)[0]:
+            encoded = TOKENIZER.encode(micro.images.float() / 255).flatten(1) + VOCABULARY.text_size
+            found.update(m[0] for m in members(micro, fill(micro, encoded)))
+        assert set(found) == expected
+        assert max(found.values()) - min(found.values()) <= 6
+
+
+def test_ids_files_have_their_captions_beside_them(tmp_path):
+    names = [f"{n}.png" for n in range(12)]
+    save_codes(tmp_path / "ids.safetensors", codes(12), names, TOKENIZER.vocabulary)
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps(dict(zip(names, CAPTIONS, strict=True))))
+    config = SourceConfig(f"{tmp_path}/ids.safetensors", "generation", captions=str(captions))
+    source = open_source(config, RowsConfig())
+    found = take(rows_of(source), 5)[0]
+    same(found, take(rows_of(Records(captioned(), "generation", codebook_hash=HASH)), 5)[0])
+    captions.write_text(json.dumps(dict(zip(names[:-1], CAPTIONS, strict=False))))
+    with pytest.raises(ValueError, match=r"expected a caption for each image of .*, got none for '11.png'"):
+        open_source(config, RowsConfig())
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])  # fewer, as many as and more than shards
+def test_a_corpus_of_ids_gives_its_captions(tmp_path, streams, capfd):
+    pytest.importorskip("pyarrow")
+    from semhitok.corpus.encoder import EncodingConfig, encode_corpus
+    from semhitok.corpus.format import EncodedCorpus
+
+    write_pictures(tmp_path / "pictures")
+    for n in range(11):  # the last has none
+        (tmp_path / "pictures" / f"{n}.txt").write_text(CAPTIONS[n])
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    config = EncodingConfig(batch_size=4, images_per_shard=6)
+    encode_corpus(str(tmp_path / "tokenizer"), [str(tmp_path / "pictures")], tmp_path / "corpus", config)
+
+    def data():
+        return rows_of(open_source(SourceConfig(f"{tmp_path}/corpus", "generation"), RowsConfig(shuffle_buffer=4)))
+
+    whole, _ = take(data(), 48 // streams, streams, 1)
+    found = Counter(m[0] for micro in whole for m in members(micro))
+    expected = set()
+    rows = [row for row in EncodedCorpus(tmp_path / "corpus") if row.caption]
+    assert sorted(row.caption for row in rows) == sorted(CAPTIONS[:11])
+    for ids, caption, _ in rows:
+        parts = prompts.generation_parts(WORDS, VOCABULARY, caption, VOCABULARY.image(ids, HASH))
+        expected.add(tuple(join(*parts).input_ids.tolist()))
+    assert set(found) == expected and max(found.values()) - min(found.values()) <= 6
+    assert "11.png: expected a caption, got none" in capfd.readouterr().err
+    parts, position = [], None
+    for count in (1, 4, 48 // streams - 5):
+        more, position = take(data(), count, streams, 1, position)
+        position = json.loads(json.dumps(position))
+        parts += more
+    same(whole, parts)
+
+
+def test_ids_of_another_codebook_are_refused(tmp_path):
+    other = small_tokenizer(1)
+    assert other.codebook_hash != HASH
+    records = [{**r, "codes": [r["codes"][0].tolist()]} for r in captioned()]
+    write_jsonl(tmp_path / "other.jsonl", [{**r, "codebook_hash": other.codebook_hash} for r in records])
+    write_jsonl(tmp_path / "unnamed.jsonl", records)
+    save_codes(tmp_path / "ids.safetensors", codes(12), CAPTIONS, other.vocabulary)
+    (tmp_path / "captions.json").write_text(json.dumps({c: c for c in CAPTIONS}))
+    for name in ("other.jsonl", "unnamed.jsonl", "ids.safetensors"):
+        config = SourceConfig(f"{tmp_path}/{name}", "generation", captions=f"{tmp_path}/captions.json")
+        with pytest.raises(WrongCodebook, match=r"codebook_hash: expected ids of codebook"):
+            take(rows_of(open_source(config, RowsConfig())), 1)
+
+
+def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
+    good = [{**r, "codes": [r["codes"][0].tolist()], "codebook_hash": HASH} for r in captioned()]
+    bad = [
+        {"caption": "a", "images": ["missing.png"]},
+        {"caption": "a", "codes": [[1, 2, 3]], "codebook_hash": HASH},
+        {"caption": "a", "codes": [[1, 2, 3, 15]], "codebook_hash": HASH},
+        {"caption": 7, "codes": [[1, 2, 3, 4]], "codebook_hash": HASH},
+        {"caption": "a"},
+        {"messages": [{"role": "user"}]},
+        {"picture": 1},
+    ]
+    path = write_jsonl(tmp_path / "mixed.jsonl", [*good, *bad])
+    path.write_text(path.read_text() + "[1]\n{broken\n\n")
+    source = open_source(SourceConfig(str(path), "generation"), RowsConfig())
+    assert len(source.records) == 12 + 9
+    batches = rows_of(source).batches(1, 1)
+    found = {m[0] for _ in range(40) for micro in next(batches) for m in members(micro)}
+    assert len(found) == 12 and batches.skipped > 9
+    err = capfd.readouterr().err
+    for words in (
+        "missing.png", "expected 4 ids an image, got 3", "expected ids in [0, 15), got 15", "caption: expected text",
+        "expected one beside a caption, got 0", "expected objects with role and content", "expected messages, caption",
+        "mixed.jsonl: record 20: expected an object, got list", "record 21: not JSON",
+    ):  # fmt: skip
+        assert words in err
+    hopeless = write_jsonl(tmp_path / "bad.jsonl", bad)
+    with pytest.raises(ValueError, match="1000 records in a row cannot be used; the last: "):
+        take(rows_of(open_source(SourceConfig(str(hopeless), "generation"), RowsConfig())), 1)
+
+
+def test_sources_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"path: expected .jsonl, .safetensors, webdataset shards or"):
+        open_source(SourceConfig("a.csv", "text"), RowsConfig())
+    with pytest.raises(FileNotFoundError):
+        open_source(SourceConfig(f"{tmp_path}/none.jsonl", "text"), RowsConfig())
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="records: expected at least one, got none"):
+        open_source(SourceConfig(f"{tmp_path}/empty.jsonl", "text"), RowsConfig())
+    with pytest.raises(ValueError, match="task: expected one of understanding, generation, text, got 'draw'"):
+        SourceConfig("a.jsonl", "draw")
+    with pytest.raises(ValueError, match="sources: expected at least one, got none"):
+        rows_of()
+
+
+# ---- the order ----
+
+
+def sources(folder):
+    """Of every kind."""
+    if not (folder / "0.tar").exists():
+        write_pictures(folder / "pictures")
+        for shard in range(3):
+            write_tar(folder / f"{shard}.tar", folder / "pictures", range(shard, 12, 3), lambda n: [("txt", b"a text")])
+        write_jsonl(folder / "texts.jsonl", [{"text": "a long text without end . " * n} for n in range(1, 11)])
+    return [
+        open_source(SourceConfig(f"{folder}/{{0..2}}.tar", "generation"), RowsConfig(shuffle_buffer=3)),
+        open_source(SourceConfig(f"{folder}/texts.jsonl", "text"), RowsConfig()),
+        Records(captioned(), "understanding", codebook_hash=HASH),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [2, 4])  # shards enough for all streams, and not
+def test_rows_go_on_from_a_position_as_if_never_stopped(tmp_path, workers, batch_size):
+    def data():
+        return rows_of(*sources(tmp_path), workers=workers, caption_drop=0.3)
+
+    whole, _ = take(data(), 14, batch_size, 1)
+    parts, position = [], None
+    for count in (1, 2, 3, 8):
+        found, position = take(data(), count, batch_size, 1, position)
+        position = json.loads(json.dumps(position))
+        parts += found
+    same(whole, parts)
+    other, _ = take(rows_of(*sources(tmp_path), seed=1), 14, batch_size, 1)
+    assert any(not torch.equal(a.packed.input_ids, b.packed.input_ids) for a, b in zip(whole, other, strict=True))
+
+
+def test_rows_do_not_depend_on_processes_workers_and_micro_batches(tmp_path):
+    def rows(data, batch_size=4, micro_batch=1):
+        micro, _ = take(data, 5, batch_size, micro_batch)
+        return [m.packed.input_ids for m in micro]
+
+    whole = torch.cat(rows(rows_of(*sources(tmp_path))))
+    assert torch.equal(torch.cat(rows(rows_of(*sources(tmp_path)), 4, 4)), whole)
+    assert torch.equal(torch.cat(rows(rows_of(*sources(tmp_path), workers=2))), whole)
+    shares = [rows(rows_of(*sources(tmp_path), rank=r, world_size=2), 4, 2) for r in range(2)]
+    assert torch.equal(torch.cat([torch.cat(pair) for pair in zip(*shares, strict=True)]), whole)
+
+
+def test_positions_and_sizes_that_do_not_fit_are_refused():
+    data = rows_of(Records(captioned(), "generation", codebook_hash=HASH))
+    _, position = take(data, 1)
+    with pytest.raises(ValueError, match="position: expected one of 8 streams, got 4 streams"):
+        data.batches(8, 1, 1, position)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of processes x micro_batch = 1 x 3, got 4"):
+        data.batches(4, 3)
+    with pytest.raises(ValueError, match=r"data.workers: expected a divisor of the 4 rows of a process, got 3"):
+        rows_of(Records(captioned(), "generation"), workers=3).batches(4, 1)
+    twice = rows_of(*[Records(captioned(), "generation", codebook_hash=HASH)] * 2)
+    with pytest.raises(ValueError, match="position: expected one of 2 sources, got 1"):
+        twice.batches(4, 1, 1, position)
