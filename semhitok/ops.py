@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
+from .grouping import Grouping
 
 __all__ = ["hier_lookup", "hier_quantize", "nearest_code", "nearest_subcode", "segment_sum"]
 
@@ -377,11 +378,9 @@ def _nearest_subcode_backward(
         return None, None, None, None, None
     z, sub_codebooks, group, ids, found, offsets = ctx.saved_tensors
     codes = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
-    if offsets is None:
-        flat = torch.where(found, group * sub_codebooks.shape[1] + ids, 0)
-    else:
-        # Offsets on a GPU may hold anything: no row outside the table is read.
-        flat = torch.where(found, offsets[torch.where(found, group, 0)] + ids, 0).clamp(0, codes.shape[0] - 1)
+    flat = Grouping.of(sub_codebooks, offsets).join(torch.where(found, group, 0), ids)
+    # Offsets on a GPU may hold anything: no row outside the table is read.
+    flat = torch.where(found, flat, 0).clamp(0, codes.shape[0] - 1)
     grad_z, grad_codes = _score_gradients(ctx, grad, z, codes, flat, found)
     return grad_z, None if grad_codes is None else grad_codes.view(sub_codebooks.shape), None, None, None
 
@@ -389,24 +388,20 @@ def _nearest_subcode_backward(
 def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:
     """Gradients of sem_codebook and pix_codebook from those of q_sem and q_pix."""
     codes, offsets = ctx.saved_tensors
-    # Codes out of range gave constant rows; rounding down keeps a negative one out of range here too.
-    if offsets is None:
-        semantic = torch.div(codes, ctx.pix_shape[1], rounding_mode="floor")
-    else:
-        semantic = torch.searchsorted(offsets, codes, right=True) - 1
+    grouping = Grouping(ctx.num_groups, math.prod(ctx.pix_shape[:-1]), offsets)
     to_sem = to_pix = None
+    # Codes out of range gave constant rows, and have groups out of range, which segment_sum leaves out.
     if sem and grad_sem is not None:
-        to_sem = _rows_gradient(grad_sem, semantic, ctx.groups, ctx.sem_dtype)
+        to_sem = _rows_gradient(grad_sem, grouping.group_of(codes), grouping.num_groups, ctx.sem_dtype)
     if pix and grad_pix is not None:
-        total = math.prod(ctx.pix_shape[:-1])
-        to_pix = _rows_gradient(grad_pix, codes, total, ctx.pix_dtype).view(ctx.pix_shape)
+        to_pix = _rows_gradient(grad_pix, codes, grouping.num_ids, ctx.pix_dtype).view(ctx.pix_shape)
     return to_sem, to_pix
 
 
 def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(codes, offsets)
-    ctx.groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
+    ctx.num_groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
     ctx.sem_dtype, ctx.pix_dtype = sem_codebook.dtype, pix_codebook.dtype
 
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from semhitok._files import write_atomic
 from semhitok._optional import require
 from semhitok.config import SemHiTokConfig
+from semhitok.grouping import check_offsets
 from semhitok.models.pixel import PixelDecoder, PixelEncoder
 from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
 from semhitok.quantizer import HierarchicalQuantizer
-from semhitok.vocabulary import Vocabulary, check_offsets, codebook_hash
+from semhitok.vocabulary import Vocabulary, codebook_hash
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
