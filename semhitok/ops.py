@@ -1,22 +1,22 @@
-"""The compiled ops: `torch.ops.semhitok.*` with their shape, gradient and autocast rules, and a function for each.
+"""The compiled ops `torch.ops.semhitok.*`: a function for each, and their shape, gradient and autocast rules.
 
-The contract, the same on every backend (csrc/ops.cpp states and checks it):
+Their contract is the same on every backend (csrc/ops.cpp states and checks it):
 
 - The score of code c for token z is z.c (metric "ip") or z.c - |c|^2/2 ("l2", the same winner as the least distance).
   The lowest index wins among equal scores; NaN never wins.
-- float32, float16, bfloat16 and float64, each tensor its own. The search runs in fp32 whatever the autocast state, or
-  in fp64 as soon as one input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
+- float32, float16, bfloat16 and float64; tensors may differ in dtype. The search runs in fp32 whatever the autocast
+  state, or in fp64 if any input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
 - On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those of
   sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction set.
-  On CUDA ids are those of fp64 wherever its scores differ by more than fp32 rounding.
+  On CUDA ids are those of fp64 wherever fp64 scores differ by more than fp32 rounding.
 - A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
 - Any leading dimensions and strides; no tokens gives empty outputs.
 - Sub-codebooks are all of one size m in a table [K, m, D], or of sizes m_i of their own in a table [T, D] with
   `offsets` [K + 1] int64: sub-codebook i is rows offsets[i] to offsets[i + 1] - 1, each m_i >= 1, offsets[0] = 0,
-  offsets[K] = T. Flat code = offsets[i] + j. Other offsets raise on the CPU; on CUDA, where that would take waiting for
-  the device, ids are meaningless then, but in range, and nothing outside the table is read.
-- Ids out of range cannot raise without waiting for the device; each op says what they give.
-- Every other mistake raises RuntimeError, naming the argument, what was expected and what came.
+  offsets[K] = T. A flat code is offsets[i] + j. Other offsets raise on the CPU; on CUDA, where a check would wait for
+  the device, they give meaningless ids, but in range, and nothing outside the table is read.
+- Ids out of range do not raise, since a check would wait for the device; each op says what they give.
+- Every other mistake raises RuntimeError with the argument, what was expected and what it got.
 - The same input gives the same bits, on every run and with any number of threads.
 - Under autocast the floating-point inputs are cast to float32 first, and so are the outputs.
 """
@@ -58,8 +58,7 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
 
     Equivalent to: `(z @ codebook.T + bias).max(-1)`.
 
-    On the CPU a codebook is packed for the search when first seen and kept while it holds the same values: nobody needs
-    to say when it changes.
+    On the CPU the packed form of a codebook is cached, and packed again once its values change.
     """
     return _ops.nearest_code(z, codebook, metric)
 
@@ -74,7 +73,7 @@ def nearest_subcode(
         sub_codebooks: [K, m, D], floating point, K, m >= 1; with offsets [T, D].
         group: [...] int64; outside [0, K) gives id 0 and score NaN.
         metric: "ip" or "l2".
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
@@ -106,7 +105,7 @@ def hier_quantize(
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
         sem_metric: "ip" or "l2".
         pix_metric: "ip" or "l2".
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
@@ -131,7 +130,7 @@ def hier_lookup(
         codes: [...] int64 = i * m + j, with offsets offsets[i] + j; outside [0, K * m) or [0, T) gives rows of NaN.
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
@@ -164,7 +163,7 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
     return _ops.segment_sum(values, ids, num_segments)
 
 
-# ---- shapes without data (fake tensors): the checks of csrc/ops.cpp that cost nothing, with its messages ----
+# ---- shapes without data (fake tensors): the checks of csrc/ops.cpp that need no values, with the same messages ----
 
 
 def _check(condition: Any, message: str) -> None:
@@ -323,7 +322,7 @@ def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     )
 
 
-# ---- gradients: all of them gathers and segment sums of what the forward pass chose ----
+# ---- gradients: all are gathers and segment sums by the ids of the forward pass ----
 
 
 def _rows_gradient(grad: Tensor, ids: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
@@ -337,7 +336,7 @@ def _score_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of scores [...] with respect to z [..., D] and the flat codes [C, D], whose rows ids [...] won."""
     weight = torch.where(found, grad, 0.0).to(_score_dtype(z, codes))[..., None]
-    # Where nothing was found the row may hold NaN, which a zero weight would not silence.
+    # Where nothing was found the row may hold NaN, which a weight of zero would keep.
     won = torch.where(found[..., None], codes[ids].to(weight.dtype), 0.0)
     token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
     grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
