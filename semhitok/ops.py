@@ -29,7 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the ops)
+try:
+    from . import _C  # noqa: F401  (registers the ops; after torch, whose symbols it needs)
+except ImportError as error:
+    raise ImportError(
+        f"semhitok's compiled ops could not be loaded ({error}): build them with `pip install -e .` in the repository"
+    ) from error
+
 from .grouping import Grouping
 
 __all__ = ["hier_lookup", "hier_quantize", "nearest_code", "nearest_subcode", "segment_sum"]
