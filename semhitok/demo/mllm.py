@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semhitok._files import write_atomic
+from semhitok._files import write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig, from_dict, override
 from semhitok.corpus.ids_file import load_codes, save_codes
@@ -147,7 +147,7 @@ def demo(
         "seconds": sum(clock.seconds.values()),
     }
     metrics = {**short, **metrics, "seconds_of": clock.seconds}
-    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(out / "metrics.json", metrics)
     return table(metrics)
 
 

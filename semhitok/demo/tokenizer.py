@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok import ops
-from semhitok._files import write_atomic
+from semhitok._files import write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig
 from semhitok.corpus.ids_file import save_codes
@@ -61,7 +61,7 @@ def demo(config: TrainConfig, out: Path) -> str:
     metrics["tokens_per_second"] = everything.numel() / seconds_encoding
     metrics["seconds"] = seconds | {"total": sum(seconds.values())}
     metrics["teacher"] = "stand-in: a fixed Vision Transformer with random weights"
-    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(out / "metrics.json", metrics)
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
     photograph = photographs["unseen"][0]
