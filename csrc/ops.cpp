@@ -228,21 +228,21 @@ void run_cuda(const Problem& problem, const Tensor& like, int64_t (*scratch_byte
   CudaDevice::throw_on(op(problem, scratch.data_ptr(), static_cast<cudaStream_t>(stream)));
 }
 
-#define SEMHITOK_RUN(op, problem, like)                              \
-  do {                                                               \
-    if ((like).is_cpu()) {                                           \
-      cpu::op(problem);                                              \
-    } else {                                                         \
-      run_cuda(problem, like, &cuda::op##_scratch, &cuda::op);       \
-    }                                                                \
+#define SEMHITOK_RUN(op, problem, like)                        \
+  do {                                                         \
+    if ((like).is_cpu()) {                                     \
+      cpu::op(problem);                                        \
+    } else {                                                   \
+      run_cuda(problem, like, &cuda::op##_scratch, &cuda::op); \
+    }                                                          \
   } while (0)
 #else
-#define SEMHITOK_RUN(op, problem, like)                                                                           \
-  do {                                                                                                            \
-    check((like).is_cpu(), #op ": expected tensors on cpu, got ", device_of(like),                                \
+#define SEMHITOK_RUN(op, problem, like)                                                                             \
+  do {                                                                                                              \
+    check((like).is_cpu(), #op ": expected tensors on cpu, got ", device_of(like),                                  \
           ": this build of semhitok has no CUDA kernels; install the CUDA toolkit (nvcc on PATH) and rebuild with " \
-          "SEMHITOK_CUDA=1 pip install -e .");                                                                    \
-    cpu::op(problem);                                                                                             \
+          "SEMHITOK_CUDA=1 pip install -e .");                                                                      \
+    cpu::op(problem);                                                                                               \
   } while (0)
 #endif
 
@@ -356,8 +356,9 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, cons
           "capability: expected \"simt\", \"few\", \"mma\", \"wgmma\", \"certified\" or \"\", got \"", capability,
           "\"");
     probe.search = capability.empty() ? cuda::chosen_search(p) : static_cast<cuda::Search>(name - names);
-    check(cuda::search_can_run(probe.search, p), "capability: expected a search that this device and build have for D = ",
-          p.depth, ", got \"", capability, "\"");
+    check(cuda::search_can_run(probe.search, p),
+          "capability: expected a search that this device and build have for D = ", p.depth, ", got \"", capability,
+          "\"");
   }
   const Tensor z_rows = torch::stable::contiguous(z), codes = torch::stable::contiguous(codebook);
   Tensor scores = new_tensor(z, {p.tokens}, ScalarType::Float), ids = new_tensor(z, {p.tokens}, ScalarType::Long);

@@ -199,9 +199,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) wgmma_kernel(int steps, uint32
 #ifdef SEMHITOK_HOPPER
   constexpr bool kInteger = std::is_same_v<T, int32_t>;
   char* const b = dynamic_shared();
-  const auto operand = [](uint32_t seed) {
-    return kInteger ? hash(seed) : 0x3c003c00u ^ (hash(seed) & 0x83ff83ffu);
-  };
+  const auto operand = [](uint32_t seed) { return kInteger ? hash(seed) : 0x3c003c00u ^ (hash(seed) & 0x83ff83ffu); };
   for (int i = threadIdx.x; i < kDepthSteps * kSliceBytes / 4; i += kMmaThreads) {
     reinterpret_cast<uint32_t*>(b)[i] = operand(static_cast<uint32_t>(i));
   }
@@ -261,8 +259,8 @@ double wgmma_tflops(int sms) {
 
 constexpr int kReadThreads = 1024, kLoads = 4;
 
-__global__ void __launch_bounds__(kReadThreads) read_kernel(const uint4* from, int64_t count, int passes,
-                                                            uint32_t* sink) {
+__global__ void __launch_bounds__(kReadThreads)
+    read_kernel(const uint4* from, int64_t count, int passes, uint32_t* sink) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kReadThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kReadThreads + threadIdx.x;
   uint32_t seen = 0;
@@ -289,9 +287,8 @@ double read_gb_s(int sms, int64_t wanted_bytes, int passes) {
   const Buffer<uint4> from(count);
   const Buffer<uint32_t> sink(1);
   CHECK(cudaMemset(from.data(), 1, static_cast<size_t>(from.bytes())));
-  const double ms = fastest([&] {
-    return launch(read_kernel, blocks, kReadThreads, 0, nullptr, from.data(), count, passes, sink.data());
-  });
+  const double ms = fastest(
+      [&] { return launch(read_kernel, blocks, kReadThreads, 0, nullptr, from.data(), count, passes, sink.data()); });
   return static_cast<double>(from.bytes()) * passes / ms / 1e6;
 }
 

@@ -23,16 +23,16 @@
 namespace semhitok::cpu {
 namespace {
 
-constexpr int64_t kDigestBytes = 1 << 16;     // digested by one thread at a time
-constexpr int64_t kMeasureCodes = 1024;       // measured by one thread at a time
+constexpr int64_t kDigestBytes = 1 << 16;  // digested by one thread at a time
+constexpr int64_t kMeasureCodes = 1024;    // measured by one thread at a time
 constexpr size_t kKeptCodebooks = 8;
-constexpr int64_t kKeptBytes = 256 << 20;     // of all of them together
-constexpr double kInflate = 1.0 + 1e-6;       // more than rounding takes from a norm
+constexpr int64_t kKeptBytes = 256 << 20;  // of all of them together
+constexpr double kInflate = 1.0 + 1e-6;    // more than rounding takes from a norm
 constexpr int64_t kCodeMax = 127;
-constexpr double kSegmentRatio = 8.0;         // between the largest distances from the mean of two segments
-constexpr size_t kClusterSample = 256;         // codes looked at before all are
-constexpr int64_t kSegmentShare = 32;         // a segment, but the first, has at least this part of the codes
-constexpr int64_t kSegmentBlocks = 8;         // and a codebook of fewer superblocks has one segment
+constexpr double kSegmentRatio = 8.0;   // between the largest distances from the mean of two segments
+constexpr size_t kClusterSample = 256;  // codes looked at before all are
+constexpr int64_t kSegmentShare = 32;   // a segment, but the first, has at least this part of the codes
+constexpr int64_t kSegmentBlocks = 8;   // and a codebook of fewer superblocks has one segment
 
 struct Key {
   uint64_t digest[2];
@@ -177,9 +177,8 @@ Codebook::Ids Codebook::list_codes(int64_t count) const {
   const float* rows = rows_;
   const size_t row_bytes = static_cast<size_t>(depth) * sizeof(float);
   std::vector<uint64_t> hashes(count);  // 0: unusable
-  parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32), [&](int64_t begin, int64_t end) {
-    kernels_.hash_rows(rows, depth, begin, end - begin, hashes.data());
-  });
+  parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32),
+               [&](int64_t begin, int64_t end) { kernels_.hash_rows(rows, depth, begin, end - begin, hashes.data()); });
 
   uint64_t slots = 16;
   while (slots < 2 * static_cast<uint64_t>(count)) slots *= 2;
@@ -208,7 +207,7 @@ void Codebook::measure(PackedCodebook* segment, const Ids& ids) {
   parallel_for(0, parts, ceil_div(kInlineWork, kMeasureCodes * depth * 2), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       kernels_.measure(rows_, depth, &ids[p * kMeasureCodes], std::min(kMeasureCodes, count - p * kMeasureCodes),
-                      &sums[p * depth], &lows[p * depth], &highs[p * depth]);
+                       &sums[p * depth], &lows[p * depth], &highs[p * depth]);
     }
   });
 

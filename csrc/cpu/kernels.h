@@ -11,27 +11,27 @@ namespace semhitok::cpu {
 [[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-static constexpr int64_t kGroupCodes = 16;      // codes that the int8 pass keeps or drops together
-static constexpr int64_t kUnitCodes = 128;      // codes that the fp32 pass keeps or drops together
-static constexpr int64_t kMaxInt8Depth = 512;   // deeper codes go to the fp32 pass at once
+static constexpr int64_t kGroupCodes = 16;     // codes that the int8 pass keeps or drops together
+static constexpr int64_t kUnitCodes = 128;     // codes that the fp32 pass keeps or drops together
+static constexpr int64_t kMaxInt8Depth = 512;  // deeper codes go to the fp32 pass at once
 static constexpr int64_t kMaxSegments = 4;
-static constexpr int64_t kVectorDoubles = 8;    // rows of doubles are padded to this many
+static constexpr int64_t kVectorDoubles = 8;  // rows of doubles are padded to this many
 
 // A codebook ready to search, or one of the segments it is searched in. Only usable codes are in it, each distinct one
 // once, in ascending order of id: a code with NaN or Inf never wins, a duplicate never wins against its first. The tail
 // of the last superblock repeats the last code, id included. r = c - mean is what the int8 pass sees: codes lose a
 // common offset without a change of winner, as |r| bounds its rounding.
 struct PackedCodebook {
-  int64_t codes;          // listed
-  int64_t first_group;    // of the groups of all segments, its first
-  int64_t padded;         // codes listed, in whole superblocks
-  int64_t depth, steps;   // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
-  bool int8;              // whether the int8 arrays below are there
-  int32_t* ids;           // [padded]
-  float* rows;            // [padded / 16][depth][16], as given
-  float* half_norm;       // [padded] -|c|^2/2, fp32
-  double* half_norm64;    // [padded] the same in fp64
-  double max_norm;        // largest |c|
+  int64_t codes;         // listed
+  int64_t first_group;   // of the groups of all segments, its first
+  int64_t padded;        // codes listed, in whole superblocks
+  int64_t depth, steps;  // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
+  bool int8;             // whether the int8 arrays below are there
+  int32_t* ids;          // [padded]
+  float* rows;           // [padded / 16][depth][16], as given
+  float* half_norm;      // [padded] -|c|^2/2, fp32
+  double* half_norm64;   // [padded] the same in fp64
+  double max_norm;       // largest |c|
 
   double* mean;           // [depth, zero-padded to kVectorDoubles]
   double mean_norm;       // |mean|
@@ -40,10 +40,10 @@ struct PackedCodebook {
   double residual, norm;  // largest |r - scale q| and |scale q|
   float* group_residual;  // [padded / 16] the same of a group
   float* group_norm;
-  int8_t* quantised;      // q, in the first pass's order (int8_pass_simd.cpp)
-  void* offset;           // [padded] -(token offset) * sum of q, in that order, as the accumulator type
-  float* mean_part;       // [padded] (mean . r) / (mean_size * scale), in that order
-  float* norm_part;       // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
+  int8_t* quantised;  // q, in the first pass's order (int8_pass_simd.cpp)
+  void* offset;       // [padded] -(token offset) * sum of q, in that order, as the accumulator type
+  float* mean_part;   // [padded] (mean . r) / (mean_size * scale), in that order
+  float* norm_part;   // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
   double mean_size, norm_size, norm_middle;
 };
 
@@ -55,12 +55,12 @@ struct PackedParts {
 
 // What tests and benchmarks ask of a search beside its answer; every pointer may be null.
 struct SearchProbe {
-  double bound_scale;  // 1, or less to show that the bound is needed
-  bool fp32_first;     // skip the int8 pass
-  int64_t* rescored;   // [tokens] codes scored exactly
-  int64_t groups;      // of all segments
-  double* approximate; // [tokens][groups, or units] the greatest score of each as the first pass sees it
-  double* bound;       // [tokens][groups, or units] how far from the exact one that may be
+  double bound_scale;   // 1, or less to show that the bound is needed
+  bool fp32_first;      // skip the int8 pass
+  int64_t* rescored;    // [tokens] codes scored exactly
+  int64_t groups;       // of all segments
+  double* approximate;  // [tokens][groups, or units] the greatest score of each as the first pass sees it
+  double* bound;        // [tokens][groups, or units] how far from the exact one that may be
 };
 
 // What a search for sub-codes holds: a token in fp64 and kSubcodeRows codes in fp32, rows padded to kSubcodePadding.

@@ -22,8 +22,8 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kRetryBlocks = 15;      // blocks that a pass sits out
-constexpr double kLargest32 = 1e38;       // scores below this have no fp32 overflow on their way
+constexpr int64_t kRetryBlocks = 15;  // blocks that a pass sits out
+constexpr double kLargest32 = 1e38;   // scores below this have no fp32 overflow on their way
 constexpr int kExactTokens = 4;
 
 // Every code of the tokens left, a group and a few tokens at a time: its rows stay in the cache for all of them.
@@ -140,7 +140,9 @@ void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z
 }
 
 extern const Kernels table;
-const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0, digest, hash_rows, measure, pack,
-                       pack_parts,  search_scratch, search, subcode};
+const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0,
+                       digest,      hash_rows,   measure,
+                       pack,        pack_parts,  search_scratch,
+                       search,      subcode};
 
 }  // namespace semhitok::cpu::SEMHITOK_ISA

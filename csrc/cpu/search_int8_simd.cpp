@@ -11,8 +11,8 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kShortList = 48;  // slots kept without a second look
-constexpr int64_t kAhead = 3;       // tokens looked at before one is scored
+constexpr int64_t kShortList = 48;      // slots kept without a second look
+constexpr int64_t kAhead = 3;           // tokens looked at before one is scored
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr double kEps64 = 1e-15;
 constexpr int64_t kLineBytes = 64;
@@ -107,9 +107,9 @@ inline Acc threshold_of(double value) {
 
 // What a look at a token's maxima over one stretch of groups found: the slots that may hold its best code.
 struct Found {
-  Acc most;         // the greatest maximum
-  int32_t first;    // a slot that has it; -1: the stretch holds nothing for this token
-  int64_t count;    // how many may; beyond kShortList they are looked up again once the first is scored
+  Acc most;       // the greatest maximum
+  int32_t first;  // a slot that has it; -1: the stretch holds nothing for this token
+  int64_t count;  // how many may; beyond kShortList they are looked up again once the first is scored
   int32_t list[kShortList];
 };
 

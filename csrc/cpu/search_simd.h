@@ -7,8 +7,8 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kSlots = 1024;         // maxima of a token kept at a time
-constexpr int64_t kStride = kSlots + 32; // apart, so that rows of maxima do not meet in one cache set
+constexpr int64_t kSlots = 1024;          // maxima of a token kept at a time
+constexpr int64_t kStride = kSlots + 32;  // apart, so that rows of maxima do not meet in one cache set
 constexpr int kTile = kTileTokens;
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
@@ -32,14 +32,14 @@ struct Token {
 };
 
 struct Scratch {
-  int64_t* waiting; // [kMaxSegments][2] blocks before a segment's int8 and fp32 pass are tried again
-  double* x;        // [kTokenBlock][padded depth]
-  double* shifted;  // [kSpan][padded depth]
-  float* row;       // [depth]
-  uint8_t* tiles;   // int8 or fp32 tiles
-  char* maxima;     // [kTokenBlock][kStride] of Acc or float
-  char* top;        // [kTokenBlock] vectors
-  int32_t* list;    // [kSlots]
+  int64_t* waiting;  // [kMaxSegments][2] blocks before a segment's int8 and fp32 pass are tried again
+  double* x;         // [kTokenBlock][padded depth]
+  double* shifted;   // [kSpan][padded depth]
+  float* row;        // [depth]
+  uint8_t* tiles;    // int8 or fp32 tiles
+  char* maxima;      // [kTokenBlock][kStride] of Acc or float
+  char* top;         // [kTokenBlock] vectors
+  int32_t* list;     // [kSlots]
 };
 
 namespace {
@@ -176,8 +176,7 @@ inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const do
     const float* c = book.rows + group * kGroupCodes * book.depth + first * kDoubles;
     DoubleVec even[kTokens][kAtOnce], odd[kTokens][kAtOnce];
     for (int v = 0; v < kAtOnce; ++v) {
-      const DoubleVec start =
-          l2 ? load(book.half_norm64 + group * kGroupCodes + (first + v) * kDoubles) : DoubleVec{};
+      const DoubleVec start = l2 ? load(book.half_norm64 + group * kGroupCodes + (first + v) * kDoubles) : DoubleVec{};
       for (int r = 0; r < kTokens; ++r) even[r][v] = start, odd[r][v] = DoubleVec{};
     }
     int64_t d = 0;

@@ -59,8 +59,7 @@ __device__ __forceinline__ void score_slice(const CertifiedScratch& scratch, con
 #pragma unroll
     for (int i = 0; i < kCodesPerLane; ++i) {
       const int4 c = *reinterpret_cast<const int4*>(tile + column * kTileColumnBytes +
-                                                    slice_column(slice.lane, team_lane() + kTeam * i) *
-                                                        kColumnBytes);
+                                                    slice_column(slice.lane, team_lane() + kTeam * i) * kColumnBytes);
       scores[i] = __dp4a(x.x, c.x, __dp4a(x.y, c.y, __dp4a(x.z, c.z, __dp4a(x.w, c.w, scores[i]))));
     }
   }
@@ -78,8 +77,9 @@ __device__ __forceinline__ double exact_score(const NearestCode& p, int64_t toke
   return team_sum(dot) + bias_of(p.metric, team_sum(squared)) + team_sum(poison);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_kernel(NearestCode p, CertifiedScratch scratch, int steps,
-                                                           double root_depth, double bound_scale, int64_t* rescored) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    certify_kernel(NearestCode p, CertifiedScratch scratch, int steps, double root_depth, double bound_scale,
+                   int64_t* rescored) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam;
   if (token >= p.tokens) return;
   const int lane = team_lane(), bits = key_tile_bits(steps);
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_ke
     const double longest = stats.largest * root_depth;  // no code is longer; nor is the mean, nor x beyond y and mean
     const double size = (info.norm + (p.metric == Metric::kL2 ? longest : 0.0)) * longest;
     const double bound = bound_scale * (double{info.norm} * stats.residual + double{info.residual} * stats.norm +
-                                        stats.bias_residual + info.dropped_bias) + kExactRounding * size;
+                                        stats.bias_residual + info.dropped_bias) +
+                         kExactRounding * size;
     const double lowest = floor((best - info.offset - bound) * info.inverse_scale);
     const int32_t threshold = static_cast<int32_t>(max(min(lowest, kMostThreshold), -kMostThreshold));
     bool dropped = !(best > -infinity(double()));  // nothing to compare with

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* p
   }
 }
 
-__global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool centre, const double* partial,
-                                                            CodebookStats* stats) {
+__global__ void __launch_bounds__(kThreads)
+    extremes_kernel(NearestCode p, bool centre, const double* partial, CodebookStats* stats) {
   __shared__ double mean[kPartial];
   if (threadIdx.x < kPartial) {
     double total = 0.0;
@@ -109,7 +109,9 @@ __global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool 
 
 }  // namespace
 
-int64_t stats_partial_bytes() { return static_cast<int64_t>(kBlocks) * kPartial * static_cast<int64_t>(sizeof(double)); }
+int64_t stats_partial_bytes() {
+  return static_cast<int64_t>(kBlocks) * kPartial * static_cast<int64_t>(sizeof(double));
+}
 
 cudaError_t codebook_stats(const NearestCode& p, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream) {

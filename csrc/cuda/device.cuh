@@ -71,8 +71,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_
                    Arguments&&... arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(std::forward<Arguments>(arguments)...);

@@ -10,8 +10,8 @@ namespace {
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kMergeBlocks = 8;  // a multiprocessor
 
-__global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats,
-                                                             int steps, char* codes) {
+__global__ void __launch_bounds__(kThreads)
+    pack_half_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats, int steps, char* codes) {
   if (token_count(p, tokens) == 0) return;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam;  // whole tiles of codes
   char* tile = codes + k / kTileCodes * half_tile_bytes(steps);
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, Toke
   }
 }
 
-__global__ void __launch_bounds__(kThreads) merge_half_kernel(NearestCode p, TokenList tokens, HalfResults results,
-                                                              int tile_tokens, int32_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    merge_half_kernel(NearestCode p, TokenList tokens, HalfResults results, int tile_tokens, int32_t blocks) {
   const int64_t count = token_count(p, tokens);
   const Shares shares = share(count, tile_tokens, code_tiles(p), blocks);
   for (int64_t place = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; place < count;
@@ -102,7 +102,8 @@ cudaError_t pack_half_codebook(const NearestCode& p, TokenList tokens, const Cod
 
 cudaError_t merge_half_results(const NearestCode& p, TokenList tokens, HalfResults results, int tile_tokens,
                                int32_t blocks, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kTeamsPerBlock), kMergeBlocks * int64_t{blocks}));
+  const auto grid =
+      static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kTeamsPerBlock), kMergeBlocks * int64_t{blocks}));
   return launch(merge_half_kernel, grid, kThreads, 0, stream, p, tokens, results, tile_tokens, blocks);
 }
 

@@ -93,8 +93,8 @@ struct HalfRows {
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const HalfPair pair = split_halves(ldexpf(x[s][2 * half], shift) + poison,
-                                             ldexpf(x[s][2 * half + 1], shift) + poison);
+          const HalfPair pair =
+              split_halves(ldexpf(x[s][2 * half], shift) + poison, ldexpf(x[s][2 * half + 1], shift) + poison);
           hi[s][2 * half + r] = pair.hi;
           lo[s][2 * half + r] = pair.lo;
         }

@@ -38,32 +38,30 @@ __host__ __device__ constexpr int int8_tile_bytes(int steps) { return steps * kI
 
 // A key is A * 2^bits + the tile's place in its split: as many bits as A leaves.
 __host__ __device__ constexpr int key_tile_bits(int steps) { return steps <= 2 ? 11 : steps <= 4 ? 10 : 9; }
-static_assert((int64_t{kMostInt8Steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1)
-                      << key_tile_bits(kMostInt8Steps) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
-static_assert((int64_t{4} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(4) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
-static_assert((int64_t{2} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(2) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
+constexpr bool key_fits(int steps) {
+  return (int64_t{steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(steps) <= int64_t{1}
+                                                                                                            << 31;
+}
+static_assert(key_fits(2) && key_fits(4) && key_fits(kMostInt8Steps), "a key fits into 32 bits");
 
 enum class TokenState : int32_t { kCertifiable, kNoCertificate, kNotFinite };
 
 struct TokenInfo {
-  double offset;          // what A leaves out of a score: x.mean ("l2": - |mean|^2/2 + mean b)
-  double inverse_scale;   // 1 / (s_x s_c)
-  float norm, residual;   // |x| and |x - x^| ("l2": of y)
-  float dropped_bias;     // what the bound has for b where n = 0
+  double offset;         // what A leaves out of a score: x.mean ("l2": - |mean|^2/2 + mean b)
+  double inverse_scale;  // 1 / (s_x s_c)
+  float norm, residual;  // |x| and |x - x^| ("l2": of y)
+  float dropped_bias;    // what the bound has for b where n = 0
   TokenState state;
 };
 
 struct CertifiedScratch {
   CodebookStats* stats;
   double* partial;
-  char* codes;        // packed tiles
-  char* tokens;       // [row tiles * kInt8TileTokens][steps * kInt8StepDepth]
-  TokenInfo* info;    // [tokens]
-  int32_t* keys;      // [splits][row tiles * kInt8TileTokens][kSliceLanes][kKeys], descending
-  int32_t* list;      // [tokens]: those without a certificate, stats->uncertified of them
+  char* codes;      // packed tiles
+  char* tokens;     // [row tiles * kInt8TileTokens][steps * kInt8StepDepth]
+  TokenInfo* info;  // [tokens]
+  int32_t* keys;    // [splits][row tiles * kInt8TileTokens][kSliceLanes][kKeys], descending
+  int32_t* list;    // [tokens]: those without a certificate, stats->uncertified of them
   Shares shares;
   int32_t blocks;
   int64_t bytes;

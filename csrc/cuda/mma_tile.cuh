@@ -41,8 +41,8 @@ struct MmaTokens {
     const int lane = threadIdx.x % kWarp;
     // Of the four core matrices that one ldmatrix reads: depths 0 to 7 and 8 to 15 of hi, then of lo.
     const int matrix = lane / kMatrixLanes;
-    const char* rows_of_lane = tile + matrix / 2 * kSteps * kStepBytes + matrix % 2 * kTileColumnBytes +
-                               lane % kMatrixLanes * kColumnBytes;
+    const char* rows_of_lane =
+        tile + matrix / 2 * kSteps * kStepBytes + matrix % 2 * kTileColumnBytes + lane % kMatrixLanes * kColumnBytes;
     const float* biases = reinterpret_cast<const float*>(tile + 2 * kSteps * kStepBytes);
     float scale[kSets][2];
 #pragma unroll

@@ -4,7 +4,7 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kOldestMma = 8;    // compute capability of the first mma.sync used here
+constexpr int kOldestMma = 8;  // compute capability of the first mma.sync used here
 constexpr int kHopper = 9;
 constexpr int64_t kLittleWork = int64_t{1} << 30;  // multiply-adds that take less long than packing a codebook
 

@@ -31,6 +31,8 @@
 // tokens (72 a batch of 4 codes), 9 us. In flight: 4 x 512 bytes a warp, 40 warps an SM: 80 KB, where 5.5 TB/s x 1 us
 // needs 42. With large sub-codebooks, subcodes 64, depth 64: the table of 268 MB read once 56 us, issue 40 us, sort 20
 // us, where tokens as they come would read 1.1 GB. Scratch: none, or 16 bytes a token and the sort's.
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels.h"
 #include "pixel_stage.h"
@@ -177,9 +179,12 @@ __device__ __forceinline__ int add_lanes(int lane, T (&part)[kBatch]) {
   return first;
 }
 
-// kOwnSizes: there are offsets. It takes registers, which sub-codebooks of one size have not to spare.
+// kOwnSizes: there are offsets. They take registers that sub-codebooks of one size do not have to spare.
+template <typename Lane, bool kOwnSizes>
+constexpr int kStageBlocks = kOwnSizes ? std::min(Lane::kBlocks, 4) : Lane::kBlocks;
+
 template <typename Lane, int kLanes, bool kOwnSizes>
-__global__ void __launch_bounds__(kThreads, kOwnSizes && Lane::kBlocks > 4 ? 4 : Lane::kBlocks)
+__global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
     stage_kernel(PixelStage p, const int32_t* order, CodePieces pieces) {
   using T = typename Lane::Score;
   using Id = typename Lane::Id;
@@ -244,7 +249,8 @@ using Kernel = void (*)(PixelStage, const int32_t*, CodePieces);
 template <Dtype kDtype, int kLanes>
 Kernel with_lanes(bool whole, bool own_sizes) {
   constexpr bool kAlwaysWhole = kLanes <= 2;
-  if (own_sizes) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, true>;  // one for both: fewer kernels
+  // One kernel, whole or not, for sizes of their own: fewer kernels.
+  if (own_sizes) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, true>;
   if (!whole) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, false>;
   return stage_kernel<Vector<kDtype, kLanes, true>, kLanes, false>;
 }

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kWord = 4;  // values a lane packs at a time
+
 constexpr int kMostWords = kMostInt8Steps * kInt8StepDepth / kWord / kTeam;  // of a lane
 constexpr float kRoundUp = 1.000001f;
 constexpr double kLeastScale = 1e-30, kMostScale = 1e30;  // beyond, fp32 bounds would not hold: no certificate
@@ -171,16 +172,14 @@ __device__ __forceinline__ void pack_token(const NearestCode& p, const Certified
     info.norm = static_cast<float>(sqrt(norm)) * kRoundUp;
     info.residual = static_cast<float>(sqrt(residual)) * kRoundUp;
     info.dropped_bias = multiple > 0 ? 0.0f : stats.bias;
-    info.state = !finite       ? TokenState::kNotFinite
-                 : certifiable ? TokenState::kCertifiable
-                               : TokenState::kNoCertificate;
+    info.state = !finite ? TokenState::kNotFinite : certifiable ? TokenState::kCertifiable : TokenState::kNoCertificate;
     scratch.info[token] = info;
   }
 }
 
 // The blocks of the codes come first.
-__global__ void __launch_bounds__(kThreads) pack_int8_kernel(NearestCode p, CertifiedScratch scratch, int steps,
-                                                             int64_t code_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    pack_int8_kernel(NearestCode p, CertifiedScratch scratch, int steps, int64_t code_blocks) {
   const int team = threadIdx.x / kTeam;
   if (blockIdx.x < code_blocks) {
     pack_code(p, scratch, steps, static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team);

@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, 1) search_int8_kernel(NearestCode p,
 
 template <int kSteps>
 cudaError_t run(const NearestCode& p, const CertifiedScratch& scratch, cudaStream_t stream) {
-  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kThreads,
-                Ring<kSteps>::kSharedBytes, stream, p, scratch);
+  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kThreads, Ring<kSteps>::kSharedBytes,
+                stream, p, scratch);
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
   constexpr int kPerThread = Shape<T>::kPerThread, kQuads = kPerThread / kQuad, kStride = kSide * kQuad;
   static_assert(kPerThread % kQuad == 0, "a thread reads whole quads");
   static_assert(kTile<T> <= kThreads, "a thread a bias");
-  static_assert((2 * kDepth * (kTile<T> + kPad) + kTile<T>) * sizeof(T) <= 48 * 1024, "static shared memory");
+  static_assert(sizeof(T) * (2 * kDepth * (kTile<T> + kPad) + kTile<T>) <= 48 * 1024, "static shared memory");
   __shared__ __align__(16) T z_tile[kDepth][kTile<T> + kPad];
   __shared__ __align__(16) T c_tile[kDepth][kTile<T> + kPad];
   __shared__ __align__(16) T biases[kTile<T>];

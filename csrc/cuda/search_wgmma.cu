@@ -120,9 +120,8 @@ cudaError_t wgmma_search(const NearestCode& p, const Device& device, TokenList t
   if (error != cudaSuccess) return error;
   error = with_half_steps(p.depth, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads,
-                  Ring<kSteps>::kSharedBytes, stream, p, tokens, stats, scratch.codes, scratch.results,
-                  blocks);
+    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads, Ring<kSteps>::kSharedBytes,
+                  stream, p, tokens, stats, scratch.codes, scratch.results, blocks);
   });
   if (error != cudaSuccess) return error;
   return merge_half_results(p, tokens, scratch.results, kTileTokens, blocks, stream);

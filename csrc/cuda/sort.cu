@@ -1,10 +1,9 @@
 // Rows ordered by id, with cub's radix sort: see sort.h.
-#include "sort.h"
-
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 
 #include "device.cuh"
+#include "sort.h"
 
 namespace semhitok::cuda {
 namespace {

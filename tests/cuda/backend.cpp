@@ -4,8 +4,8 @@
 #include <cstring>
 #include <string>
 
-#include "kernels.h"
 #include "emulated_ptx.h"
+#include "kernels.h"
 
 namespace {
 
@@ -77,8 +77,9 @@ EXPORTED uint64_t launches() { return emulator::launches(); }
 
 EXPORTED int nearest_code(int64_t tokens, int64_t codes, int64_t depth, int metric, int wide, const void* z,
                           int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
-  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), wide != 0, rows(z, z_dtype),
-                            rows(codebook, codebook_dtype), scores, ids};
+  const NearestCode problem{
+      tokens, codes, depth, static_cast<Metric>(metric), wide != 0, rows(z, z_dtype), rows(codebook, codebook_dtype),
+      scores, ids};
   return run(problem, &cuda::nearest_code_scratch, &cuda::nearest_code);
 }
 
@@ -86,8 +87,15 @@ EXPORTED int nearest_code(int64_t tokens, int64_t codes, int64_t depth, int metr
 EXPORTED int nearest_code_probe(int64_t tokens, int64_t codes, int64_t depth, int64_t metric, const void* z,
                                 int64_t z_dtype, const void* codebook, int64_t codebook_dtype, int64_t search,
                                 const double* bound_scale, void* scores, int64_t* ids, int64_t* rescored) {
-  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), false, rows(z, static_cast<int>(z_dtype)),
-                            rows(codebook, static_cast<int>(codebook_dtype)), scores, ids};
+  const NearestCode problem{tokens,
+                            codes,
+                            depth,
+                            static_cast<Metric>(metric),
+                            false,
+                            rows(z, static_cast<int>(z_dtype)),
+                            rows(codebook, static_cast<int>(codebook_dtype)),
+                            scores,
+                            ids};
   if (!cuda::search_can_run(static_cast<cuda::Search>(search), problem)) {
     complaint = "this search cannot run here";
     return cudaErrorNotSupported;
@@ -152,8 +160,15 @@ EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int
                            int sem_dtype, int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth,
                            int64_t* codes, void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
   HierQuantize problem{};
-  problem.sem = {tokens, groups, sem_depth, static_cast<Metric>(sem_metric), wide != 0, rows(z_sem, z_sem_dtype),
-                 rows(sem, sem_dtype), nullptr, nullptr};
+  problem.sem = {tokens,
+                 groups,
+                 sem_depth,
+                 static_cast<Metric>(sem_metric),
+                 wide != 0,
+                 rows(z_sem, z_sem_dtype),
+                 rows(sem, sem_dtype),
+                 nullptr,
+                 nullptr};
   set_sizes(&problem.pix, groups, subcodes, total, offsets);
   problem.pix.tokens = tokens, problem.pix.depth = pix_depth;
   problem.pix.metric = static_cast<Metric>(pix_metric), problem.pix.wide = wide != 0;
