@@ -2,8 +2,8 @@
 instead, on a grid of shapes; then hier_quantize, a training step, and the figures that are promised.
 
 Times are microseconds on the device, each call by CUDA events with the L2 flushed before it (timing.py), medians
-of interleaved rounds; "graph" is a call in a CUDA graph of twenty, caches warm. "simt", "few", "mma", "wgmma" and
-"certified" are our searches, each forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
+of interleaved rounds; "graph" is a call in a CUDA graph of twenty, with warm caches. Each of our searches (PATHS) has a
+column and is forced there; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
 
 - torch: `(z @ codebook.T).argmax(1)`, TF32 off; tf32: on; bf16: inputs cast beforehand
 - compile: torch.compile of the same expression, TF32 off

@@ -40,9 +40,9 @@ class Case(Protocol):
 
 def first_of_equals(codebook: Tensor) -> Tensor:
     """[K]: the lowest index of a code equal to each."""
-    group = codebook.float().unique(dim=0, return_inverse=True)[1]
+    kind = codebook.float().unique(dim=0, return_inverse=True)[1]
     places = torch.arange(len(codebook), device=codebook.device)
-    return torch.full_like(places, len(codebook)).scatter_reduce_(0, group, places, "amin")[group]
+    return torch.full_like(places, len(codebook)).scatter_reduce_(0, kind, places, "amin")[kind]
 
 
 def judge(z: Tensor, codebook: Tensor, metric: str, ids: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,7 @@
 
 #include "../problem.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace semhitok::cpu {
 
@@ -26,22 +27,11 @@ const Kernels& kernels_named(const char* name);      // of this machine's, or th
 
 class Codebook;
 
-struct FreeAligned {
-  void operator()(void* p) const;
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], FreeAligned>;
-void* allocate_aligned(int64_t bytes);  // 64-byte aligned; throws std::bad_alloc
-template <typename T>
-Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(allocate_aligned(count * static_cast<int64_t>(sizeof(T)))));
-}
-
 // Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
 class CodeSearch {
  public:
   explicit CodeSearch(const NearestCode& problem);
-  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
+  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
   ~CodeSearch();
   int64_t block() const { return block_; }  // tokens a call of run takes at most
   int64_t blocks() const;                   // blocks of the whole problem
@@ -53,7 +43,7 @@ class CodeSearch {
  private:
   NearestCode problem_;
   const Kernels* kernels_;
-  SearchProbe probe_;
+  SearchOptions options_;
   int64_t block_;
   std::shared_ptr<const Codebook> codebook_;
   Buffer<double> wide_codes_, wide_bias_;
@@ -68,15 +58,15 @@ void lookup_rows(const HierLookup& problem, int64_t first, int64_t count, const 
 
 // The ops.
 void nearest_code(const NearestCode& problem);
-void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
-// The ids in the order they are packed in, which is that of a probe's groups; the padding repeats some.
+void nearest_code(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
+// The ids in the order in which they are packed, panel by panel; the padding repeats some.
 std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels);
 void nearest_subcode(const NearestSubcode& problem);
 void hier_quantize(const HierQuantize& problem);
 void hier_lookup(const HierLookup& problem);
 void segment_sum(const SegmentSum& problem);
 
-// PyTorch's own thread pool; implemented in ops.cpp so that kernels stay free of its headers.
+// PyTorch's own thread pool; implemented in threads.cpp, so that the kernels stay free of its headers.
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 int64_t thread_count();

@@ -1,13 +1,13 @@
 // The int8 first pass, one instruction set: integer dot products of every token with every code, kept as the maximum
-// of each group of 16.
+// of each panel of 16.
 //
-// Contract: maxima[t][g] = max over the 16 codes k of group g of I(t, k) = sum_d q(t, d) q(k, d) + bias(t, k), exact in
+// Contract: maxima[t][g] = max over the 16 codes k of panel g of I(t, k) = sum_d q(t, d) q(k, d) + bias(t, k), exact in
 // the accumulator type. The token comes as u = q + kTokenOffset, unsigned, as the instructions want one such side; the
 // codes' `offset` takes that back out and starts the accumulators, so it costs no instruction. The 16-bit accumulator
 // may wrap on the way: wrapping sums are exact as soon as the final value fits, which the caller sees to.
 //
 // Layout of the codes: [superblock][vector pair][step][2][lane][kStepDims]. Lane l of the 16 vectors of a superblock
-// holds 16 consecutive codes, so the lane-wise maximum over its vectors is the maximum of a group: one max instruction
+// holds 16 consecutive codes, so the lane-wise maximum over its vectors is the maximum of a panel: one max instruction
 // a vector of codes, no index and no horizontal step.
 //
 // Cost per token: padded * depth / kVectorBytes multiply instructions (twice as many, one half of them additions, with
@@ -70,7 +70,7 @@ inline AccVec dot(AccVec acc, Bytes token, Bytes code) {
 #endif
 }
 
-// maxima[r * stride ..] = those of the superblock's groups for token r of the tile; top[r] follows. A function of its
+// maxima[r * stride ..] = those of the superblock's panels for token r of the tile; top[r] follows. A function of its
 // own: inlined, GCC keeps the code vectors on the stack and loads them again for every token. kSteps: the number of
 // steps where it is known, 0 otherwise; known, short loops unroll.
 template <int kSteps>
@@ -115,8 +115,8 @@ inline IntVec whole_bias(const float* mean, const float* norm, SpanBias bias) {
 inline void biased_start(const PackedCodebook& codebook, int64_t superblock, SpanBias bias, Acc* start) {
   const int64_t first = superblock * kSuperblock;
   const Acc* offset = static_cast<const Acc*>(codebook.offset) + first;
-  const float* mean = codebook.mean_part + first;
-  const float* norm = codebook.norm_part + first;
+  const float* mean = codebook.mean_term + first;
+  const float* norm = codebook.norm_term + first;
   for (int64_t n = 0; n < kSuperblock; n += kAccLanes) {
     AccVec whole;
     const IntVec low = whole_bias(mean + n, norm + n, bias);

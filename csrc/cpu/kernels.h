@@ -11,19 +11,19 @@ namespace semhitok::cpu {
 [[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-static constexpr int64_t kGroupCodes = 16;     // codes that the int8 pass keeps or drops together
+static constexpr int64_t kPanelCodes = 16;     // codes that the int8 pass keeps or drops together
 static constexpr int64_t kUnitCodes = 128;     // codes that the fp32 pass keeps or drops together
 static constexpr int64_t kMaxInt8Depth = 512;  // deeper codes go to the fp32 pass at once
-static constexpr int64_t kMaxSegments = 4;
+static constexpr int64_t kMaxParts = 4;
 static constexpr int64_t kVectorDoubles = 8;  // rows of doubles are padded to this many
 
-// A codebook ready to search, or one of the segments it is searched in. Only usable codes are in it, each distinct one
+// A codebook ready to search, or one of the parts it is searched in. Only usable codes are in it, each distinct one
 // once, in ascending order of id: a code with NaN or Inf never wins, a duplicate never wins against its first. The tail
 // of the last superblock repeats the last code, id included. r = c - mean is what the int8 pass sees: codes lose a
 // common offset without a change of winner, as |r| bounds its rounding.
 struct PackedCodebook {
-  int64_t codes;         // listed
-  int64_t first_group;   // of the groups of all segments, its first
+  int64_t num_codes;     // listed
+  int64_t first_panel;   // of the panels of all parts, its first
   int64_t padded;        // codes listed, in whole superblocks
   int64_t depth, steps;  // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
   bool int8;             // whether the int8 arrays below are there
@@ -38,29 +38,29 @@ struct PackedCodebook {
   double scale;           // r ~ scale * q
   double max_quantised;   // largest |q|
   double residual, norm;  // largest |r - scale q| and |scale q|
-  float* group_residual;  // [padded / 16] the same of a group
-  float* group_norm;
+  float* panel_residual;  // [padded / 16] the same of a panel
+  float* panel_norm;
   int8_t* quantised;  // q, in the first pass's order (int8_pass_simd.cpp)
   void* offset;       // [padded] -(token offset) * sum of q, in that order, as the accumulator type
-  float* mean_part;   // [padded] (mean . r) / (mean_size * scale), in that order
-  float* norm_part;   // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
+  float* mean_term;   // [padded] (mean . r) / (mean_size * scale), in that order
+  float* norm_term;   // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
   double mean_size, norm_size, norm_middle;
 };
 
 // What a packing kernel leaves to its driver, per code in ascending order: mean . r and -|r|^2/2, before scaling.
-struct PackedParts {
+struct BiasTerms {
   double* mean_dot;
   double* half_residual_norm;
 };
 
-// What tests and benchmarks ask of a search beside its answer; every pointer may be null.
-struct SearchProbe {
-  double bound_scale;   // 1, or less to show that the bound is needed
-  bool fp32_first;      // skip the int8 pass
-  int64_t* rescored;    // [tokens] codes scored exactly
-  int64_t groups;       // of all segments
-  double* approximate;  // [tokens][groups, or units] the greatest score of each as the first pass sees it
-  double* bound;        // [tokens][groups, or units] how far from the exact one that may be
+// What only tests and benchmarks set: a change to the search, and what it reports besides its answer.
+struct SearchOptions {
+  double bound_scale = 1.0;       // less shows that the bound is needed
+  bool fp32_first = false;        // skip the int8 pass
+  int64_t* rescored = nullptr;    // [tokens] codes scored exactly
+  int64_t panels = 0;             // of all parts
+  double* approximate = nullptr;  // [tokens][panels, or units] the greatest score of each as the first pass sees it
+  double* bound = nullptr;        // [tokens][panels, or units] how far from the exact score that may be
 };
 
 // What a search for sub-codes holds: a token in fp64 and kSubcodeRows codes in fp32, rows padded to kSubcodePadding.
@@ -89,14 +89,14 @@ struct Kernels {
   void (*measure)(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
                   float* high);
   // Fills the arrays of superblock s from the rows its ids name; max_quantised receives its largest |q|^2.
-  void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
+  void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const BiasTerms& terms,
                double* max_quantised);
-  // Writes mean_part and norm_part of superblock s from parts.
-  void (*pack_parts)(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
+  // Writes mean_term and norm_term of superblock s from parts.
+  void (*pack_terms)(const PackedCodebook& codebook, int64_t s, const BiasTerms& terms);
   int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned, the first 64 zero before the first search
   // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
-  void (*search)(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
-                 int64_t count, const RowsAhead& ahead, const SearchProbe& probe, void* scratch, float* scores,
+  void (*search)(const PackedCodebook* parts, int64_t part_count, const Rows& z, Metric metric, int64_t first,
+                 int64_t count, const RowsAhead& ahead, const SearchOptions& options, void* scratch, float* scores,
                  int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
   // scratch is subcode_floats(depth) floats.

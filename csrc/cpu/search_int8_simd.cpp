@@ -1,9 +1,9 @@
-// The int8 stage of a search, one instruction set: quantises tokens, runs the pass, scores the groups its bound leaves.
+// The int8 stage of a search, one instruction set: quantises tokens, runs the pass, scores the panels its bound leaves.
 // What certifies the result is set down in nearest_code_simd.cpp.
 //
 // Tokens are sorted by size and go in spans of kSpan, which share a scale where there is a bias; a span's alpha is how
-// much of the codebook's mean its tokens hold. Maxima are kept for kSlots groups at a time: per stretch, a token's best
-// group is scored first, and whatever reaches its score after that.
+// much of the codebook's mean its tokens hold. Maxima are kept for kSlots panels at a time: per stretch, a token's best
+// panel is scored first, and whatever reaches its score after that.
 #include "search_simd.h"
 
 #if SEMHITOK_INT8
@@ -105,7 +105,7 @@ inline Acc threshold_of(double value) {
   return static_cast<Acc>(value < -kLeast - 1.0 ? __builtin_floor(value) : -kLeast - 1.0);
 }
 
-// What a look at a token's maxima over one stretch of groups found: the slots that may hold its best code.
+// What a look at a token's maxima over one stretch of panels found: the slots that may hold its best code.
 struct Found {
   Acc most;       // the greatest maximum
   int32_t first;  // a slot that has it; -1: the stretch holds nothing for this token
@@ -118,7 +118,7 @@ inline double margin_of(const PackedCodebook& book, const Token& token, double s
   return bound_of(token, book.residual, book.norm, scale) / token.unit + 1.0;
 }
 
-void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_group, int64_t slots,
+void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_panel, int64_t slots,
           Acc most, double scale, int32_t* list, Found* found) {
   const double margin = margin_of(book, token, scale);
   double low = most - 2.0 * margin;
@@ -132,43 +132,43 @@ void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int
   int32_t first = list[0];
   for (int64_t i = 0; i < count; ++i) first = maxima[list[i]] > maxima[first] ? list[i] : first;
   found->first = first;
-  const int64_t row_lines = book.depth * kGroupCodes * 4;
+  const int64_t row_lines = book.depth * kPanelCodes * 4;
   for (int64_t i = 0; i < kept; ++i) {
     found->list[i] = list[i];
     if (maxima[list[i]] + margin < most) continue;
-    const char* rows = reinterpret_cast<const char*>(book.rows + (first_group + list[i]) * kGroupCodes * book.depth);
+    const char* rows = reinterpret_cast<const char*>(book.rows + (first_panel + list[i]) * kPanelCodes * book.depth);
     for (int64_t line = 0; line < row_lines; line += kLineBytes) __builtin_prefetch(rows + line);
   }
 }
 
-// Scores what was found. Leaves tokens that would need too many groups to the fp32 pass.
-void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_group,
-            int64_t groups, double scale, int32_t* long_list, const Found& found, Token* token) {
+// Scores what was found. Leaves tokens that would need too many panels to the fp32 pass.
+void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_panel,
+            int64_t panels, double scale, int32_t* long_list, const Found& found, Token* token) {
   const int32_t* list = found.list;
   int64_t count = found.count;
-  rescore(book, l2, first_group + found.first, x, token);
+  rescore(book, l2, first_panel + found.first, x, token);
   if (count == 1) return;
   const Acc threshold = threshold_of((token->best - token->base) / token->unit - margin_of(book, *token, scale));
   if (count > kShortList) {
-    count = scan(maxima, round_up(groups, 64), threshold, long_list);
+    count = scan(maxima, round_up(panels, 64), threshold, long_list);
     list = long_list;
-    if (count > kShortList && count > groups * 3 / 8) {
+    if (count > kShortList && count > panels * 3 / 8) {
       token->kind = Kind::kFp32;
       return;
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t slot = list[i], group = first_group + slot;
+    const int64_t slot = list[i], panel = first_panel + slot;
     if (slot == found.first || maxima[slot] < threshold) continue;
-    const double own = bound_of(*token, book.group_residual[group], book.group_norm[group], scale);
-    if (token->base + token->unit * maxima[slot] + own >= token->best) rescore(book, l2, group, x, token);
+    const double own = bound_of(*token, book.panel_residual[panel], book.panel_norm[panel], scale);
+    if (token->base + token->unit * maxima[slot] + own >= token->best) rescore(book, l2, panel, x, token);
   }
 }
 
 }  // namespace
 
-void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead, const SearchProbe& probe,
-                 int64_t first, const Scratch& scratch, Token* tokens) {
+void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
+                 const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
   // A span shares a scale when it has a bias: put tokens of one size together.
   int32_t order[kTokenBlock];
@@ -196,24 +196,24 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsA
   constexpr Acc kLeast = static_cast<Acc>(sizeof(Acc) == 4 ? INT32_MIN : INT16_MIN);
   const int64_t superblocks = book.padded / kSuperblock, stretch = kSlots / kAccLanes;
   for (int64_t s = 0; s < superblocks; s += stretch) {
-    const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, groups = here * kAccLanes;
+    const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, panels = here * kAccLanes;
     for (int64_t t = 0; t < tile_count * kTile; ++t) top[t] = splat(kLeast);
     int8_pass(book, s, here, scratch.tiles, tile_count, bias, s == 0 ? ahead : RowsAhead{}, maxima, kStride, top);
-    const int64_t first_group = s * kAccLanes;
-    for (int64_t t = 0; probe.approximate != nullptr && t < searched; ++t) {
+    const int64_t first_panel = s * kAccLanes;
+    for (int64_t t = 0; options.approximate != nullptr && t < searched; ++t) {
       const Token& token = tokens[order[t]];
-      const int64_t row = (first + order[t]) * probe.groups + book.first_group + first_group;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t group = first_group + g;
-        probe.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
-        probe.bound[row + g] = bound_of(token, book.group_residual[group], book.group_norm[group], 1.0);
+      const int64_t row = (first + order[t]) * options.panels + book.first_panel + first_panel;
+      for (int64_t g = 0; g < panels; ++g) {
+        const int64_t panel = first_panel + g;
+        options.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
+        options.bound[row + g] = bound_of(token, book.panel_residual[panel], book.panel_norm[panel], 1.0);
       }
     }
 
     // Groups of nothing but the tail's copies have been seen where the last code stands.
-    const int64_t listed = ceil_div(book.codes, kGroupCodes) - first_group;
+    const int64_t listed = ceil_div(book.num_codes, kPanelCodes) - first_panel;
     for (int64_t t = 0; t < searched; ++t) {
-      for (int64_t g = listed; g < round_up(groups, 64); ++g) maxima[t * kStride + g] = kLeast;
+      for (int64_t g = listed; g < round_up(panels, 64); ++g) maxima[t * kStride + g] = kLeast;
     }
 
     // Looking runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
@@ -221,14 +221,14 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsA
     for (int64_t t = 0; t < searched + kAhead; ++t) {
       if (t >= kAhead && found[t % kAhead].first >= 0) {
         const int64_t n = t - kAhead;
-        settle(book, l2, scratch.x + order[n] * padded, maxima + n * kStride, first_group, groups, probe.bound_scale,
+        settle(book, l2, scratch.x + order[n] * padded, maxima + n * kStride, first_panel, panels, options.bound_scale,
                scratch.list, found[t % kAhead], tokens + order[n]);
       }
       if (t >= searched) continue;
       found[t % kAhead].first = -1;
       if (tokens[order[t]].kind != Kind::kInt8) continue;
-      find(book, tokens[order[t]], maxima + t * kStride, first_group, round_up(groups, 64), greatest(top[t]),
-           probe.bound_scale, scratch.list, found + t % kAhead);
+      find(book, tokens[order[t]], maxima + t * kStride, first_panel, round_up(panels, 64), greatest(top[t]),
+           options.bound_scale, scratch.list, found + t % kAhead);
     }
   }
 }

@@ -22,7 +22,7 @@ constexpr int64_t kChunkRows = 1 << 15;    // rows worth a thread of their own i
 constexpr int64_t kElementWork = 8;        // adding up a value costs about as much as this many multiply-adds
 constexpr int64_t kLongSegment = 1 << 16;  // rows
 constexpr int64_t kSliceColumns = 32;      // of a long segment: the two cache lines of fp32 that memory gives at once
-constexpr int64_t kGroup = 4;              // rows added at a time, so that totals are loaded and stored less often
+constexpr int64_t kBatch = 4;              // rows added at a time, so that totals are loaded and stored less often
 constexpr int64_t kPrefetchRows = 32, kPrefetchBytes = 1024, kLineBytes = 64;
 
 struct Float16 {
@@ -97,8 +97,8 @@ void add_rows(const T* values, int64_t depth, int64_t width, const int32_t* rows
   const auto row = [&](int64_t i) { return values + rows[i] * depth; };
   std::fill_n(total, width, 0.0);
   int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    for (int64_t k = 0; k < kGroup; ++k) prefetch_row(row(i + k + kPrefetchRows), bytes);
+  for (; i + kBatch <= count; i += kBatch) {
+    for (int64_t k = 0; k < kBatch; ++k) prefetch_row(row(i + k + kPrefetchRows), bytes);
     const T *r0 = row(i), *r1 = row(i + 1), *r2 = row(i + 2), *r3 = row(i + 3);
     for (int64_t d = 0; d < width; ++d) {
       total[d] = total[d] + widened(r0[d]) + widened(r1[d]) + widened(r2[d]) + widened(r3[d]);

@@ -56,7 +56,7 @@ constexpr double kAccLimit = 0;
 constexpr int kCodeMax = 127;
 constexpr int kVectorBytes = kLanes * 4;
 constexpr int kAccLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
-constexpr int kSuperVectors = 16;  // vectors of a superblock: lane l of all of them is one group
+constexpr int kSuperVectors = 16;  // vectors of a superblock: lane l of all of them is one panel
 constexpr int kSuperblock = SEMHITOK_INT8 ? kSuperVectors * kAccLanes : 128;
 typedef Acc AccVec __attribute__((vector_size(kVectorBytes)));
 

@@ -20,19 +20,19 @@ Shares shares_of(const NearestCode& p, int32_t blocks) {
 
 CertifiedScratch cut(const NearestCode& p, const Device& device, void* base) {
   CertifiedScratch s;
-  Pieces pieces(base);
+  Arena arena(base);
   s.blocks = device.multiprocessors;
   s.shares = shares_of(p, s.blocks);
   const int steps = int8_steps(p);
   const int64_t rows = int64_t{s.shares.row_tiles} * kInt8TileTokens;
-  s.stats = pieces.take<CodebookStats>(1);
-  s.partial = pieces.take<double>(stats_partial_bytes() / static_cast<int64_t>(sizeof(double)));
-  s.codes = pieces.take<char>(int64_t{code_tiles(p)} * int8_tile_bytes(steps));
-  s.tokens = pieces.take<char>(rows * steps * kInt8StepDepth);
-  s.info = pieces.take<TokenInfo>(p.tokens);
-  s.keys = pieces.take<int32_t>(s.shares.splits * rows * kSliceLanes * kKeys);
-  s.list = pieces.take<int32_t>(p.tokens);
-  s.bytes = pieces.used();
+  s.stats = arena.take<CodebookStats>(1);
+  s.partial = arena.take<double>(stats_partial_bytes() / static_cast<int64_t>(sizeof(double)));
+  s.codes = arena.take<char>(int64_t{code_tiles(p)} * int8_tile_bytes(steps));
+  s.tokens = arena.take<char>(rows * steps * kInt8StepDepth);
+  s.info = arena.take<TokenInfo>(p.tokens);
+  s.keys = arena.take<int32_t>(s.shares.splits * rows * kSliceLanes * kKeys);
+  s.list = arena.take<int32_t>(p.tokens);
+  s.bytes = arena.used();
   return s;
 }
 
@@ -42,16 +42,16 @@ int64_t certified_search_scratch(const NearestCode& p, const Device& device) {
   return cut(p, device, nullptr).bytes + wgmma_search_scratch(p, device);
 }
 
-cudaError_t certified_search(const NearestCode& p, const Device& device, double bound_scale, int64_t* rescored,
-                             void* base, cudaStream_t stream) {
+cudaError_t certified_search(const NearestCode& p, const Device& device, const SearchOptions& options, void* base,
+                             cudaStream_t stream) {
   const CertifiedScratch scratch = cut(p, device, base);
   cudaError_t error = codebook_stats(p, true, scratch.stats, scratch.partial, stream);
   if (error == cudaSuccess) error = pack_int8(p, scratch, stream);
   if (error == cudaSuccess) error = search_int8(p, scratch, stream);
-  if (error == cudaSuccess) error = certify(p, scratch, bound_scale, rescored, stream);
+  if (error == cudaSuccess) error = certify(p, scratch, options, stream);
   if (error != cudaSuccess) return error;
   const TokenList rest{scratch.list, &scratch.stats->uncertified};
-  return wgmma_search(p, device, rest, scratch.stats, static_cast<char*>(base) + scratch.bytes, stream);
+  return wgmma_search_tokens(p, device, rest, scratch.stats, static_cast<char*>(base) + scratch.bytes, stream);
 }
 
 }  // namespace semhitok::cuda

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
     for (int i = 0; i < kCodesPerLane; ++i) {
       const int64_t k = slice.tile * kTileCodes + slice_column(slice.lane, lane + kTeam * i);
-      if (k < p.codes) top = max(top, int64_t{scores[i]} * (int64_t{1} << 32) + (INT_MAX - k));
+      if (k < p.num_codes) top = max(top, int64_t{scores[i]} * (int64_t{1} << 32) + (INT_MAX - k));
     }
     top = team_max(top);
     if (top != INT64_MIN) consider(INT_MAX - (top & 0xFFFFFFFF));
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       for (int i = 0; i < kCodesPerLane; ++i) able |= team_vote(scores[i] >= threshold) << (kTeam * i);
       for (; able != 0; able &= able - 1) {
         const int64_t k = current.tile * kTileCodes + slice_column(current.lane, __ffs(able) - 1);
-        if (k < p.codes && k != seen) consider(k);
+        if (k < p.num_codes && k != seen) consider(k);
       }
       while (votes == 0 && (base += kTeam) < entries) {
         const int e = base + lane;
@@ -174,11 +174,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 }  // namespace
 
-cudaError_t certify(const NearestCode& p, const CertifiedScratch& scratch, double bound_scale, int64_t* rescored,
+cudaError_t certify(const NearestCode& p, const CertifiedScratch& scratch, const SearchOptions& options,
                     cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kTeamsPerBlock));
   return launch(certify_kernel, blocks, kThreads, 0, stream, p, scratch, int8_steps(p),
-                std::sqrt(static_cast<double>(p.depth)), bound_scale, rescored);
+                std::sqrt(static_cast<double>(p.depth)), options.bound_scale, options.rescored);
 }
 
 }  // namespace semhitok::cuda

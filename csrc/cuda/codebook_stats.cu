@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* p
   if (blockIdx.x == 0 && threadIdx.x == 0) *stats = CodebookStats{};
   const int team = threadIdx.x / kTeam, lane = team_lane();
   double sum[kPerLane] = {}, bias = 0.0, count = 0.0;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team; k < p.codes;
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team; k < p.num_codes;
        k += static_cast<int64_t>(gridDim.x) * kTeamsPerBlock) {
     float c[kPerLane];
     if (!read_row(p, k, c)) continue;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   float largest = 0.0f;
   double centred = 0.0, bias = 0.0;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; k < p.codes;
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; k < p.num_codes;
        k += static_cast<int64_t>(gridDim.x) * kTeamsPerBlock) {
     float c[kPerLane];
     if (!read_row(p, k, c)) continue;
@@ -118,7 +118,7 @@ cudaError_t codebook_stats(const NearestCode& p, bool centre, CodebookStats* sta
   const cudaError_t error = centre ? launch(sums_kernel, kBlocks, kThreads, 0, stream, p, partial, stats)
                                    : cudaMemsetAsync(stats, 0, sizeof(CodebookStats), stream);
   if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.codes, kTeamsPerBlock), 4 * kBlocks));
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.num_codes, kTeamsPerBlock), 4 * kBlocks));
   return launch(extremes_kernel, blocks, kThreads, 0, stream, p, centre, partial, stats);
 }
 

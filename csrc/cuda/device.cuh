@@ -48,9 +48,9 @@ __device__ __forceinline__ float nan_of(float) { return __int_as_float(0x7fc0000
 __device__ __forceinline__ double nan_of(double) { return __longlong_as_double(0x7ff8000000000000ll); }
 
 // Hands out pieces of one scratch allocation; run over a null base it measures.
-class Pieces {
+class Arena {
  public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <typename T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
   const int row = static_cast<int>(k % kTileCodes);
   const int shift = half_shift(stats->largest), columns = steps * (kStepDepth / kColumnDepth);
   double squared = 0.0;
-  float poison = k < p.codes ? 0.0f : nan_of(float());
+  float poison = k < p.num_codes ? 0.0f : nan_of(float());
   for (int column = team_lane(); column < columns; column += kTeam) {
     HalfPair pairs[kColumnDepth / 2];
 #pragma unroll
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int64_t d = column * kColumnDepth + i + j;
-        c[j] = k < p.codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
+        c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
         squared += static_cast<double>(c[j]) * c[j];
         poison += c[j] * 0.0f;
       }
@@ -74,22 +74,22 @@ __global__ void __launch_bounds__(kThreads)
 
 HalfResults cut_results(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
   HalfResults results;
-  Pieces pieces(base);
+  Arena arena(base);
   const int64_t rows = most_shared_rows(p.tokens, tile_tokens, blocks);
-  results.scores = pieces.take<float>(rows);
-  results.ids = pieces.take<int32_t>(rows);
-  results.bytes = pieces.used();
+  results.scores = arena.take<float>(rows);
+  results.ids = arena.take<int32_t>(rows);
+  results.bytes = arena.used();
   return results;
 }
 
 HalfScratch cut_half(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
   HalfScratch s;
-  Pieces pieces(base);
-  s.stats = pieces.take<CodebookStats>(1);
-  s.codes = pieces.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
-  char* results = pieces.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
+  Arena arena(base);
+  s.stats = arena.take<CodebookStats>(1);
+  s.codes = arena.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
+  char* results = arena.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
   s.results = cut_results(p, tile_tokens, blocks, results);
-  s.bytes = pieces.used();
+  s.bytes = arena.used();
   return s;
 }
 

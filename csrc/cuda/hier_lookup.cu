@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads) lookup_kernel(HierLookup p, int lane
 
 }  // namespace
 
-int64_t hier_lookup_scratch(const HierLookup&) { return 0; }
+int64_t hier_lookup_scratch(const HierLookup&, const Device&) { return 0; }
 
-cudaError_t hier_lookup(const HierLookup& p, void*, cudaStream_t stream) {
+cudaError_t hier_lookup(const HierLookup& p, const Device&, void*, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   const CodePieces pieces = code_pieces(p);
   const int lanes = pieces.sem == 0 ? kWarp : lanes_for(std::max(pieces.sem, pieces.pix));

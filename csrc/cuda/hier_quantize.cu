@@ -23,27 +23,27 @@ struct Stages {
   int64_t bytes;
 };
 
-Stages cut(const HierQuantize& p, void* base) {
-  Pieces pieces(base);
+Stages cut(const HierQuantize& p, const Device& device, void* base) {
+  Arena arena(base);
   Stages s{p.sem, {p.pix, p.codes, p.lookup}, nullptr, 0};
-  s.sem.ids = pieces.take<int64_t>(p.sem.tokens);
-  s.sem.scores = p.sem.wide ? static_cast<void*>(pieces.take<double>(p.sem.tokens)) : pieces.take<float>(p.sem.tokens);
+  s.sem.ids = arena.take<int64_t>(p.sem.tokens);
+  s.sem.scores = p.sem.wide ? static_cast<void*>(arena.take<double>(p.sem.tokens)) : arena.take<float>(p.sem.tokens);
   s.pix.search.group = s.sem.ids;
   s.pix.search.scores = nullptr;
   s.pix.search.ids = nullptr;
-  s.scratch = pieces.take<char>(std::max(nearest_code_scratch(s.sem), pixel_stage_scratch(s.pix)));
-  s.bytes = pieces.used();
+  s.scratch = arena.take<char>(std::max(nearest_code_scratch(s.sem, device), pixel_stage_scratch(s.pix)));
+  s.bytes = arena.used();
   return s;
 }
 
 }  // namespace
 
-int64_t hier_quantize_scratch(const HierQuantize& p) { return cut(p, nullptr).bytes; }
+int64_t hier_quantize_scratch(const HierQuantize& p, const Device& device) { return cut(p, device, nullptr).bytes; }
 
-cudaError_t hier_quantize(const HierQuantize& p, void* scratch, cudaStream_t stream) {
+cudaError_t hier_quantize(const HierQuantize& p, const Device& device, void* scratch, cudaStream_t stream) {
   if (p.sem.tokens == 0) return cudaSuccess;
-  const Stages s = cut(p, scratch);
-  const cudaError_t error = nearest_code(s.sem, s.scratch, stream);
+  const Stages s = cut(p, device, scratch);
+  const cudaError_t error = nearest_code(s.sem, device, s.scratch, stream);
   return error == cudaSuccess ? pixel_stage(s.pix, s.scratch, stream) : error;
 }
 

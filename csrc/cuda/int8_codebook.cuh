@@ -72,7 +72,7 @@ cudaError_t pack_int8(const NearestCode& problem, const CertifiedScratch& scratc
 // From the int8 rows to the keys.
 cudaError_t search_int8(const NearestCode& problem, const CertifiedScratch& scratch, cudaStream_t stream);
 // From the keys to scores, ids and the list of tokens without a certificate.
-cudaError_t certify(const NearestCode& problem, const CertifiedScratch& scratch, double bound_scale, int64_t* rescored,
+cudaError_t certify(const NearestCode& problem, const CertifiedScratch& scratch, const SearchOptions& options,
                     cudaStream_t stream);
 
 }  // namespace semhitok::cuda

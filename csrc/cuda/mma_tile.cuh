@@ -36,8 +36,8 @@ struct MmaTokens {
 
   // tile: in shared memory. first_id: of its first code. factor: of all scores, beside each row's own.
   __device__ __forceinline__ void search(const char* tile, int first_id, float factor) {
-    constexpr int kGroupCodes = 8;   // of one B operand
-    constexpr int kMatrixLanes = 8;  // lanes that name the rows of one core matrix
+    constexpr int kOperandCodes = 8;  // of one B operand
+    constexpr int kMatrixLanes = 8;   // lanes that name the rows of one core matrix
     const int lane = threadIdx.x % kWarp;
     // Of the four core matrices that one ldmatrix reads: depths 0 to 7 and 8 to 15 of hi, then of lo.
     const int matrix = lane / kMatrixLanes;
@@ -51,12 +51,12 @@ struct MmaTokens {
       scale[r][1] = rows[r].scale[1] * factor;
     }
 #pragma unroll 2
-    for (int group = 0; group < kTileCodes / kGroupCodes; ++group) {
+    for (int operand = 0; operand < kTileCodes / kOperandCodes; ++operand) {
       float scores[kSets][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
-        load_matrices(b, rows_of_lane + group * kCoreMatrixBytes + s * kStepBytes);
+        load_matrices(b, rows_of_lane + operand * kCoreMatrixBytes + s * kStepBytes);
 #pragma unroll
         for (int r = 0; r < kSets; ++r) {
           mma_f16(scores[r], rows[r].lo[s], b[0], b[1]);
@@ -64,7 +64,7 @@ struct MmaTokens {
           mma_f16(scores[r], rows[r].hi[s], b[0], b[1]);
         }
       }
-      const int column = group * kGroupCodes + 2 * (lane % 4);
+      const int column = operand * kOperandCodes + 2 * (lane % 4);
       const float2 bias = *reinterpret_cast<const float2*>(biases + column);
 #pragma unroll
       for (int r = 0; r < kSets; ++r) {

@@ -201,8 +201,9 @@ __global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
   const RowRange own = kOwnSizes ? rows_of_group(p.search, group) : RowRange{group * subcodes, subcodes};
 
   const Lane mine(p.search, token, own.first, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
-  constexpr unsigned kGroup = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
-  const unsigned bad = __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kGroup;
+  constexpr unsigned kTokenLanes = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
+  const unsigned bad =
+      __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kTokenLanes;
   const T start = known && bad == 0 && (!kOwnSizes || own.count > 0) ? T(0) : nan_of(T());
 
   T best = -infinity(T());
@@ -316,9 +317,11 @@ cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t str
   return launch(kernel, blocks, kThreads, 0, stream, stage, sorted.rows, pieces);
 }
 
-int64_t nearest_subcode_scratch(const NearestSubcode& p) { return pixel_stage_scratch({p, nullptr, {}}); }
+int64_t nearest_subcode_scratch(const NearestSubcode& p, const Device&) {
+  return pixel_stage_scratch({p, nullptr, {}});
+}
 
-cudaError_t nearest_subcode(const NearestSubcode& p, void* scratch, cudaStream_t stream) {
+cudaError_t nearest_subcode(const NearestSubcode& p, const Device&, void* scratch, cudaStream_t stream) {
   return pixel_stage({p, nullptr, {}}, scratch, stream);
 }
 

@@ -58,7 +58,7 @@ __device__ __forceinline__ void pack_code(const NearestCode& p, const CertifiedS
   const Scales scales = scales_of(p, *scratch.stats, steps);
   const int words = steps * kInt8StepDepth / kWord / kTeam;
   float c[kMostWords][kWord] = {};
-  if (k < p.codes) read_row(p.codebook, k, p.depth, words, c);
+  if (k < p.num_codes) read_row(p.codebook, k, p.depth, words, c);
   float poison = 0.0f;
   double squared = 0.0;
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void pack_code(const NearestCode& p, const CertifiedS
       squared += r * r;
     }
   }
-  const bool usable = team_sum(poison) == 0.0f && k < p.codes;
+  const bool usable = team_sum(poison) == 0.0f && k < p.num_codes;
   const double bias = bias_of(p.metric, team_sum(squared)) - scratch.stats->mean_bias;
   const double bias_step = scales.bias * scales.code, inverse = 1.0 / scales.code;
   const int dealt = usable && bias_step > 0.0 ? static_cast<int>(rint(bias / bias_step)) : 0;

@@ -14,12 +14,6 @@
 
 namespace semhitok::cuda {
 
-struct Device {
-  int major, minor, multiprocessors;
-  int shared_bytes;  // the most a block may ask for
-};
-Device current_device();
-
 struct CodebookStats;
 
 // Some of a problem's tokens: `count` of them, in list. Both are on the device, so the host need not know how many.
@@ -28,23 +22,28 @@ struct TokenList {
   const int32_t* count = nullptr;
 };
 
-int64_t simt_search_scratch(const NearestCode& problem);  // bytes
-cudaError_t simt_search(const NearestCode& problem, void* scratch, cudaStream_t stream);
+int64_t simt_search_scratch(const NearestCode& problem, const Device& device);  // bytes
+cudaError_t simt_search(const NearestCode& problem, const Device& device, const SearchOptions& options, void* scratch,
+                        cudaStream_t stream);
 
 int64_t few_search_scratch(const NearestCode& problem, const Device& device);
-cudaError_t few_search(const NearestCode& problem, const Device& device, void* scratch, cudaStream_t stream);
+cudaError_t few_search(const NearestCode& problem, const Device& device, const SearchOptions& options, void* scratch,
+                       cudaStream_t stream);
 
 int64_t mma_shared_bytes(const NearestCode& problem);
 int64_t mma_search_scratch(const NearestCode& problem, const Device& device);
-cudaError_t mma_search(const NearestCode& problem, const Device& device, void* scratch, cudaStream_t stream);
+cudaError_t mma_search(const NearestCode& problem, const Device& device, const SearchOptions& options, void* scratch,
+                       cudaStream_t stream);
 
-// stats: the codebook's if they are known already, or null.
 int64_t wgmma_search_scratch(const NearestCode& problem, const Device& device);
-cudaError_t wgmma_search(const NearestCode& problem, const Device& device, TokenList tokens, const CodebookStats* stats,
-                         void* scratch, cudaStream_t stream);
+cudaError_t wgmma_search(const NearestCode& problem, const Device& device, const SearchOptions& options, void* scratch,
+                         cudaStream_t stream);
+// The same for some of the tokens. stats: the codebook's if they are already known, or null.
+cudaError_t wgmma_search_tokens(const NearestCode& problem, const Device& device, TokenList tokens,
+                                const CodebookStats* stats, void* scratch, cudaStream_t stream);
 
 int64_t certified_search_scratch(const NearestCode& problem, const Device& device);
-cudaError_t certified_search(const NearestCode& problem, const Device& device, double bound_scale, int64_t* rescored,
+cudaError_t certified_search(const NearestCode& problem, const Device& device, const SearchOptions& options,
                              void* scratch, cudaStream_t stream);
 
 // ---- what the three tensor-core searches share ----
@@ -53,7 +52,7 @@ constexpr int kTileCodes = 128;       // codes of a tile: the width of a wgmma
 constexpr int kMaxTensorDepth = 128;  // what of a token fits into registers
 
 __host__ __device__ inline int32_t code_tiles(const NearestCode& p) {
-  return static_cast<int32_t>((p.codes + kTileCodes - 1) / kTileCodes);
+  return static_cast<int32_t>((p.num_codes + kTileCodes - 1) / kTileCodes);
 }
 
 // A grid of blocks goes over row_tiles * splits units of work: unit u is row tile u / splits and the u % splits-th range

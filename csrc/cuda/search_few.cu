@@ -24,7 +24,7 @@ __device__ __forceinline__ void read_piece(const NearestCode& p, int64_t k, int 
 #pragma unroll
   for (int j = 0; j < kColumnDepth; ++j) {
     const int64_t d = column * kColumnDepth + j;
-    c[j] = k < p.codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
+    c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
   }
 }
 #endif
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
         const int piece = i * kMmaThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
         float c[kColumnDepth];
         read_piece(p, first_code + row, column, c);
-        double squared = first_code + row < p.codes ? 0.0 : nan_of(double());
+        double squared = first_code + row < p.num_codes ? 0.0 : nan_of(double());
 #pragma unroll
         for (int j = 0; j < kColumnDepth; ++j) {
           squared += static_cast<double>(c[j]) * c[j];
@@ -111,7 +111,8 @@ int64_t few_search_scratch(const NearestCode& p, const Device& device) {
   return cut_results(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), nullptr).bytes;
 }
 
-cudaError_t few_search(const NearestCode& p, const Device& device, void* base, cudaStream_t stream) {
+cudaError_t few_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                       cudaStream_t stream) {
   const int32_t blocks = blocks_on(device);
   const int tokens = mma_tile_tokens(half_steps(p.depth));
   const HalfResults results = cut_results(p, tokens, blocks, base);

@@ -18,9 +18,9 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kGroups = 4;  // of four warps; four let a thread have 128 registers
-constexpr int kGroupThreads = 128;
-constexpr int kThreads = kGroups * kGroupThreads;
+constexpr int kWarpgroups = 4;  // of four warps; four let a thread have 128 registers
+constexpr int kWarpgroupThreads = 128;
+constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kWarpTokens = 16;
 constexpr int kStageBytes = 16 * 1024;
 constexpr int kStages = 8;

@@ -75,7 +75,8 @@ int64_t mma_search_scratch(const NearestCode& p, const Device& device) {
   return cut_half(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), nullptr).bytes;
 }
 
-cudaError_t mma_search(const NearestCode& p, const Device& device, void* base, cudaStream_t stream) {
+cudaError_t mma_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                       cudaStream_t stream) {
   const int32_t blocks = blocks_on(device);
   const int tokens = mma_tile_tokens(half_steps(p.depth));
   const HalfScratch scratch = cut_half(p, tokens, blocks, base);

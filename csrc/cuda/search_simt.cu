@@ -77,14 +77,14 @@ int64_t splits_for(int64_t token_tiles, int64_t code_tiles) {
 
 template <typename T>
 Scratch<T> cut(const NearestCode& p, void* base) {
-  const int64_t code_tiles = ceil_div(p.codes, kTile<T>);
+  const int64_t code_tiles = ceil_div(p.num_codes, kTile<T>);
   Scratch<T> s;
   s.tiles_per_split = ceil_div(code_tiles, splits_for(ceil_div(p.tokens, kTile<T>), code_tiles));
   s.splits = ceil_div(code_tiles, s.tiles_per_split);
-  Pieces pieces(base);
-  s.scores = pieces.take<T>(s.splits * p.tokens);
-  s.ids = pieces.take<int32_t>(s.splits * p.tokens);
-  s.bytes = pieces.used();
+  Arena arena(base);
+  s.scores = arena.take<T>(s.splits * p.tokens);
+  s.ids = arena.take<int32_t>(s.splits * p.tokens);
+  s.bytes = arena.used();
   return s;
 }
 
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTile<T>;
   const int64_t first_tile = blockIdx.y * scratch.tiles_per_split;
-  const int64_t end_tile = min(first_tile + scratch.tiles_per_split, (p.codes + kTile<T> - 1) / kTile<T>);
+  const int64_t end_tile = min(first_tile + scratch.tiles_per_split, (p.num_codes + kTile<T> - 1) / kTile<T>);
   const T half = p.metric == Metric::kL2 ? T(-0.5) : T(0);
 
   T best[kPerThread];
@@ -163,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
       if (p.depth > kDepth || tile == first_tile) {
         load_tile<T, kVector>(p.z, first_token, p.tokens, p.depth, depth, z_tile);
       }
-      load_tile<T, kVector>(p.codebook, first_code, p.codes, p.depth, depth, c_tile);
+      load_tile<T, kVector>(p.codebook, first_code, p.num_codes, p.depth, depth, c_tile);
       __syncthreads();
       if (threadIdx.x < kTile<T>) {
-        T bias = depth > 0 ? biases[threadIdx.x] : first_code + threadIdx.x < p.codes ? T(0) : -infinity(T());
+        T bias = depth > 0 ? biases[threadIdx.x] : first_code + threadIdx.x < p.num_codes ? T(0) : -infinity(T());
 #pragma unroll 4
         for (int d = 0; d < steps; ++d) {
           const T c = c_tile[d][threadIdx.x];
@@ -257,7 +257,6 @@ bool whole_pieces(const Rows& rows, int64_t depth) {
 
 template <typename T>
 cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
-  if (p.tokens == 0) return cudaSuccess;
   const Scratch<T> scratch = cut<T>(p, base);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, kTile<T>)), static_cast<unsigned>(scratch.splits));
   auto kernel = search_kernel<T, false>;
@@ -271,11 +270,12 @@ cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t simt_search_scratch(const NearestCode& problem) {
+int64_t simt_search_scratch(const NearestCode& problem, const Device&) {
   return problem.wide ? cut<double>(problem, nullptr).bytes : cut<float>(problem, nullptr).bytes;
 }
 
-cudaError_t simt_search(const NearestCode& problem, void* scratch, cudaStream_t stream) {
+cudaError_t simt_search(const NearestCode& problem, const Device&, const SearchOptions&, void* scratch,
+                        cudaStream_t stream) {
   return problem.wide ? run<double>(problem, scratch, stream) : run<float>(problem, scratch, stream);
 }
 

@@ -18,11 +18,11 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kGroups = 3;  // of four warps; three let a thread have 168 registers
-constexpr int kGroupThreads = 128;
-constexpr int kGroupTokens = 64;
-constexpr int kTileTokens = kGroups * kGroupTokens;
-constexpr int kThreads = kGroups * kGroupThreads;
+constexpr int kWarpgroups = 3;  // of four warps; three let a thread have 168 registers
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupTokens = 64;
+constexpr int kTileTokens = kWarpgroups * kWarpgroupTokens;
+constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kRingBytes = 200 * 1024;
 constexpr int kMostStages = 8;
 static_assert(kTileCodes == 128, "wgmma_f16 is 128 codes wide");
@@ -107,8 +107,13 @@ int64_t wgmma_search_scratch(const NearestCode& p, const Device& device) {
   return cut_half(p, kTileTokens, device.multiprocessors, nullptr).bytes;
 }
 
-cudaError_t wgmma_search(const NearestCode& p, const Device& device, TokenList tokens, const CodebookStats* stats,
-                         void* base, cudaStream_t stream) {
+cudaError_t wgmma_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                         cudaStream_t stream) {
+  return wgmma_search_tokens(p, device, {}, nullptr, base, stream);
+}
+
+cudaError_t wgmma_search_tokens(const NearestCode& p, const Device& device, TokenList tokens,
+                                const CodebookStats* stats, void* base, cudaStream_t stream) {
   const int32_t blocks = device.multiprocessors;
   const HalfScratch scratch = cut_half(p, kTileTokens, blocks, base);
   cudaError_t error = cudaSuccess;

@@ -38,11 +38,11 @@ Scratch cut(const SegmentSum& p, void* base) {
   s.chunk = kLeastChunk;
   while (s.chunk * s.chunk * kChunksPerRow < p.rows) s.chunk *= 2;
   s.chunks = ceil_div(p.rows, s.chunk);
-  Pieces pieces(base);
-  s.head = pieces.take<double>(s.chunks * p.depth);
-  s.tail = pieces.take<double>(s.chunks * p.depth);
-  s.sort = pieces.take<char>(sort_rows_scratch(p.rows, p.segments));
-  s.bytes = pieces.used();
+  Arena arena(base);
+  s.head = arena.take<double>(s.chunks * p.depth);
+  s.tail = arena.take<double>(s.chunks * p.depth);
+  s.sort = arena.take<char>(sort_rows_scratch(p.rows, p.segments));
+  s.bytes = arena.used();
   return s;
 }
 
@@ -161,9 +161,9 @@ cudaError_t add_up(const SegmentSum& p, const SortedRows& sorted, const Scratch&
 
 }  // namespace
 
-int64_t segment_sum_scratch(const SegmentSum& problem) { return cut(problem, nullptr).bytes; }
+int64_t segment_sum_scratch(const SegmentSum& problem, const Device&) { return cut(problem, nullptr).bytes; }
 
-cudaError_t segment_sum(const SegmentSum& p, void* base, cudaStream_t stream) {
+cudaError_t segment_sum(const SegmentSum& p, const Device&, void* base, cudaStream_t stream) {
   if (p.segments == 0) return cudaSuccess;
   const Scratch s = cut(p, base);
   const bool wide = p.values.dtype == Dtype::kFloat64;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -24,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # csrc/problem.h
 METRICS = ["ip", "l2"]
-SEARCHES = ["simt", "few", "mma", "wgmma", "certified"]  # csrc/cuda/kernels.h
+# The table's rows, for parametrised tests: these are collected before the library is built.
+SEARCHES = re.findall(r'^ +\{"(\w+)", ', (ROOT / "csrc/cuda/nearest_code.cu").read_text(), re.M)
 GUARD = 4096  # bytes of 0xFF, NaN in every dtype, on both sides of each tensor
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DSEMHITOK_EMULATED", "-DSEMHITOK_HAVE_SM90A=1",
          "-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # fmt: skip
@@ -103,9 +105,12 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.c = ctypes.CDLL(str(library))
-        self.c.message.restype = self.c.launch_message.restype = ctypes.c_char_p
+        for name in ("message", "launch_message", "search_name", "chosen_search"):
+            getattr(self.c, name).restype = ctypes.c_char_p
         self.c.launches.restype = ctypes.c_uint64
         self.c.hier_quantize_scratch.restype = ctypes.c_int64
+        names = (self.c.search_name(ctypes.c_int64(index)) for index in itertools.count())
+        self.searches = [name.decode() for name in itertools.takewhile(bool, names)]  # simplest first
         self.set_seed(1)
         self.set_device()  # the library is loaded once for all tests: as another left it, else
         self.set_truncating_sums(False)
@@ -153,13 +158,13 @@ class Kernels:
         scores, ids = _results(n, False)
         rescored = torch.zeros(n, dtype=torch.int64)
         self.call("nearest_code_probe", n, k, d, METRICS.index(metric), z, _dtype(z), codebook, _dtype(codebook),
-                  SEARCHES.index(search), torch.tensor([bound_scale], dtype=torch.float64), scores, ids,
+                  self.searches.index(search), torch.tensor([bound_scale], dtype=torch.float64), scores, ids,
                   rescored)  # fmt: skip
         return scores, ids, rescored
 
     def chosen_search(self, tokens: int, codes: int, depth: int, wide: bool = False) -> str:
         """Which search nearest_code would run on the device set."""
-        return SEARCHES[self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide)))]
+        return self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide))).decode()
 
     def hier_quantize_scratch(self, tokens: int, groups: int, subcodes: int, sem_depth: int, pix_depth: int) -> int:
         """Bytes of device memory beyond inputs and outputs on the device set, all in fp32."""

@@ -11,7 +11,8 @@ import torch
 from op_checks import assert_nearest, randn, same_bits, scores64
 from torch import Tensor
 
-from semhitok import ops
+from benchmarks.cuda import floor
+from semhitok import _C, ops
 
 METRICS = ["ip", "l2"]
 SEARCHES = emulated.SEARCHES
@@ -211,6 +212,12 @@ def test_sums_that_tensor_cores_cut(kernels: emulated.Kernels) -> None:
         z, codes = randn(100, 64, seed=13), randn(300, 64, seed=14)
         scores, ids, _ = kernels.nearest_code_probe(z, codes, "ip", search)
         assert_nearest(z, codes, "ip", scores, ids)
+
+
+def test_the_list_of_searches(kernels: emulated.Kernels) -> None:
+    assert kernels.searches == SEARCHES and SEARCHES[0] == "simt"
+    assert _C.cuda_searches() == (SEARCHES if _C.build_info()["cuda"] else [])
+    assert set(floor.DESIGNS) == set(SEARCHES)
 
 
 def test_which_search_is_chosen(kernels: emulated.Kernels) -> None:

@@ -21,7 +21,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": paths, **environment},
-        cwd=ROOT / "tests",
+        cwd=ROOT / "tests/helpers",
         capture_output=True,
         text=True,
     )
