@@ -1,5 +1,5 @@
-// What the ops and the probes share: checks of their arguments, and the results they allocate. Everything that is wrong
-// raises std::runtime_error, naming the argument, what was expected and what came.
+// What the ops and the probes share: checks of their arguments, and the tensors they allocate. A wrong argument raises
+// std::runtime_error that names it, what was expected and what was given.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -95,7 +95,7 @@ inline void check_count(const char* name, const char* what, int64_t count) {
   check(count <= kMost, name, ": expected at most ", kMost, " ", what, ", got ", count);
 }
 
-// z[..., depth]: returns its leading sizes.
+// Checks z [..., depth] and returns its leading sizes.
 inline Sizes check_tokens(const char* name, const Tensor& z, const char* codebook_name, const Tensor& codebook) {
   const int64_t depth = codebook.size(codebook.dim() - 1);
   check(z.dim() >= 1, name, ": expected at least 1 dimension [..., D], got a scalar");

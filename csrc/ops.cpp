@@ -16,19 +16,19 @@
 //   of sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction
 //   set. On CUDA scores are as exact as fp32 sums, some of them fp64 sums, and so are the comparisons: ids are those of
 //   fp64 wherever its scores differ by more than fp32 rounding.
-// - A token with NaN or Inf, or without any score above -inf: id 0 and score NaN. Ids are always in range.
-// - dtypes: float32, float16, bfloat16, float64, each tensor its own. Scores and search in fp32, or in fp64 as soon as
-//   one floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of its rows.
-//   sums are float32 (float64 for float64 values), summed in fp64 and rounded once: on the CPU in row order, on CUDA in a
-//   fixed order of chunks of the rows sorted by id. Ids, groups, codes and counts are int64.
-// - Shapes: any leading dimensions, none included; N = 0 gives empty outputs; K, m, D >= 1. Any strides. One device.
-// - Ids out of range cannot raise without a device synchronisation, so they have an outcome: nearest_subcode: id 0,
-//   score NaN; hier_lookup: rows of NaN; segment_sum: the row is left out.
-// - Offsets that do not ascend from 0 to T raise on the CPU. On CUDA that would take a device synchronisation, too: the
-//   ids are meaningless then, but in range, and nothing outside the table is read. A sub-codebook left without a row:
-//   id 0, score NaN.
-// - Everything else that is wrong raises std::runtime_error (RuntimeError in Python), naming the argument, what was
-//   expected and what came.
+// - A token with NaN or Inf, or without a score above -inf: id 0 and score NaN. Ids are always in range.
+// - dtypes: float32, float16, bfloat16, float64, independently for each tensor. Scores and search are in fp32, or in
+//   fp64 if any floating-point input is float64. q_sem and q_pix have their codebook's dtype and are exact copies of
+//   its rows. sums are float32 (float64 for float64 values), summed in fp64 and rounded once: on the CPU in row order,
+//   on CUDA in a fixed order of chunks of the rows sorted by id. Ids, groups, codes and counts are int64.
+// - Shapes: any leading dimensions, or none; N = 0 gives empty outputs; K, m, D >= 1. Any strides. One device.
+// - Ids out of range cannot raise without a device synchronisation, so their result is defined: nearest_subcode gives
+//   id 0 and score NaN, hier_lookup rows of NaN, and segment_sum skips the row.
+// - Offsets that do not ascend from 0 to T raise on the CPU. On CUDA this, too, would need a device synchronisation:
+//   the ids are then meaningless, but in range, and nothing outside the table is read. A sub-codebook without a row
+//   gives id 0 and score NaN.
+// - Everything else that is wrong raises std::runtime_error (RuntimeError in Python) that names the argument, what was
+//   expected and what was given.
 // - Same input, same bits: on every run, with any number of threads.
 #include <torch/csrc/stable/library.h>
 
@@ -48,17 +48,18 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {c.scores, c.ids};
 }
 
-// The sub-codebooks [K, m, D], or [T, D] with offsets: into a problem's groups, subcodes, total and offsets. codes: how
-// many semantic codes there are, or 0 where that is for the sub-codebooks to say. What is returned holds the offsets.
+// Checks the sub-codebooks [K, m, D], or [T, D] with offsets, and sets the problem's groups, subcodes, total and
+// offsets. num_codes: the number of semantic codes, or 0 if the sub-codebooks determine it. Returns the tensor behind
+// offsets.
 template <typename Problem>
 std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, const Tensor& table,
-                                          const std::optional<Tensor>& offsets, int64_t codes, const Tensor& first,
+                                          const std::optional<Tensor>& offsets, int64_t num_codes, const Tensor& first,
                                           const char* first_name, Problem* p) {
   const std::string fixed = std::string("[K, m, ") + depth + "]", own = std::string("[T, ") + depth + "]";
   if (!offsets.has_value()) {
     check_dims(name, table, 3, fixed.c_str());
     p->groups = table.size(0), p->subcodes = table.size(1), p->total = p->groups * p->subcodes;
-    check(codes == 0 || p->groups == codes, name, ": expected first dimension ", codes,
+    check(num_codes == 0 || p->groups == num_codes, name, ": expected first dimension ", num_codes,
           " (sem_codebook.shape[0]), got ", p->groups);
     check_count(name, "codes", p->groups);
     return std::nullopt;
@@ -67,9 +68,9 @@ std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, c
   check_dims(name, table, 2, (own + " (with offsets)").c_str());
   check_ids("offsets", bounds);
   const Sizes sizes = sizes_of(bounds);
-  if (codes != 0) {
-    check(sizes == Sizes{codes + 1}, "offsets: expected shape [", codes + 1, "] (sem_codebook.shape[0] + 1), got ",
-          shape_of(sizes));
+  if (num_codes != 0) {
+    check(sizes == Sizes{num_codes + 1}, "offsets: expected shape [", num_codes + 1,
+          "] (sem_codebook.shape[0] + 1), got ", shape_of(sizes));
   } else {
     check(sizes.size() == 1 && sizes[0] >= 2, "offsets: expected shape [K + 1] with K of at least 1, got ",
           shape_of(sizes));
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
   return {scores, ids};
 }
 
-// The checks and sizes hier_quantize and hier_lookup share; first: the tensor whose device counts.
+// The checks and sizes that hier_quantize and hier_lookup share. first: all tensors must be on its device.
 std::pair<HierLookup, std::optional<Tensor>> lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook,
                                                             const std::optional<Tensor>& offsets, const Tensor& first,
                                                             const char* first_name) {

@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Ten
 }
 
 // What the first pass sees: groups of C codes (panels of 16 for int8, units of 128 for fp32), approximate [N, G] and
-// bound [N, G], with |approximate - greatest exact score of the group| <= bound; codes [G, C] the ids of each. Codes that
-// cannot win are in none; a token that goes straight to the exact pass has an infinite bound.
+// bound [N, G], with |approximate - greatest exact score of the group| <= bound; codes [G, C] the ids of each. Codes
+// that cannot win are in none; a token that goes straight to the exact pass has an infinite bound.
 std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Tensor& codebook,
                                                        const std::string& metric, const std::string& capability,
                                                        const std::string& first_pass) {

@@ -29,8 +29,8 @@ struct NearestCode {
 };
 
 // z [tokens, depth], sub_codebooks [total, depth], group [tokens] -> scores [tokens], ids [tokens] in the sub-codebook.
-// The sub-codebooks lie one after another, that of group g in the rows that rows_of_group gives. If offsets is null, all
-// have `subcodes` rows. With offsets [groups + 1], each has its own size, and subcodes is the mean, rounded up.
+// The sub-codebooks lie one after another, that of group g in the rows that rows_of_group gives. If offsets is null,
+// all have `subcodes` rows. With offsets [groups + 1], each has its own size, and subcodes is the mean, rounded up.
 struct NearestSubcode {
   int64_t tokens, groups, subcodes, total, depth;
   const int64_t* offsets;

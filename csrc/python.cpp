@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -18,16 +17,6 @@
 namespace py = pybind11;
 
 namespace {
-
-py::list split(const std::string& text, char separator) {
-  py::list parts;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(separator, begin), text.size());
-    parts.append(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
 
 py::dict build_info() {
   using namespace semhitok::cpu;
@@ -54,7 +43,7 @@ py::dict build_info() {
   if (SEMHITOK_WITH_CUDA) {
     py::dict cuda;
     cuda["toolkit"] = SEMHITOK_CUDA_VERSION;
-    cuda["architectures"] = split(SEMHITOK_CUDA_ARCHITECTURES, ';');
+    cuda["architectures"] = py::str(SEMHITOK_CUDA_ARCHITECTURES).attr("split")(";");
     info["cuda"] = cuda;
   }
   return info;
@@ -90,7 +79,6 @@ PYBIND11_MODULE(_C, m) {
         "The names of the searches behind nearest_code on CUDA, simplest first; none in a build without CUDA.");
 #if SEMHITOK_WITH_CUDA
   m.def("cuda_search", &cuda_search, py::arg("tokens"), py::arg("num_codes"), py::arg("depth"), py::arg("wide") = false,
-        py::arg("device") = 0,
-        "The name of the search that nearest_code runs for such a problem on a CUDA device.");
+        py::arg("device") = 0, "The name of the search that nearest_code runs for such a problem on a CUDA device.");
 #endif
 }

@@ -1,6 +1,6 @@
-// The CPU backend: its ops, which instruction set they use, and what the drivers (nearest_code.cpp,
+// The CPU backend: its ops, the choice of the instruction set, and what the drivers (nearest_code.cpp,
 // nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: searches by blocks of tokens,
-// scratch, threads.
+// threads.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,8 @@
 
 namespace semhitok::cpu {
 
-// What this build holds, what this machine could run of it, and what is used (SEMHITOK_CPU_CAPABILITY may lower it).
+// The instruction sets in this build, and whether this machine supports them. The best one is used, or the one that
+// SEMHITOK_CPU_CAPABILITY names.
 struct Capability {
   const char* name;
   bool supported;
@@ -23,7 +24,7 @@ struct Capability {
 constexpr int kMaxCapabilities = 5;
 int capabilities(Capability out[kMaxCapabilities]);  // best first; returns how many
 const Kernels& kernels();                            // throws std::runtime_error on a bad SEMHITOK_CPU_CAPABILITY
-const Kernels& kernels_named(const char* name);      // of this machine's, or throws std::runtime_error
+const Kernels& kernels_named(const char* name);      // throws std::runtime_error if this machine has none
 
 class Codebook;
 
@@ -33,9 +34,9 @@ class CodeSearch {
   explicit CodeSearch(const NearestCode& problem);
   CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
   ~CodeSearch();
-  int64_t block() const { return block_; }  // tokens a call of run takes at most
+  int64_t block() const { return block_; }  // the most tokens a call of run takes
   int64_t blocks() const;                   // blocks of the whole problem
-  int64_t grain() const;                    // blocks worth a thread of their own
+  int64_t grain() const;                    // blocks that are worth a thread
   Buffer<char> scratch() const;             // for the calls of run by one thread
   // scores (float, or double when wide) and ids point at the block's first token.
   void run(int64_t first, int64_t count, const RowsAhead& ahead, char* scratch, void* scores, int64_t* ids) const;
@@ -53,7 +54,7 @@ int64_t subcode_scratch(const NearestSubcode& problem);  // bytes
 void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
                  void* scores, int64_t* ids);
 
-// groups [count]: of the tokens first .. first + count; null: found from their codes.
+// groups [count]: those of the tokens first .. first + count, or null to find them from the codes.
 void lookup_rows(const HierLookup& problem, int64_t first, int64_t count, const int64_t* groups);
 
 // The ops.
@@ -78,8 +79,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Blocks 0 .. blocks, each taken by whichever thread is free: a core that other work holds up delays one block, not its
-// share of all. worker(next) runs once a thread; next() gives the next block, or -1 after the last.
+// Blocks 0 .. blocks - 1, each taken by the next free thread, so that a core that is busy with other work delays one
+// block only. worker(next) runs once a thread; next() gives the next block, or -1 after the last.
 template <typename F>
 void parallel_blocks(int64_t blocks, int64_t grain, const F& worker) {
   std::atomic<int64_t> taken{0};

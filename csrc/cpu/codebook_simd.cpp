@@ -1,10 +1,10 @@
-// Packing a codebook and digesting its bytes, one instruction set.
+// Packing a codebook and digesting its bytes, for one instruction set.
 //
-// A code is usable when it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
+// A code is usable if it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
 // rows transposed by panels of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that
-// bound what rounding loses, all measured in fp64 and rounded up. Codes sit in lanes there, so no sum is horizontal.
-// half_norm64 enters exact scores, so its order of summation is the same everywhere: ascending depth, even and odd
-// apart. Products of two fp32 numbers are exact in fp64, so FMA or not makes no difference.
+// bound the rounding, all measured in fp64 and rounded up. Each code has a lane, so no sum is horizontal. half_norm64
+// is part of exact scores, so its order of summation is the same everywhere: ascending depth, even and odd apart.
+// Products of two fp32 numbers are exact in fp64, so it makes no difference whether FMAs are used.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
 #include "passes.h"
 
@@ -131,7 +131,7 @@ inline double quantise_panel(const PackedCodebook& book, int64_t s, int64_t lane
 
 }  // namespace
 
-// hashes[n] of rows first .. first + count: equal rows have equal ones, others rarely; 0 for a row with NaN or Inf.
+// hashes[n] of rows first .. first + count: equal rows have equal hashes, others rarely; 0 for a row with NaN or Inf.
 void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes) {
   const Words start = first_key();
   for (int64_t n = first; n < first + count; ++n) {
@@ -214,8 +214,9 @@ void pack_terms(const PackedCodebook& book, int64_t s, const BiasTerms& terms) {
   }
 }
 
-// Every word is keyed by its place, its halves are multiplied, and the word itself is added to the accumulator beside,
-// so that a product that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
+// Every word is combined with a key for its place and its halves are multiplied. The word itself is added to the
+// neighbouring accumulator, so that a product that happens to be zero hides nothing. In the end the lanes are mixed
+// with 128-bit products.
 void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   constexpr int kStripes = 4;  // independent accumulators
   constexpr int64_t kStripeBytes = static_cast<int64_t>(kStripes) * kVectorBytes;

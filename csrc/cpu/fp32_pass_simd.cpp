@@ -1,11 +1,11 @@
-// The fp32 first pass, one instruction set: fp32 scores of every token with every code, kept as lane-wise maxima of
-// units of 128 codes. It serves where there is no int8 pass, beyond its depth, and for the tokens it cannot settle.
+// The fp32 first pass, for one instruction set: fp32 scores of every token with every code, kept as lane-wise maxima of
+// units of 128 codes. It is used if there is no int8 pass, beyond its depth, and for the tokens it cannot settle.
 //
 // Contract: the score of code k is half_norm[k] (l2) or 0, plus the products in ascending depth, one FMA (or multiply
 // and add) a step: within (depth + 2) 2^-24 (sum |x c| + |half_norm|) of the exact one while nothing overflows.
 //
-// Plan. Codes sit in lanes, 16 of a panel side by side; the tile of kTileTokens x 2 vectors lives in registers, two max
-// instructions a token end it. A unit is 16 KB at depth 32: it stays in L1 while all tiles pass over it.
+// Plan. Each code has a lane, the 16 of a panel side by side. The tile of kTileTokens x 2 vectors is in registers; two
+// max instructions a token end it. A unit is 16 KB at depth 32: it stays in L1 for all tiles of tokens.
 // Cost: tokens * padded * depth FMAs.
 #include "passes.h"
 

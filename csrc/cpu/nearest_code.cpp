@@ -1,9 +1,9 @@
 // Nearest code on the CPU: prepares a codebook once, then searches blocks of tokens in parallel.
 //
-// fp32 and narrower go to the instruction set's search (nearest_code_simd.cpp) of a packed codebook (codebook.cpp), and
-// get the winner of the fp64 scores. fp64 is a plain loop over a widened copy of the codebook with the same contract:
-// bias + sum in ascending depth, lowest id of the greatest score, NaN never wins.
-// Every token is computed on its own, so neither the block size nor the number of threads changes a bit of the result.
+// fp32 and narrower inputs go to the instruction set's search (nearest_code_simd.cpp) of a packed codebook
+// (codebook_cache.cpp), which gives the winner of the fp64 scores. fp64 is a plain loop over a widened copy of the
+// codebook with the same contract: bias + sum in ascending depth, lowest id of the greatest score, NaN never wins.
+// Tokens are independent: neither the block size nor the number of threads changes a bit of the result.
 #include <algorithm>
 #include <limits>
 
@@ -57,7 +57,7 @@ Buffer<char> CodeSearch::scratch() const {
   const int64_t bytes =
       problem_.wide ? problem_.depth * static_cast<int64_t>(sizeof(double)) : kernels_->search_scratch(problem_.depth);
   auto scratch = allocate<char>(bytes);
-  std::fill_n(scratch.get(), std::min(bytes, kAlignment), char{0});  // what a search notes for the next one
+  std::fill_n(scratch.get(), std::min(bytes, kAlignment), char{0});  // what a search leaves for the next one
   return scratch;
 }
 

@@ -1,4 +1,4 @@
-// Nearest code, one instruction set: the search of a block of tokens, exact by certificate.
+// Nearest code, for one instruction set: the search of a block of tokens, exact by certificate.
 //
 // Contract: score(t, k) = sum_d x_d c_d (+ half_norm of k for l2), products in fp64, even and odd d summed apart in
 // ascending order and then added; the answer is the lowest id of the greatest score, on every instruction set. A token
@@ -10,9 +10,9 @@
 //     |x'| |r - r^| + |x' - x^| |r^| + fixed                  (Cauchy-Schwarz on x'.r - x^.r^; ^ = as quantised)
 // where fixed covers the bias' rounding and that of fp64. Only panels whose approximation plus bound reaches the best
 // exact score found are scored exactly, the most promising first; every other code is proven to lose. mean.r and
-// -|r|^2/2 vary over codes and enter as a bias, which tokens of a span share, and with it one scale.
-// Tokens for which the int8 bound keeps too many panels go through the fp32 pass (bound: its rounding); those whose
-// fp32 scores could overflow are scored exactly throughout.
+// -|r|^2/2 vary by code and form a bias; tokens of a span share it, and therefore a scale.
+// Tokens for which the int8 bound keeps too many panels go through the fp32 pass (bound: its rounding). Tokens whose
+// fp32 scores could overflow are scored exactly with all codes.
 //
 // Cost: that of the first pass, 2 fp64 operations per token, code of a kept panel and depth, and one look at the
 // maxima, padded / 16 of them a token. Scratch: the maxima of kTokenBlock tokens over a stretch of kSlots panels.
@@ -22,11 +22,11 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kRetryBlocks = 15;  // blocks that a pass sits out
-constexpr double kLargest32 = 1e38;   // scores below this have no fp32 overflow on their way
+constexpr int64_t kRetryBlocks = 15;  // blocks that a pass skips
+constexpr double kLargest32 = 1e38;   // below this no intermediate fp32 value overflows
 constexpr int kExactTokens = 4;
 
-// Every code of the tokens left, a panel and a few tokens at a time: its rows stay in the cache for all of them.
+// All codes for the remaining tokens, a panel and a few tokens at a time, so that its rows stay in the cache.
 void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
   const double* x[kTokenBlock];
@@ -62,11 +62,11 @@ void read_token(const Rows& z, int64_t index, int64_t depth, float* row, double*
   token->norm = __builtin_sqrt(sum(square));
 }
 
-// One part, for all tokens not done. waiting: its two counters of blocks that a pass sits out, because it settled
-// less than half of an earlier one: the next ones are likely of the same kind.
+// Searches one part for all tokens that are not done. waiting: for each of the two passes, how many blocks it skips. A
+// pass that settles less than half of a block skips the next ones, which are likely of the same kind.
 void search_part(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const RowsAhead& ahead,
                  const SearchOptions& options, const Scratch& scratch, int64_t* waiting, Token* tokens) {
-  const auto sits_out = [&](int pass) {
+  const auto skips = [&](int pass) {
     return options.approximate == nullptr && waiting[pass] > 0 && --waiting[pass] >= 0;
   };
   const auto judge = [&](int pass, int64_t unsettled) {
@@ -78,7 +78,7 @@ void search_part(const PackedCodebook& book, bool l2, int64_t first, int64_t cou
     return of;
   };
 
-  const bool int8 = book.int8 && !options.fp32_first && !sits_out(0);
+  const bool int8 = book.int8 && !options.fp32_first && !skips(0);
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind != Kind::kDone) tokens[t].kind = int8 ? Kind::kInt8 : Kind::kFp32;
   }
@@ -90,7 +90,7 @@ void search_part(const PackedCodebook& book, bool l2, int64_t first, int64_t cou
     judge(0, count_of(Kind::kFp32));
   }
 #endif
-  const bool fp32 = count_of(Kind::kFp32) > 0 && !sits_out(1);
+  const bool fp32 = count_of(Kind::kFp32) > 0 && !skips(1);
   for (int64_t t = 0; t < count; ++t) {
     const double reach = tokens[t].norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
     if (tokens[t].kind == Kind::kFp32 && !(fp32 && reach < kLargest32)) tokens[t].kind = Kind::kExact;

@@ -1,14 +1,15 @@
-// The fp32 stage of a search, one instruction set: for tokens without an int8 pass, or that it left. The bound is the
-// rounding of fp32; tokens for which even that keeps most of the codes are left to be scored exactly throughout.
+// The fp32 stage of a search, for one instruction set: for tokens without an int8 pass, or that it left. The bound is
+// the rounding of fp32. Tokens for which even this keeps most of the codes are left, to be scored exactly with all
+// codes.
 #include "search_simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kShortList = 48;  // slots that are no reason to give up, however few there are
+constexpr int64_t kShortList = 48;  // so few slots are scored, whatever their share of all
 constexpr double kEps32 = 0x1p-24;
 
-// The fp32 pass' bound: rounding of each of its steps, and results below the normal range.
+// The bound of the fp32 pass: the rounding of each step, and results below the normal range.
 inline double fp32_bound(const PackedCodebook& book, bool l2, const Token& token, double scale) {
   const double reach = token.norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
   return scale * static_cast<double>(book.depth + 3) * (kEps32 * kRelative * reach + 0x1p-125);

@@ -1,9 +1,9 @@
-// The int8 stage of a search, one instruction set: quantises tokens, runs the pass, scores the panels its bound leaves.
-// What certifies the result is set down in nearest_code_simd.cpp.
+// The int8 stage of a search, for one instruction set: quantises tokens, runs the pass, scores the panels that its
+// bound leaves. nearest_code_simd.cpp explains the certificate.
 //
-// Tokens are sorted by size and go in spans of kSpan, which share a scale where there is a bias; a span's alpha is how
-// much of the codebook's mean its tokens hold. Maxima are kept for kSlots panels at a time: per stretch, a token's best
-// panel is scored first, and whatever reaches its score after that.
+// Tokens are sorted by size and divided into spans of kSpan, which share a scale if there is a bias. A span's alpha is
+// how much of the codebook's mean its tokens contain. Maxima are kept for kSlots panels at a time: of each such
+// stretch, a token's best panel is scored first, and then the panels that can reach its score.
 #include "search_simd.h"
 
 #if SEMHITOK_INT8
@@ -11,13 +11,13 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kShortList = 48;      // slots kept without a second look
-constexpr int64_t kAhead = 3;           // tokens looked at before one is scored
+constexpr int64_t kShortList = 48;      // slots that are kept without a second scan
+constexpr int64_t kAhead = 3;           // tokens scanned before one is scored
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr double kEps64 = 1e-15;
 constexpr int64_t kLineBytes = 64;
 
-// Quantises the tokens of a span (-1: none) into its tiles and sets what certifies them.
+// Quantises the tokens of a span (-1: none) into its tiles and sets their bounds.
 void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, Token* tokens, const Scratch& scratch,
                    uint8_t* tiles, SpanBias* bias) {
   const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
@@ -28,8 +28,9 @@ void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, 
     const Token& token = tokens[members[r]];
     along += token.along, size += token.norm * token.norm, ++count;
   }
-  // How much of the mean the span's tokens hold, where taking just that out is worth its bias. With plain = 0 (inner
-  // product) or 1 (l2) there is none for it; gain is what alpha takes from the sum of |x'|^2 compared with plain.
+  // alpha: how much of the mean the span's tokens contain, if removing it is worth the bias. With alpha = plain, 0
+  // (inner product) or 1 (l2), no bias is needed for it. gain: by how much alpha reduces the sum of |x'|^2 compared
+  // with plain.
   const double mean2 = book.mean_norm * book.mean_norm, plain = l2 ? 1.0 : 0.0;
   double alpha = mean2 > 0.0 && count > 0 ? along / (count * mean2) : plain;
   const double gain = count * mean2 * (alpha - plain) * (alpha - plain);
@@ -105,15 +106,15 @@ inline Acc threshold_of(double value) {
   return static_cast<Acc>(value < -kLeast - 1.0 ? __builtin_floor(value) : -kLeast - 1.0);
 }
 
-// What a look at a token's maxima over one stretch of panels found: the slots that may hold its best code.
+// What a scan of a token's maxima over one stretch of panels found: the slots that may hold its best code.
 struct Found {
   Acc most;       // the greatest maximum
-  int32_t first;  // a slot that has it; -1: the stretch holds nothing for this token
-  int64_t count;  // how many may; beyond kShortList they are looked up again once the first is scored
+  int32_t first;  // a slot that has it; -1: the stretch has nothing for this token
+  int64_t count;  // how many may; if more than kShortList, they are scanned again once the first is scored
   int32_t list[kShortList];
 };
 
-// The bound in units of the approximate scores, and one more for the rounding of the lines that use it.
+// The bound in units of the approximate scores, plus one for the rounding of the lines that use it.
 inline double margin_of(const PackedCodebook& book, const Token& token, double scale) {
   return bound_of(token, book.residual, book.norm, scale) / token.unit + 1.0;
 }
@@ -141,7 +142,7 @@ void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int
   }
 }
 
-// Scores what was found. Leaves tokens that would need too many panels to the fp32 pass.
+// Scores what was found. Tokens that would need too many panels are left to the fp32 pass.
 void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_panel,
             int64_t panels, double scale, int32_t* long_list, const Found& found, Token* token) {
   const int32_t* list = found.list;
@@ -170,7 +171,7 @@ void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* max
 void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
                  const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
-  // A span shares a scale when it has a bias: put tokens of one size together.
+  // A span shares a scale if it has a bias: put tokens of similar size together.
   int32_t order[kTokenBlock];
   int64_t searched = 0;
   const bool sorted = l2 || book.mean_norm > 0.0;
@@ -210,13 +211,13 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsA
       }
     }
 
-    // Groups of nothing but the tail's copies have been seen where the last code stands.
+    // Panels with only copies of the last code are covered by that code's own panel.
     const int64_t listed = ceil_div(book.num_codes, kPanelCodes) - first_panel;
     for (int64_t t = 0; t < searched; ++t) {
       for (int64_t g = listed; g < round_up(panels, 64); ++g) maxima[t * kStride + g] = kLeast;
     }
 
-    // Looking runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
+    // Scanning runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
     Found found[kAhead];
     for (int64_t t = 0; t < searched + kAhead; ++t) {
       if (t >= kAhead && found[t % kAhead].first >= 0) {

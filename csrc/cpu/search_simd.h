@@ -1,5 +1,5 @@
-// What the stages of a search share, one instruction set: tokens and certificates, scratch, the look through maxima,
-// exact scores. The plan stands in nearest_code_simd.cpp.
+// What the stages of a search share, for one instruction set: tokens and certificates, scratch, the scan of maxima,
+// exact scores. nearest_code_simd.cpp has the plan.
 #pragma once
 
 #include "passes.h"
@@ -7,8 +7,8 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kSlots = 1024;          // maxima of a token kept at a time
-constexpr int64_t kStride = kSlots + 32;  // apart, so that rows of maxima do not meet in one cache set
+constexpr int64_t kSlots = 1024;          // maxima of a token that are kept at a time
+constexpr int64_t kStride = kSlots + 32;  // with padding, so that rows of maxima do not share cache sets
 constexpr int kTile = kTileTokens;
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
@@ -32,7 +32,7 @@ struct Token {
 };
 
 struct Scratch {
-  int64_t* waiting;  // [kMaxParts][2] blocks before a part's int8 and fp32 pass are tried again
+  int64_t* waiting;  // [kMaxParts][2] blocks that a part's int8 and fp32 pass still skip
   double* x;         // [kTokenBlock][padded depth]
   double* shifted;   // [kSpan][padded depth]
   float* row;        // [depth]
@@ -64,7 +64,7 @@ namespace {
   return at;
 }
 
-// ---- looking through maxima ----
+// ---- scanning maxima ----
 
 // Bit i: values[i] >= threshold, for 64 of them.
 inline uint64_t reaching(const float* values, float threshold) {
@@ -165,8 +165,8 @@ inline int64_t scan(const T* maxima, int64_t slots, T threshold, int32_t* list) 
 
 // ---- exact scores ----
 
-// Scores the 16 codes of a panel for kTokens tokens and keeps each one's greatest, the lowest id where equal. kAtOnce:
-// how many of the panel's vectors the registers hold sums for.
+// Scores the 16 codes of a panel for kTokens tokens and keeps the greatest of each, the lowest id if equal. kAtOnce:
+// how many of the panel's vectors have their sums in registers at once.
 template <int kTokens, int kAtOnce>
 inline void rescore(const PackedCodebook& book, bool l2, int64_t panel, const double* const x[kTokens],
                     Token* const tokens[kTokens]) {
@@ -225,7 +225,8 @@ inline double bound_of(const Token& token, double residual, double norm, double 
 
 }  // namespace
 
-// The int8 and the fp32 pass for the tokens of their kind, each settled or left to the next kind; first is the block's.
+// The int8 and the fp32 pass for the tokens of their kind; each token is settled or passed on to the next kind. first:
+// that of the block.
 void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
                  const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens);
 void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchOptions& options, int64_t first,

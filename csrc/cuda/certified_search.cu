@@ -1,8 +1,8 @@
-// The certified search: an int8 pass and what it proves (int8_codebook.cuh), then the fp16 search for the rest.
+// The certified search: an int8 pass and what it proves (int8_codebook.cuh), then the fp16 search for the other tokens.
 //
 // Plan. Eight launches on one stream, none of which the host waits for: two for the codebook's mean and extremes, one
 // that packs codes and tokens, the search, the certification; then three of search_wgmma.cu for the tokens on the list,
-// which do nothing where it is empty.
+// which do nothing if it is empty.
 // Scratch: (K + N) * padded depth bytes, 32 + 48 * splits bytes a token, and that of the fp16 search.
 #include "half_codebook.cuh"
 #include "int8_codebook.cuh"
@@ -10,7 +10,7 @@
 namespace semhitok::cuda {
 namespace {
 
-// As many splits as the keys' bits for the place of a tile need, at least.
+// At least as many splits as the bits of a key for the place of a tile require.
 Shares shares_of(const NearestCode& p, int32_t blocks) {
   Shares shares = share(p.tokens, kInt8TileTokens, code_tiles(p), blocks);
   shares.tiles_per_split = std::min(shares.tiles_per_split, 1 << key_tile_bits(int8_steps(p)));

@@ -1,13 +1,14 @@
 // The second pass of the certified search (int8_codebook.cuh): from the kept slices to exact ids.
 //
 // Contract: id and score of every token, the score an fp64 sum rounded once, the lowest id among equal fp64 scores; or
-// the token goes to the list of those without a certificate. rescored counts the codes scored in fp64, -1 in the list.
+// the token goes on the list of those without a certificate. rescored: how many codes were scored in fp64, -1 for a
+// token on the list.
 //
-// Plan. Eight lanes a token, so that a warp has four chains of loads under way. The best slice is scored again in int8,
-// four codes a lane; its greatest A gives an exact score, that a threshold for A. If the last key of every lane is below
-// it, every code at or above it, in any kept slice, is scored in fp64.
-// Cost a token at D = 32: about 1.7 slices of 1 KiB and 1.7 codes of 128 bytes from L2; 150 MB at N = 65,536, K = 16,384,
-// 27 us at 5.5 TB/s.
+// Plan. Eight lanes a token, so that a warp has four chains of loads in flight. The best slice is scored again in int8,
+// four codes a lane. Its greatest A gives an exact score, and this a threshold for A. If the last key of every lane is
+// below the threshold, all codes at or above it, in any kept slice, are scored in fp64.
+// Cost a token at D = 32: about 1.7 slices of 1 KiB and 1.7 codes of 128 bytes from L2; 150 MB at N = 65,536, K =
+// 16,384, 27 us at 5.5 TB/s.
 #include <climits>
 #include <cmath>
 
@@ -19,7 +20,7 @@ namespace {
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kBlocksPerMultiprocessor = 2;  // three would spill
 constexpr int kCodesPerLane = kSliceCodes / kTeam;
-constexpr double kExactRounding = 1e-12;  // of fp64 sums, far beyond what they can be off by, times |x||c|
+constexpr double kExactRounding = 1e-12;  // of fp64 sums, times |x||c|: far more than their rounding
 constexpr double kMostThreshold = 1 << 30;
 static_assert(kSliceCodes % kTeam == 0, "every lane has as many codes");
 

@@ -1,8 +1,8 @@
-// What the packing of a codebook needs to know first: its mean and its largest entries, over codes without NaN and Inf.
+// What the packing of a codebook needs first: its mean and its largest entries, over the codes without NaN and Inf.
 //
-// Plan. Eight lanes a code. sums_kernel leaves kBlocks partial sums in fp64; extremes_kernel adds them in order, in every
-// block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring only
-// the second runs.
+// Plan. Eight lanes a code. sums_kernel leaves kBlocks partial sums in fp64; extremes_kernel adds them in order, in
+// every block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring
+// only the second runs.
 // Cost: the codebook read twice (L2: 2 x 2 MiB at K = 16,384, D = 32), two launches of about 2 us.
 #include "codebook.cuh"
 
@@ -15,7 +15,7 @@ constexpr int kPerLane = kMaxTensorDepth / kTeam;
 constexpr int kPartial = kMaxTensorDepth + 2;  // sums along the depth, of the bias, and the number of codes
 static_assert(kThreads >= kPartial, "a thread a sum");
 
-// Values of row k, lane l has those of depth l, l + 8, ...; false where the row has NaN or Inf.
+// Reads row k; lane l has the values at depth l, l + 8, ... False if the row has NaN or Inf.
 __device__ __forceinline__ bool read_row(const NearestCode& p, int64_t k, float (&c)[kPerLane]) {
   float poison = 0.0f;
 #pragma unroll
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   double squared_mean = 0.0;
   for (int d = team_lane(); d < kMaxTensorDepth; d += kTeam) squared_mean += mean[d] * mean[d];
-  // The mean of -|c|^2/2 over the codes, made that of -|r|^2/2.
+  // From the mean of -|c|^2/2 over the codes to that of -|r|^2/2.
   const double mean_bias = mean[kMaxTensorDepth] - bias_of(p.metric, team_sum(squared_mean));
   if (blockIdx.x == 0) {
     if (threadIdx.x < kMaxTensorDepth) stats->mean[threadIdx.x] = mean[threadIdx.x];

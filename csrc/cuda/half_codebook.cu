@@ -1,7 +1,7 @@
-// The two ends of a search on fp16 products: packing the codebook, and merging what the splits found.
+// The start and the end of a search on fp16 products: packing the codebook, and merging the results of the splits.
 //
 // pack: eight lanes a code, a lane a column of eight values. Cost: K * D * 4 bytes read and as many written.
-// merge: eight lanes a token, which meet by (score descending, id ascending): arrival never decides.
+// merge: eight lanes a token, combined by (score descending, id ascending): the order of arrival never matters.
 #include "half_codebook.cuh"
 
 namespace semhitok::cuda {

@@ -42,13 +42,16 @@ struct SearchOptions {
   int64_t* rescored = nullptr;
 };
 
+using SearchScratch = int64_t(const NearestCode& problem, const Device& device);  // bytes
+using SearchRun = cudaError_t(const NearestCode& problem, const Device& device, const SearchOptions& options,
+                              void* scratch, cudaStream_t stream);
+
 struct Search {
   const char* name;
   bool packs;  // the codebook first: not worth it for little work
   bool (*can_run)(const NearestCode& problem, const Device& device);
-  int64_t (*scratch)(const NearestCode& problem, const Device& device);  // bytes
-  cudaError_t (*run)(const NearestCode& problem, const Device& device, const SearchOptions& options, void* scratch,
-                     cudaStream_t stream);
+  SearchScratch* scratch;
+  SearchRun* run;
 };
 
 const std::vector<Search>& searches();  // simplest first; search.h says what they are

@@ -1,4 +1,4 @@
-// A packed tile of codes against a warp's tokens, by mma.sync: what the two searches on it share.
+// A packed tile of codes against a warp's tokens, by mma.sync: what its two searches share.
 #pragma once
 
 #include "half_codebook.cuh"
@@ -10,7 +10,7 @@ constexpr int kMmaWarps = 8;
 constexpr int kMmaThreads = kMmaWarps * kWarp;
 constexpr int kSetTokens = 16;  // of one A operand
 
-// A operands of two sets fit in registers up to so many steps.
+// Up to so many steps the A operands of two sets fit in registers.
 constexpr int kMostStepsOfTwo = 4;
 __host__ __device__ constexpr int row_sets(int steps) { return steps <= kMostStepsOfTwo ? 2 : 1; }
 __host__ __device__ constexpr int mma_tile_tokens(int steps) { return kMmaWarps * row_sets(steps) * kSetTokens; }
@@ -34,12 +34,12 @@ struct MmaTokens {
     }
   }
 
-  // tile: in shared memory. first_id: of its first code. factor: of all scores, beside each row's own.
+  // tile: in shared memory. first_id: of its first code. factor: scales all scores, on top of each row's scale.
   __device__ __forceinline__ void search(const char* tile, int first_id, float factor) {
     constexpr int kOperandCodes = 8;  // of one B operand
     constexpr int kMatrixLanes = 8;   // lanes that name the rows of one core matrix
     const int lane = threadIdx.x % kWarp;
-    // Of the four core matrices that one ldmatrix reads: depths 0 to 7 and 8 to 15 of hi, then of lo.
+    // One ldmatrix reads four core matrices: depths 0 to 7 and 8 to 15 of hi, then of lo.
     const int matrix = lane / kMatrixLanes;
     const char* rows_of_lane =
         tile + matrix / 2 * kSteps * kStepBytes + matrix % 2 * kTileColumnBytes + lane % kMatrixLanes * kColumnBytes;

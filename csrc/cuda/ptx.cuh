@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no words for, one function each: asynchronous copies, barriers in shared memory,
+// Instructions that CUDA C++ does not offer, one function each: asynchronous copies, barriers in shared memory,
 // and the tensor cores of Ampere (mma.sync) and Hopper (wgmma). PTX ISA 8.0 and later, sections 9.7.9 to 9.7.15.
 //
 // Operands are kept as "core matrices": 8 rows of 16 bytes, 128 bytes in a row. ldmatrix reads one whole, and a wgmma
@@ -7,8 +7,8 @@
 
 #include "device.cuh"
 
-// A kernel that uses what is marked Ampere or Hopper below has its body behind one of these: what is compiled for
-// compute capability 8.0 and later, and for 9.0 itself.
+// A kernel that uses functions marked Ampere or Hopper below has its body behind one of these macros: compute
+// capability 8.0 and later, and exactly 9.0.
 #if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800) || defined(SEMHITOK_EMULATED)
 #define SEMHITOK_AMPERE 1
 #endif
@@ -32,7 +32,8 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {  // until at most kPending of this thread's groups are under way
+__device__ __forceinline__ void
+copy_async_wait() {  // until at most kPending of this thread's groups of copies are pending
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
@@ -67,7 +68,7 @@ __device__ __forceinline__ void barrier_init_fence() {  // before the copies may
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and lets the phase end only once `bytes` more have been copied.
+// Arrives, and delays the end of the phase until `bytes` more have been copied.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");

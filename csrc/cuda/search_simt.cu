@@ -1,15 +1,15 @@
-// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU, any depth; the oracle of the faster kernels.
+// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU, any depth; oracle of the faster kernels.
 //
 // Contract: score(t, k) = bias[k] + sum_d z[t][d] c[k][d], the sum in ascending d with one FMA a step from zero, then
 // the bias; the lowest k of the greatest score wins; NaN never does. A token with NaN or Inf, or without any score
 // above -inf: id 0, score NaN.
 //
-// Plan. A block of 256 threads holds a tile of tokens and walks over the tiles of its split of the codes: kDepth
+// Plan. A block of 256 threads holds a tile of tokens and goes through the tiles of its split of the codes: kDepth
 // columns of both in shared memory, kPerThread x kPerThread scores a thread in registers, and the running best of each
-// of its tokens. A thread for every code of the tile adds up its bias from the same shared memory: no launch and no
-// scratch for it. Tokens of one depth tile are read once a block. Threads meet only at the end, by (score descending,
-// id ascending); few tokens are split over the codes so that the device is full, and the splits are merged by a warp a
-// token in the same order: arrival never decides.
+// of its tokens. A thread for every code of the tile adds up its bias from the same shared memory, without a launch or
+// scratch of its own. Tokens of one depth tile are read once a block. Threads merge only at the end, by (score
+// descending, id ascending). For few tokens the codes are split so that the device is full, and a warp a token merges
+// the splits in the same way: the order of arrival never matters.
 //
 // Cost: tokens * codes * depth FMAs; z read once a split and the codebook once a tile of tokens; no score leaves the
 // block. A depth step of a warp is 64 FMAs, 16 cycles of an SM, against 4 reads of 16 bytes a lane from shared memory,
@@ -65,7 +65,7 @@ struct Scratch {
   int64_t splits, tiles_per_split, bytes;
 };
 
-// As many splits as make the last wave of blocks end soonest; a block also costs about a tile to start.
+// The number of splits with which the last wave of blocks ends soonest; starting a block costs about a tile.
 int64_t splits_for(int64_t token_tiles, int64_t code_tiles) {
   int64_t best = 1, least = INT64_MAX;
   for (int64_t splits = 1; splits <= std::min(code_tiles, kWantedBlocks); ++splits) {
@@ -100,8 +100,8 @@ __device__ __forceinline__ void load_values(const void* data, int64_t start, int
   }
 }
 
-// tile[d][r] = rows[first + r][depth_first + d], zero beyond either end. kVector: fp32 rows of whole
-// pieces of 16 bytes.
+// tile[d][r] = rows[first + r][depth_first + d], zero beyond either end. kVector: fp32 rows of whole pieces of 16
+// bytes.
 template <typename T, bool kVector>
 __device__ __forceinline__ void load_tile(const Rows& rows, int64_t first, int64_t count, int64_t depth,
                                           int64_t depth_first, Tile<T> tile) {
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
     for (int j = 0; j < kPerThread; ++j) {  // ascending codes, strictly greater: the lowest id stays
       const int column = (j / kQuad) * kStride + tx * kQuad + j % kQuad;
       const int32_t k = static_cast<int32_t>(first_code + column);
-      const T added = biases[column];  // written again only behind the next tile's barrier
+      const T added = biases[column];  // not written again before the next tile's barrier
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const T score = acc[i][j] + added;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
   }
 }
 
-// A warp a token: is it finite, and which split has its winner.
+// A warp a token: whether it is finite, and which split has its winner.
 template <typename T>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) merge_kernel(NearestCode p, Scratch<T> scratch) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU, on the emulator of this folder: built when sources change, called by tensor.
+"""The CUDA kernels compiled for the CPU, on the emulator in this folder: built when sources change, called on tensors.
 
 `python tests/cuda/emulated.py` builds the library and prints its path.
 """
@@ -34,16 +34,16 @@ FASTER = {"emulated_tensor_cores.cpp": ["-O3"]}  # loops that the compiler shoul
 
 
 class LaunchError(RuntimeError):
-    """A launch that failed, with the emulator's account of why."""
+    """A launch that failed, with the emulator's reason."""
 
 
 def toolkit_include() -> Path | None:
     """The folder of cuda_runtime_api.h, if the CUDA toolkit is installed."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc")
-    if nvcc is not None:  # it may be a wrapper that lies elsewhere: it knows its own folder
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        roots += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.+)$", told, re.M)]
+    if nvcc is not None:  # it may be a wrapper elsewhere, but it knows the toolkit's folder
+        output = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        roots += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.+)$", output, re.M)]
         roots.append(Path(nvcc).resolve().parent.parent)
     roots.append(Path("/usr/local/cuda"))
     for include in (root / "include" for root in roots):
@@ -90,7 +90,7 @@ def build(include: Path, csrc: Path = ROOT / "csrc", folder: Path = ROOT / "buil
     objects = [str(built) for _, built in jobs]
     library = folder / f"kernels-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that builds the same is waited for
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that builds the same
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs))
         if not library.exists():
@@ -112,18 +112,18 @@ class Kernels:
         names = (self.c.search_name(ctypes.c_int64(index)) for index in itertools.count())
         self.searches = [name.decode() for name in itertools.takewhile(bool, names)]  # simplest first
         self.set_seed(1)
-        self.set_device()  # the library is loaded once for all tests: as another left it, else
+        self.set_device()  # the library is loaded once for all tests: undo what another has set
         self.set_truncating_sums(False)
 
     def set_seed(self, seed: int) -> None:
-        """Chooses the order in which threads and blocks run and copies arrive."""
+        """Sets the order in which threads and blocks run and copies arrive."""
         self.c.set_seed(ctypes.c_uint64(seed))
 
     def set_device(self, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> None:
         self.c.set_device(*capability, multiprocessors)
 
     def set_truncating_sums(self, truncating: bool) -> None:
-        """Whether tensor cores add fp16 products as the hardware is known to: cut, not rounded."""
+        """Whether tensor cores truncate sums of fp16 products, as the hardware is known to, or round them."""
         self.c.set_sum(int(truncating))
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -136,8 +136,8 @@ class Kernels:
         ]
         error = getattr(self.c, name)(*passed)
         if error != 0:
-            told = self.c.launch_message() if name.startswith("selftest") else self.c.message()
-            raise LaunchError(f"{name}: error {error}: {told.decode()}")
+            reason = self.c.launch_message() if name.startswith("selftest") else self.c.message()
+            raise LaunchError(f"{name}: error {error}: {reason.decode()}")
         for tensor, whole, copy in held:
             edges = torch.cat([whole[:GUARD], whole[GUARD + copy.numel() :]])
             assert (edges == 255).all(), f"{name} wrote outside of a tensor {tuple(tensor.shape)}"
@@ -163,11 +163,11 @@ class Kernels:
         return scores, ids, rescored
 
     def chosen_search(self, tokens: int, codes: int, depth: int, wide: bool = False) -> str:
-        """Which search nearest_code would run on the device set."""
+        """The search that nearest_code would run on the current device."""
         return self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide))).decode()
 
     def hier_quantize_scratch(self, tokens: int, groups: int, subcodes: int, sem_depth: int, pix_depth: int) -> int:
-        """Bytes of device memory beyond inputs and outputs on the device set, all in fp32."""
+        """Bytes of device memory beyond inputs and outputs on the current device, all in fp32."""
         sizes = (tokens, groups, subcodes, sem_depth, pix_depth)
         return self.c.hier_quantize_scratch(*(ctypes.c_int64(size) for size in sizes))
 
@@ -211,7 +211,7 @@ class Kernels:
 
 
 def _sizes(codes: Tensor, offsets: Tensor | None) -> tuple[int, int]:
-    """K and m of sub-codebooks [K, m, D], or of [T, D] with offsets [K + 1], where m goes without saying."""
+    """K and m of sub-codebooks [K, m, D], or of [T, D] with offsets [K + 1], where m is 0: it is not used."""
     return (codes.shape[0], codes.shape[1]) if offsets is None else (len(offsets) - 1, 0)
 
 

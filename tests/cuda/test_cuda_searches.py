@@ -82,7 +82,7 @@ def test_every_shape(kernels: emulated.Kernels, shape: tuple[int, int, int], sea
 @pytest.mark.parametrize("d", [8, 32, 64])
 @pytest.mark.parametrize("kind", DATA)
 def test_every_kind_of_data(kernels: emulated.Kernels, kind: str, d: int, metric: str) -> None:
-    """And the certified search, whatever its certificates, gives the ids of fp64: those of the CPU."""
+    """The certified search, whatever its certificates, also gives the ids of fp64, those of the CPU."""
     z, codes = DATA[kind](randn(130, d, seed=3), randn(1500, d, seed=4))
     for search in TENSOR_CORES:
         scores, ids, rescored = kernels.nearest_code_probe(z, codes, metric, search)
@@ -112,7 +112,7 @@ def test_certificates_do_not_depend_on_scale(kernels: emulated.Kernels) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_bound_too_small_gives_wrong_ids(kernels: emulated.Kernels, metric: str) -> None:
-    """So the tokens here need the bound: with it, none is wrong."""
+    """This shows that these tokens need the bound: with it, none is wrong."""
     wrong = {}
     for scale in (0.0, 1.0):
         wrong[scale] = 0
@@ -136,7 +136,7 @@ def test_tokens_along_what_rounding_leaves(kernels: emulated.Kernels) -> None:
 
 
 def test_codes_that_int8_holds_as_they_are(kernels: emulated.Kernels) -> None:
-    """Nothing but the rounding of the tokens is left in the bound."""
+    """Only the rounding of the tokens is left in the bound."""
     for seed, d in itertools.product(range(3), (2, 3, 6)):
         half = (unit(randn(700, d, seed=seed)) * 127).round() / 127
         half[0] = 0
@@ -148,7 +148,7 @@ def test_codes_that_int8_holds_as_they_are(kernels: emulated.Kernels) -> None:
 
 
 def test_tokens_at_the_mean_of_the_codes(kernels: emulated.Kernels) -> None:
-    """ "l2": nothing but the rounding of the codes' norms is left in the bound; the shortest code is the nearest."""
+    """ "l2": only the rounding of the codes' norms is left in the bound; the shortest code is the nearest."""
     for seed in range(8):
         half = unit(randn(40, 8, seed=seed)) * (
             1 + 1e-4 * torch.rand(40, 1, generator=torch.Generator().manual_seed(seed))
