@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Ten
   return {c.scores, c.ids, rescored};
 }
 
-// What the first pass sees: groups of C codes (panels of 16 for int8, units of 128 for fp32), approximate [N, G] and
-// bound [N, G], with |approximate - greatest exact score of the group| <= bound; codes [G, C] the ids of each. Codes
-// that cannot win are in none; a token that goes straight to the exact pass has an infinite bound.
+// What the first pass sees: B blocks of C codes (panels of 16 for int8, units of 128 for fp32). approximate [N, B] and
+// bound [N, B], with |approximate - greatest exact score of the block| <= bound; codes [B, C] the ids of each block,
+// without codes that cannot win. A token that goes straight to the exact pass has an infinite bound.
 std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Tensor& codebook,
                                                        const std::string& metric, const std::string& capability,
                                                        const std::string& first_pass) {
@@ -54,17 +54,17 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Te
   const std::vector<int64_t> order = cpu::packed_order(c.problem, kernels);
   const int64_t num_codes = static_cast<int64_t>(order.size()), tokens = c.problem.tokens;
   const bool fp32 = first_pass == "fp32" || kernels.step == 0 || c.problem.depth > cpu::kMaxInt8Depth;
-  const int64_t size = fp32 ? cpu::kUnitCodes : cpu::kPanelCodes, rows = num_codes / size;
-  const Tensor codes = new_tensor(z, {rows, size}, ScalarType::Long);
+  const int64_t size = fp32 ? cpu::kUnitCodes : cpu::kPanelCodes, blocks = num_codes / size;
+  const Tensor codes = new_tensor(z, {blocks, size}, ScalarType::Long);
   std::copy(order.begin(), order.end(), ids_out(codes));
-  const Tensor approximate = new_tensor(z, {tokens, rows}, ScalarType::Double);
-  const Tensor bound = new_tensor(z, {tokens, rows}, ScalarType::Double);
+  const Tensor approximate = new_tensor(z, {tokens, blocks}, ScalarType::Double);
+  const Tensor bound = new_tensor(z, {tokens, blocks}, ScalarType::Double);
   cpu::SearchOptions options;
   options.fp32_first = fp32, options.panels = num_codes / cpu::kPanelCodes;
   options.approximate = static_cast<double*>(approximate.data_ptr());
   options.bound = static_cast<double*>(bound.data_ptr());
-  std::fill_n(options.approximate, tokens * rows, 0.0);
-  std::fill_n(options.bound, tokens * rows, std::numeric_limits<double>::infinity());
+  std::fill_n(options.approximate, tokens * blocks, 0.0);
+  std::fill_n(options.bound, tokens * blocks, std::numeric_limits<double>::infinity());
   cpu::nearest_code(c.problem, kernels, options);
   return {approximate, bound, codes};
 }

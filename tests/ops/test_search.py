@@ -184,13 +184,13 @@ def test_any_number_of_threads(threads: int, metric: str) -> None:
 
 
 def worst_use_of_bound(z: Tensor, codebook: Tensor, metric: str, capability: str, first_pass: str) -> float:
-    """The greatest |approximate - exact| / bound over all tokens and panels or units of codes. Distinct finite codes only.
+    """The greatest |approximate - exact| / bound over all tokens and blocks of codes. Distinct finite codes only.
 
     Tokens that skip the first passes because their fp32 scores could overflow have an infinite bound.
     """
     approximate, bound, codes = bounds(z, codebook, metric, capability, first_pass)
     assert codes.shape[1] == GROUP[first_pass]
-    assert torch.equal(codes.unique(), torch.arange(len(codebook)))  # every code is in some group
+    assert torch.equal(codes.unique(), torch.arange(len(codebook)))  # every code is in some block
     exact = scores64(z, codebook, metric)[:, codes].amax(-1)
     assert (bound > 0).all()
     return float(((approximate - exact).abs() / bound).max())
