@@ -44,12 +44,13 @@ cuda::Device device() {
   return device;
 }
 
-// op(scratch of so many bytes)
-template <typename Op>
-int run(int64_t scratch_bytes, const Op& op) {
+// scratch_bytes(device), then op(device, scratch), like run_cuda of dispatch.h: one query of the device.
+template <typename ScratchBytes, typename Op>
+int run(const ScratchBytes& scratch_bytes, const Op& op) {
   complaint.clear();
-  const Scratch scratch(scratch_bytes);
-  const cudaError_t error = op(scratch.data());
+  const cuda::Device on = device();
+  const Scratch scratch(scratch_bytes(on));
+  const cudaError_t error = op(on, scratch.data());
   if (error != cudaSuccess) {
     complaint = emulator::message();
   } else if (!scratch.intact()) {
@@ -59,9 +60,9 @@ int run(int64_t scratch_bytes, const Op& op) {
   return error;
 }
 
-#define RUN(op, problem)                     \
-  run(cuda::op##_scratch(problem, device()), \
-      [&](void* scratch) { return cuda::op(problem, device(), scratch, nullptr); })
+#define RUN(op, problem)                                                       \
+  run([&](const cuda::Device& on) { return cuda::op##_scratch(problem, on); }, \
+      [&](const cuda::Device& on, void* scratch) { return cuda::op(problem, on, scratch, nullptr); })
 
 Rows rows(const void* data, int dtype) { return {data, static_cast<Dtype>(dtype)}; }
 
@@ -84,6 +85,7 @@ EXPORTED void set_device(int major, int minor, int multiprocessors) {
 EXPORTED void set_sum(int sum) { emulator::set_sum(static_cast<emulator::Sum>(sum)); }
 EXPORTED const char* message() { return complaint.c_str(); }
 EXPORTED uint64_t launches() { return emulator::launches(); }
+EXPORTED uint64_t device_queries() { return emulator::device_queries(); }
 
 static NearestCode code_problem(int64_t tokens, int64_t num_codes, int64_t depth, int metric, int wide, const void* z,
                                 int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
@@ -119,9 +121,10 @@ EXPORTED int nearest_code_probe(int64_t tokens, int64_t num_codes, int64_t depth
     complaint = "this search cannot run here";
     return cudaErrorNotSupported;
   }
-  return run(search.scratch(problem, device()), [&](void* scratch) {
-    return cuda::run(search, problem, device(), {*bound_scale, rescored}, scratch, nullptr);
-  });
+  return run([&](const cuda::Device& on) { return search.scratch(problem, on); },
+             [&](const cuda::Device& on, void* scratch) {
+               return cuda::run(search, problem, on, {*bound_scale, rescored}, scratch, nullptr);
+             });
 }
 
 EXPORTED const char* chosen_search(int64_t tokens, int64_t num_codes, int64_t depth, int64_t wide) {

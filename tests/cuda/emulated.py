@@ -107,7 +107,7 @@ class Kernels:
         self.c = ctypes.CDLL(str(library))
         for name in ("message", "launch_message", "search_name", "chosen_search"):
             getattr(self.c, name).restype = ctypes.c_char_p
-        self.c.launches.restype = ctypes.c_uint64
+        self.c.launches.restype = self.c.device_queries.restype = ctypes.c_uint64
         self.c.hier_quantize_scratch.restype = ctypes.c_int64
         names = (self.c.search_name(ctypes.c_int64(index)) for index in itertools.count())
         self.searches = [name.decode() for name in itertools.takewhile(bool, names)]  # simplest first

@@ -47,7 +47,8 @@ void set_seed(uint64_t seed);
 void set_device(int major, int minor, int multiprocessors);
 const char* message();  // why the last launch failed
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
-uint64_t launches();  // since the seed was set
+uint64_t launches();        // since the seed was set
+uint64_t device_queries();  // attributes that were asked for
 
 // ---- the block that runs ----
 

@@ -245,6 +245,19 @@ def test_the_op_takes_the_chosen_search(kernels: emulated.Kernels) -> None:
     assert torch.equal(got // 4, ids)
 
 
+def test_an_op_queries_the_device_once(kernels: emulated.Kernels) -> None:
+    def queries(call: Callable[[], object]) -> int:
+        before = kernels.c.device_queries()
+        call()
+        return kernels.c.device_queries() - before
+
+    once = queries(lambda: kernels.chosen_search(1, 1, 1))
+    z, sem, pix = randn(40, 16, seed=18), randn(300, 16, seed=19), randn(300, 4, 16, seed=20)
+    assert once > 0
+    assert queries(lambda: kernels.nearest_code(z, sem)) == once
+    assert queries(lambda: kernels.hier_quantize(z, z, sem, pix)) == once
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_memory_is_far_from_tokens_times_codes(kernels: emulated.Kernels, capability: tuple[int, int]) -> None:
     kernels.set_device(capability, 132)
