@@ -113,16 +113,9 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """All that a process needs to encode a unit. It is pickled and sent to processes.
+    """All that a process needs to encode a unit; it is pickled and sent to other processes.
 
-    Attributes:
-        checkpoint: of the tokenizer.
-        out: folder of the corpus.
-        config: the settings.
-        layout: of the ids.
-        device: on which the networks run.
-        workers: processes that read and decode images, for each encoding process.
-        settings: all that the bytes depend on; the content of job.json.
+    settings: all that the bytes depend on; the content of job.json.
     """
 
     checkpoint: str
@@ -139,11 +132,9 @@ class EncodingJob:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     def record_path(self, unit: Unit) -> Path:
-        """Where the record of a unit's shard is."""
         return self.out / f"shard-{unit.number:06}.json"
 
     def shard_path(self, unit: Unit) -> Path:
-        """Where the shard of a unit is."""
         return self.out / f"shard-{unit.number:06}.parquet"
 
 
@@ -193,7 +184,7 @@ class UnitEncoder:
         if not units:
             return
         config, workers = self.job.config, self.job.workers
-        items: Any = _UnitItems(units, config.caption)  # to the DataLoader, the indices of the dataset
+        items: Any = _items(units, config.caption)  # to the DataLoader, the indices of the dataset
         loader: DataLoader[Any] = DataLoader(
             _CropDataset(self.tokenizer.config.image_size, config.crop),
             sampler=items,
@@ -303,16 +294,11 @@ class _TransientError(Exception):
     """A unit cannot be read to its end now, but may be later."""
 
 
-class _UnitItems:
+def _items(units: Sequence[Unit], caption: str | None) -> Iterator[Item | None]:
     """The items of units, in order, and None after each unit."""
-
-    def __init__(self, units: Sequence[Unit], caption: str | None) -> None:
-        self.units, self.caption = units, caption
-
-    def __iter__(self) -> Iterator[Item | None]:
-        for unit in self.units:
-            yield from read_unit(unit, self.caption)
-            yield None
+    for unit in units:
+        yield from read_unit(unit, caption)
+        yield None
 
 
 class _CropDataset(Dataset[Any]):
