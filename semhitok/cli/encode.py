@@ -26,7 +26,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semhitok.cli import common
+from semhitok._messages import printable, progress
+from semhitok.cli import arguments, text
 from semhitok.corpus.config import CROPS, ENGINES, PRECISIONS, EncodingConfig
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument(
         "sources",
         metavar="SOURCE",
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         corpus.add_argument(
             "--shard-images",
             dest="images_per_shard",
-            type=common.positive,
+            type=arguments.positive,
             metavar="N",
             help=f"image files in an output shard (default: {default.images_per_shard})",
         ),
@@ -69,12 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         corpus.add_argument("--engine", choices=ENGINES, help="who runs the processes (default: local)"),
         corpus.add_argument(
             "--processes",
-            type=common.positive,
+            type=arguments.positive,
             metavar="N",
             help="encoding processes, each of one thread on a CPU (default: 1)",
         ),
         corpus.add_argument(
-            "--workers", type=common.positive, metavar="N", help="decoding processes for each of them (default: none)"
+            "--workers",
+            type=arguments.positive,
+            metavar="N",
+            help="decoding processes for each (default: none)",
         ),
     ]
     parser.set_defaults(corpus_flags={option.dest: option.option_strings[0] for option in options})
@@ -94,23 +98,23 @@ def _file(args: argparse.Namespace) -> int:
     from semhitok.corpus.ids_file import save_codes
     from semhitok.data.images import list_images
 
-    out = common.check_output_file(args.out)
+    out = arguments.check_output_file(args.out)
     paths = list_images(args.sources)
-    tokenizer = common.load_tokenizer(args.checkpoint, args.device)
-    with common.progress(paths, "encode") as bar:
+    tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
+    with progress(paths, "encode") as bar:
 
         def skip(image: CroppedImage) -> None:
-            bar.write(common.printable(f"semhitok encode: skipped: {image.problem}"), file=sys.stderr)
+            bar.write(printable(f"semhitok encode: skipped: {image.problem}"), file=sys.stderr)
 
         names, codes = encode_images(tokenizer, bar, args.batch_size, skip)
     if not names:
-        raise ValueError(f"none of {common.count(len(paths), 'image')} could be read")
+        raise ValueError(f"none of {text.count(len(paths), 'image')} could be read")
     save_codes(out, codes, names, tokenizer.vocabulary)
     count, height, width = codes.shape
     skipped = len(paths) - count
     note = f", {skipped} skipped" if skipped else ""
-    print(common.printable(f"{out}: {common.count(count, 'image')}, {height} x {width} ids each{note}"))
-    return common.SKIPPED if skipped else common.DONE
+    print(printable(f"{out}: {text.count(count, 'image')}, {height} x {width} ids each{note}"))
+    return text.exit_code(skipped)
 
 
 def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -119,8 +123,8 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
     settings = {field.name for field in dataclasses.fields(EncodingConfig)} & given.keys()
     config = EncodingConfig(batch_size=args.batch_size, **{name: given.pop(name) for name in settings})
 
-    def progress(results: Iterable[Any], total: int) -> Iterator[Any]:
-        with common.progress(None, "encode", total) as bar:
+    def counted(results: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress(None, "encode", total) as bar:
             for result in results:
                 bar.update()
                 yield result
@@ -128,14 +132,14 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
     summary = encode_corpus(
         args.checkpoint,
         args.sources,
-        common.make_output_folder(args.out),
+        arguments.make_output_folder(args.out),
         config,
-        device=common.find_device(args.device),
-        progress=progress,
+        device=arguments.find_device(args.device),
+        progress=counted,
         **given,
     )
-    print(common.table(_rows(args.out, config.precision, summary)))
-    return common.SKIPPED if summary.skipped else common.DONE
+    print(text.table(_rows(args.out, config.precision, summary)))
+    return text.exit_code(summary.skipped)
 
 
 def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:
