@@ -1,7 +1,7 @@
-"""Encode images and decode them again: a PNG each, and how near they come to the originals.
+"""Encode images and decode them again, to PNGs, and compare them with the originals.
 
-PSNR (dB) and SSIM compare with the original resized and cropped to the tokenizer's size. Unreadable
-images are named on stderr and skipped (exit code 3).
+PSNR (dB) and SSIM are against the originals resized and cropped to the tokenizer's size. Images that cannot be read
+are named on stderr and skipped (exit code 3).
 
 example:
   semhitok reconstruct demo_output/checkpoint photos/ --out reconstructed

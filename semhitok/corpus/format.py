@@ -1,16 +1,18 @@
-"""Encoded corpora: a folder of parquet shards of ids, with captions and keys, and a manifest that vouches for each.
+"""The format of encoded corpora: a folder of parquet shards of ids, captions and keys, and a manifest with checksums.
 
-Parquet because the field reads it as it is (Hugging Face datasets, DuckDB, Polars, Spark), its columns can be read
-apart, and its footer holds what the ids belong to.
+Parquet is read by the common tools (Hugging Face datasets, DuckDB, Polars, Spark), column by column, and its footer
+can say which codebooks the ids belong to.
 
-DIR/manifest.json         settings, totals, usage of the codes; name, counts and SHA-256 of each shard
-DIR/shard-000000.parquet  a row an image or crop: key, caption, crop, ids
-DIR/shard-000000.json     what the manifest says of it, written when it is finished
+DIR/job.json              settings, by which another job in the folder is refused
+DIR/shard-000000.parquet  one row per image or crop: key, caption, crop, ids
+DIR/shard-000000.json     its record, written when the shard is complete: counts, SHA-256, images skipped
 DIR/skipped.jsonl         {"key", "reason"} of each image that could not be read
+DIR/manifest.json         settings, totals, usage of the codes; name, counts and SHA-256 of each shard; written last
 
-`ids` is list<uint8 | uint16 | uint32>, the smallest that holds K * m ids, row by row from the top left; or packed:
-fixed_size_binary, in which id t has the bits t * b ... t * b + b - 1, b = bits of K * m - 1, the lowest bit of a byte
-first. The metadata of a shard has under `semhitok` its layout as JSON: K, m, codebook hash, grid, packed.
+`ids` is list<uint8 | uint16 | uint32>, the smallest type that holds K * m ids, row by row from the top left. Packed, it
+is fixed_size_binary: id t is in bits t * b ... t * b + b - 1, where b is the number of bits of K * m - 1 and the lowest
+bit of a byte comes first. The metadata of a shard has, under `semhitok`, its layout as JSON: K, m, codebook hash, grid,
+packed.
 """
 
 from __future__ import annotations
@@ -36,22 +38,22 @@ from semhitok.usage import CodeUsage
 from semhitok.vocabulary import Vocabulary
 
 FORMAT, VERSION = "semhitok-corpus", 1
-MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
-_ROWS = 1024  # of a row group, the most that a reader or the writer holds
+JOB, MANIFEST, SKIPPED = "job.json", "manifest.json", "skipped.jsonl"
+_ROWS = 1024  # of a row group: readers and the writer hold one in memory
 _METADATA = b"semhitok"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the shards of a corpus have in common.
+    """How a corpus stores ids; the same for all of its shards.
 
     Attributes:
         num_codes: K, semantic codes.
-        num_sub_codes: m, sub-codes of each.
+        num_sub_codes: m, sub-codes of each; with offsets, their mean number.
         codebook_hash: hex SHA-256 of the codebooks the ids belong to.
         grid: (h, w), ids of an image.
-        packed: ids are stored in as many bits as they need.
-        offsets: the first flat id of every semantic code, and K * m, where sub-codebooks have sizes of their own.
+        packed: ids are stored in as few bits as K * m needs.
+        offsets: [K + 1], the first flat id of each semantic code, then K * m; None if all sub-codebooks have m codes.
     """
 
     num_codes: int
@@ -72,6 +74,7 @@ class Layout:
         return max(1, (self.vocabulary.num_flat_codes - 1).bit_length())
 
     def metadata(self) -> dict[str, Any]:
+        """The layout as JSON has it; see `parse`."""
         values = {"format": FORMAT, "version": VERSION, **asdict(self), "grid": list(self.grid)}
         if values.pop("offsets") is not None:
             values["offsets"] = list(self.offsets or ())
@@ -79,7 +82,7 @@ class Layout:
 
     @classmethod
     def parse(cls, metadata: Any) -> Layout:
-        """The layout that `metadata` gave; ValueError if it is none."""
+        """The layout of which `metadata` is the description; ValueError if it is not one."""
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         if metadata.get("version") != VERSION:
@@ -96,7 +99,7 @@ class Layout:
             raise ValueError(
                 f"layout: expected num_codes, num_sub_codes, codebook_hash, grid, packed: {error}"
             ) from None
-        layout.vocabulary  # noqa: B018  (checks K and m)
+        layout.vocabulary  # noqa: B018  (checks K, m and the offsets)
         return layout
 
     def schema(self) -> Any:
@@ -111,7 +114,7 @@ class Layout:
         return pa.schema(fields, {_METADATA: json.dumps(self.metadata(), sort_keys=True)})
 
     def to_arrow(self, ids: Tensor) -> Any:
-        """ids [n, h, w] in [0, K * m) -> the column that stores them."""
+        """ids [n, h, w] in [0, K * m) -> the pyarrow column that stores them."""
         pa, numpy = require("pyarrow", "corpus"), require("numpy")
         kind = self.schema().field("ids").type
         flat = self.vocabulary.check(ids).flatten(1).numpy()
@@ -126,11 +129,11 @@ class Layout:
         return pa.FixedSizeBinaryArray.from_buffers(kind, len(flat), [None, pa.py_buffer(packed.tobytes())])
 
     def from_arrow(self, column: Any) -> Any:
-        """The column -> ids, an integer NumPy array [n, h, w] that is not checked for their range."""
+        """The column -> ids, an integer NumPy array [n, h, w]; their range is not checked."""
         numpy = require("numpy")
         count, tokens = len(column), self.grid[0] * self.grid[1]
         if column.null_count:
-            raise ValueError("ids: expected some in every row, got null")
+            raise ValueError(f"ids: expected {tokens} in every row, got null")
         if not self.packed:
             flat = column.flatten().to_numpy()
             if not bool((column.value_lengths().to_numpy() == tokens).all()):
@@ -150,8 +153,8 @@ class ShardWriter:
     """Writes the rows of a shard; see `shard_writer`.
 
     Attributes:
-        rows: written so far.
-        bytes, sha256: of the file, when it is finished.
+        rows: number of rows written so far.
+        bytes, sha256: size and hex digest of the file, once it is closed.
     """
 
     def __init__(self, file: BinaryIO, layout: Layout) -> None:
@@ -164,18 +167,19 @@ class ShardWriter:
         self._waiting: list[tuple[str, str | None, int, Tensor]] = []
 
     def add(self, key: str, caption: str | None, crop: int, ids: Tensor) -> None:
-        """A row: ids are integers [h, w] on the CPU."""
+        """Add a row; ids are integers [h, w] on the CPU."""
         self._waiting.append((key, caption, crop, ids))
         if len(self._waiting) == _ROWS:
             self._flush()
 
     def close(self) -> None:
+        """Write the rest and the footer."""
         self._flush()
         self._table.close()
         self.bytes, self.sha256 = self._file.bytes, self._file.digest.hexdigest()
 
     def abandon(self) -> None:
-        """Write nothing more: pyarrow would try to when the object goes."""
+        """Write nothing more; without this, pyarrow would when it deletes its object."""
         self._file.abandoned = True
         with contextlib.suppress(Exception):
             self._table.close()
@@ -192,7 +196,7 @@ class ShardWriter:
 
 
 class _Hashed:
-    """A binary file that counts and hashes what is written."""
+    """A binary file that counts and hashes the bytes written."""
 
     closed = False
 
@@ -216,10 +220,10 @@ class _Hashed:
 
 @contextlib.contextmanager
 def shard_writer(path: str | os.PathLike[str], layout: Layout) -> Iterator[ShardWriter]:
-    """A shard to write: it appears at the end, whole, or not at all.
+    """A context that writes a shard. The file appears at its end, complete, or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with open_atomic(path) as file:
         writer = ShardWriter(file, layout)
@@ -241,10 +245,10 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def check_shard(path: Path, record: Mapping[str, Any]) -> None:
-    """Check that a shard is the one that its record, or the manifest, tells of.
+    """Check a shard against its record or its entry in the manifest.
 
     Raises:
-        ValueError: it is missing, truncated or changed; the message names it.
+        ValueError: the shard is missing, truncated or changed; the message names it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such shard")
@@ -255,11 +259,11 @@ def check_shard(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]:
-    """The layout and all the rest that a finished corpus says of itself.
+    """The layout of a finished corpus, and its whole manifest.
 
     Raises:
-        OSError: there is no manifest, because the corpus is not finished, say.
-        ValueError: it is damaged or something else.
+        OSError: there is no manifest: the corpus is not finished, for example.
+        ValueError: the manifest is damaged, or not one of a corpus.
     """
     path = Path(folder, MANIFEST)
     if not path.exists():
@@ -277,15 +281,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any
 
 
 def verify(folder: str | os.PathLike[str]) -> CodeUsage:
-    """Read all of a finished corpus and check it against its manifest.
+    """Read a whole finished corpus and check it against its manifest.
 
     Returns:
-        The use of its codes.
+        The usage of its codes.
 
     Raises:
         OSError: the corpus is not finished or cannot be read.
-        ValueError: a shard is missing, truncated, changed, of another codebook or with ids out of range; the
-            message names the first such shard and tells how many there are.
+        ValueError: a shard is missing, truncated, changed, of another codebook, or has ids out of range; the message
+            names the first such shard and says how many more there are.
     """
     layout, manifest = read_manifest(folder)
     usage = CodeUsage(layout.num_codes, layout.num_sub_codes, offsets=layout.offsets)
@@ -302,7 +306,7 @@ def verify(folder: str | os.PathLike[str]) -> CodeUsage:
 
 
 def count_usage(folder: Path, layout: Layout, record: Mapping[str, Any], usage: CodeUsage) -> None:
-    """Check a shard and add the use of its codes to `usage`; ValueError as `verify` does."""
+    """Check a shard and count its ids in `usage`; raises the ValueErrors of `verify`."""
     path = folder / record["name"]
     check_shard(path, record)
     try:

@@ -232,8 +232,7 @@ def test_ids_files_have_their_captions_beside_them(tmp_path):
 @pytest.mark.parametrize("streams", [1, 2, 4])  # fewer, as many as and more than shards
 def test_a_corpus_of_ids_gives_its_captions(tmp_path, streams, capfd):
     pytest.importorskip("pyarrow")
-    from semhitok.corpus.encoder import EncodingConfig, encode_corpus
-    from semhitok.corpus.format import EncodedCorpus
+    from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus
 
     write_pictures(tmp_path / "pictures")
     for n in range(11):  # the last has none
