@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from semhitok.config import ViTConfig, preset
-from semhitok.corpus.format import EncodedCorpus
+from semhitok.corpus.reader import EncodedCorpus
 from semhitok.tokenizer import SemHiTok
 
 BAR_MEMORY, BAR_SHARE = 1.10, 2.0

@@ -97,6 +97,17 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
     return _decode(io.BytesIO(data), name)
 
 
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [0, 1], clamped -> uint8, round(255 v), halves to even: a quarter of the memory.
+
+    Raises:
+        ValueError: NaN or infinity among the values.
+    """
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: expected finite values, got others")
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resize so that the shorter side is `size` (bicubic, antialiased), then crop the centre.
 

@@ -24,7 +24,8 @@ from semhitok.cli import main
 from semhitok.config import preset
 from semhitok.corpus import sources
 from semhitok.corpus.encoder import EncodingConfig, encode_corpus
-from semhitok.corpus.format import EncodedCorpus, Layout, read_manifest, shard_writer, verify
+from semhitok.corpus.format import Layout, read_manifest, shard_writer, verify
+from semhitok.corpus.reader import EncodedCorpus
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -469,7 +470,7 @@ def test_damaged_and_unreachable_shards(root, tmp_path, capsys, monkeypatch):
     assert 6 <= summary.images < 13
     assert len(reasons) == summary.skipped == 1 and "1.tar: cannot read the shard" in reasons[0]
 
-    monkeypatch.setattr("semhitok.data.shards._PAUSE", 0)
+    monkeypatch.setattr("semhitok.data.shards.PAUSE", 0)
     names = ["0.tar", "pipe:cat nothing.tar", "2.tar"]
     with pytest.raises(ValueError, match="1 of 3 shards could not be made; the same command tries again"):
         encode_corpus("checkpoint", names, tmp_path / "b", CONFIG)
@@ -650,7 +651,7 @@ def test_positions_of_others_are_refused(large):
         (EncodedCorpus(large, seed=1, world_size=2), 0, "processes"),
         (EncodedCorpus(large, seed=1), 2, "workers"),
     ):
-        with pytest.raises(ValueError, match=f"position: expected one with {key}"):
+        with pytest.raises(ValueError, match=f"position: {key}: expected"):
             corpus.batches(5, workers=workers, position=position)
     with pytest.raises(ValueError, match="expected at least 9 shards, one for each of 3 processes x 3 workers, got 8"):
         EncodedCorpus(large, world_size=3).batches(1, workers=3)
