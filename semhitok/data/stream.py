@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from semhitok._messages import printable
+
 T = TypeVar("T")
 Place = Any  # numbers, text, lists and dicts, as JSON has them
 
@@ -267,6 +269,5 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def warn_skipped(problem: str) -> None:
-    """Say on stderr what is skipped; names come from archives and may hold any character."""
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
-    print(f"semhitok: skipped: {text}", file=sys.stderr)
+    """Report on stderr what is skipped and why."""
+    print(f"semhitok: skipped: {printable(problem)}", file=sys.stderr)
