@@ -50,16 +50,18 @@ START: dict[str, int] = {"epoch": 0, "shard": 0, "offset": 0, "block": 0, "insid
 
 @dataclass
 class ShuffledShards(Generic[T]):
-    """The items of shards as one of several streams reads them: shards and blocks of items in random order.
+    """The items of shards in random order, as one of several streams reads them.
 
-    Each epoch has the shards in an order of its own, of which stream i of n takes the shards i, i + n, ... Items are
-    shuffled `buffer` at a time, which are held in memory.
+    Every epoch has its own order of the shards, of which stream i of n takes the shards i, i + n, ... Items are
+    shuffled in blocks of `buffer`; one block is held in memory.
 
     Attributes:
         shards: names, or whatever `read` takes.
-        read: (shard, n) -> the shard's items after the first n.
-        share_items: every stream reads all shards and takes every n-th item, for when there are fewer shards than
-            streams.
+        read: (shard, n) -> the items of the shard after the first n.
+        buffer: items of a block.
+        seed: another seed gives another order.
+        stream, streams: number of this stream, and how many there are.
+        share_items: every stream reads all shards and takes every n-th item. Needed for fewer shards than streams.
     """
 
     shards: Sequence[Any]
@@ -138,14 +140,14 @@ class Batches(Iterator[T]):
 
     Args:
         open_stream: (number, place) -> stream `number` of this process from a place on: an endless iterable of items.
-        places: where the streams begin if there is no position, one for each.
+        places: where the streams start if there is no position, one for each.
         size: items of a batch.
         collate: the values of `size` items -> a batch.
-        workers: processes that read, which the number of streams must be a multiple of; 0 reads in this process.
-        identity: what the position of another run must agree in.
-        saves: what a position holds beside that: "skipped", "turn" (whose turn it is) and "streams" or, for streams
-            that are rows of a batch, "rows" (the places).
-        position: what `position` gave; without one the streams begin at `places`.
+        workers: reading processes, a divisor of the number of streams; 0 reads in this process.
+        identity: entries of a position that must be equal for a run to resume from it.
+        saves: what else a position holds: "skipped", "turn" (the stream that is next) and the places as "streams" or,
+            for streams that are rows of a batch, as "rows".
+        position: `position` to resume from; None starts at `places`.
 
     Attributes:
         skipped: images or records left out of this process's batches because they cannot be used, including those
@@ -198,7 +200,7 @@ class Batches(Iterator[T]):
         for _ in range(self._size):
             item = next(self._items)
             if isinstance(item, Exception):
-                self.close()  # now: the error's traceback would keep the workers until a garbage collection
+                self.close()  # or the error's traceback would keep the workers until a garbage collection
                 raise item
             items.append(item)
         batch = self._collate([item.value for item in items])
@@ -221,7 +223,7 @@ class Batches(Iterator[T]):
 
 
 def share_of(batch_size: int, micro_batch: int, processes: int) -> int:
-    """How many of a batch each process takes.
+    """How many items of a batch each process takes.
 
     Raises:
         ValueError: the batch cannot be divided into micro-batches for all processes.
@@ -260,9 +262,9 @@ def unchanged(item: Any) -> Any:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """A `worker_init_fn`: a signal to the whole process group lets the parent finish its step, with its workers.
+    """A `worker_init_fn`: workers survive a signal to the process group, so that the parent can finish its step.
 
-    SIGTERM is also what ends a worker that hangs: a second one does.
+    The second SIGTERM ends a worker, for one that hangs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -307,6 +307,21 @@ def test_shards_go_on_bit_for_bit(shards, tmp_path, processes, rank, workers):
     assert positions[0] is None and not torch.equal(whole[0], whole[1])
 
 
+def test_an_old_position_of_shards_gives_the_images_it_always_gave(shards):
+    """Positions in run folders stay readable, and the same seed keeps its order."""
+    place = {"epoch": 1, "shard": 0, "offset": 0, "block": 0, "inside": 3, "number": 22, "images": 3}
+    position = {"data": "shards", "processes": 1, "rank": 0, "workers": 2, "skipped": 0, "turn": 1}
+    position["streams"] = [place, {**place, "number": 20}]
+    data = TrainingImages([shards], 8, DataConfig(**{**vars(WHOLE), "workers": 2}), 1)
+    batches = data.batches(6, 2)
+    seen = [greys(torch.cat([micro.images for micro in next(batches)])) for _ in range(7)]
+    assert seen[0] == [32, 31, 23, 22, 30, 34]
+    assert batches.position() == position and list(batches.position()) == list(position)
+    batches.close()
+    got = [greys(images) for images in steps(data.batches(6, 2, 7, position), 2)]
+    assert got == [[10, 21, 13, 12, 11, 23], [14, 15, 22, 24, 17, 16]]
+
+
 def test_crops_of_shards_differ_by_seed_and_epoch(shards):
     config = DataConfig(shuffle_buffer=100)
     one, again, other = (

@@ -368,6 +368,22 @@ def test_rows_do_not_depend_on_processes_workers_and_micro_batches(tmp_path):
     assert torch.equal(torch.cat([torch.cat(pair) for pair in zip(*shares, strict=True)]), whole)
 
 
+def test_an_old_position_gives_the_rows_it_always_gave():
+    """Positions in run folders stay readable, and the same seed keeps its order."""
+    ready = [join((list(range(n, n + 1 + n % 5)), True)) for n in range(1, 21)]
+    sources = Records(ready, "text"), Records(ready[:7], "generation", weight=2.0)
+    data = rows_of(*sources, seed=3, length=8)
+    first, position = take(data, 7, 2, 2)
+    assert first[0].packed.input_ids.tolist() == [[7, 8, 9, 8, 9, 10, 11, 5], [1, 2, 2, 3, 4, 6, 7, 0]]
+    places = [{"draw": 16, "sources": [6, 10], "taken": []}, {"draw": 19, "sources": [4, 15], "taken": []}]
+    expected = {"streams": 2, "processes": 1, "rank": 0, "skipped": 0, "rows": places}
+    assert position == expected and list(position) == list(expected)
+    assert [rows.packed.input_ids.tolist() for rows in take(data, 2, 2, 2, position)[0]] == [
+        [[3, 4, 5, 6, 3, 4, 5, 6], [15, 1, 2, 6, 7, 0, 0, 0]],
+        [[1, 2, 5, 7, 8, 9, 0, 0], [13, 14, 15, 16, 7, 8, 9, 0]],
+    ]
+
+
 def test_positions_and_sizes_that_do_not_fit_are_refused():
     data = rows_of(Records(captioned(), "generation", codebook_hash=HASH))
     _, position = take(data, 1)
