@@ -38,7 +38,7 @@ from semhitok.mllm import generate, generate_images
 from semhitok.mllm.config import MLLMTrainConfig, mllm_config
 from semhitok.mllm.model import UnifiedMLLM
 from semhitok.mllm.prompts import end_of_answer, generation, understanding
-from semhitok.mllm.rows import Records
+from semhitok.mllm.sources import Records
 from semhitok.mllm.training import run
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
