@@ -23,24 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from semhitok.config import DataConfig
+from semhitok.data.batch import Batch
 from semhitok.data.crops import RandomCrops, crop, generator, to_uint8
 from semhitok.data.images import list_images, read_image, resize_crop
 from semhitok.data.shards import Sample, expand_shards, is_shard, read_shard
-
-
-@dataclass
-class MicroBatch:
-    """Images that go through the network at once.
-
-    Attributes:
-        images: float32 [b, 3, size, size] in [0, 1], on the CPU.
-        first: place of the first of them in the global batch.
-        total: images of the global batch.
-    """
-
-    images: Tensor
-    first: int
-    total: int
 
 
 class TrainingImages:
@@ -126,7 +112,7 @@ class TrainingImages:
 
         Args:
             batch_size: images of a step over all processes.
-            micro_batch: images of one `MicroBatch`.
+            micro_batch: images of one `Batch`.
             step: steps already done. From it files know where they are.
             position: what `Batches.position` gave after those. From it shards know where they are;
                 without one they start from their beginning.
@@ -138,7 +124,7 @@ class TrainingImages:
         return Batches(self, batch_size, micro_batch, step, position)
 
 
-class Batches(Iterator[list[MicroBatch]]):
+class Batches(Iterator[list[Batch]]):
     """Gives for every step the list of this process's micro-batches, without end.
 
     Attributes:
@@ -201,7 +187,7 @@ class Batches(Iterator[list[MicroBatch]]):
         else:
             self._items = iter(readers)
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[Batch]:
         items: list[_Item] = []
         for _ in self._firsts:
             item = next(self._items)
@@ -215,7 +201,7 @@ class Batches(Iterator[list[MicroBatch]]):
             if self._places:
                 self._places[self._turn] = item.place
                 self._turn = (self._turn + 1) % len(self._places)
-        return [MicroBatch(i.images, first, self._total) for i, first in zip(items, self._firsts, strict=True)]
+        return [Batch(i.images, first, self._total) for i, first in zip(items, self._firsts, strict=True)]
 
     def position(self) -> dict[str, Any]:
         """Where this process's data stand after the last batch given out: numbers and text, for `batches`."""
