@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--out: expected, got none")
 
     from semhitok import distributed
-    from semhitok.mllm.training import run as train
+    from semhitok.mllm.training import train
     from semhitok.training import Interrupted
 
     try:
