@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 def override(config: Any, assignment: str) -> None:
-    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML."""
+    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML.
+
+    Raises:
+        ValueError: no such setting, or a value of a wrong type or out of range.
+    """
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"override: expected name=value, got {assignment!r}")
@@ -29,9 +33,16 @@ def override(config: Any, assignment: str) -> None:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
-    """Build a dataclass from nested dicts, refusing unknown keys and wrong types.
+    """Build a dataclass from nested dicts.
 
-    A missing key has its value in `default`, or else the default of its class.
+    Args:
+        cls: the dataclass.
+        data: settings by name.
+        where: the path of `data`, for messages of errors.
+        default: gives the values of missing keys; None leaves them to the defaults of `cls`.
+
+    Raises:
+        ValueError: an unknown key, a value of a wrong type or out of range.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {data!r}")
@@ -53,7 +64,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value` as the annotated type `hint`, or ValueError. Keys that a dict lacks are as in `default`."""
+    """`value` as the annotated type `hint`, or ValueError. `default` gives what a dict leaves out."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)
@@ -68,7 +79,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
         return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, str):
-        # YAML 1.1 reads "1e-3" (without a dot) as text.
+        # YAML 1.1 reads "1e-3" (no dot) as text.
         try:
             return float(value)
         except ValueError:

@@ -13,23 +13,28 @@ from __future__ import annotations
 import argparse
 import sys
 
-from semhitok.cli import common
+from semhitok._messages import message, printable
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_assistant_arguments(parser)
+    arguments.add_assistant_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files that the conversation is about")
     parser.add_argument("--question", metavar="TEXT", help="ask this alone")
     parser.add_argument(
-        "--max-new-tokens", type=common.positive, default=256, metavar="N", help="most ids of an answer (default: 256)"
+        "--max-new-tokens",
+        type=arguments.positive,
+        default=256,
+        metavar="N",
+        help="longest answer, in ids (default: 256)",
     )
-    common.add_sampling_arguments(parser, temperature=0.0)
+    arguments.add_sampling_arguments(parser, temperature=0.0)
 
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm.assistant import Chat
 
-    assistant = common.load_assistant(args)
+    assistant = arguments.load_assistant(args)
     chat = Chat(assistant, assistant.read(args.images))
     options = {
         "max_new_tokens": args.max_new_tokens,
@@ -41,21 +46,21 @@ def run(args: argparse.Namespace) -> int:
     if args.question is not None:
         chat.ask(args.question, **options)
         print()
-        return common.DONE
+        return text.DONE
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
-            return common.DONE
+            return text.DONE
         if not line.strip():
             continue
         try:
             chat.ask(line.strip(), **options)
             print(flush=True)
         except ValueError as error:  # a question too long, say: the conversation goes on
-            print(common.printable(f"semhitok chat: {common.message(error)}"), file=sys.stderr)
+            print(printable(f"semhitok chat: {message(error)}"), file=sys.stderr)
 
 
 def _tell(text: str) -> None:
-    print("\n".join(map(common.printable, text.split("\n"))), end="", flush=True)
+    print("\n".join(map(printable, text.split("\n"))), end="", flush=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from semhitok.cli import common
+from semhitok.cli import arguments, text
 
 _QUESTIONS, _PICTURES = ("pope", "gqa", "mme", "seed", "textvqa"), ("mjhq", "geneval")
 
@@ -28,21 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "benchmark", choices=_QUESTIONS + _PICTURES, metavar="BENCHMARK", help=", ".join(_QUESTIONS + _PICTURES)
     )
     parser.add_argument("data", metavar="DATA", help="folder of the benchmark, or its file of questions or captions")
-    common.add_assistant_arguments(parser)
+    arguments.add_assistant_arguments(parser)
     parser.add_argument("--out", required=True, metavar="OUT", help="folder for this run's answers and scores")
     parser.add_argument("--images", metavar="FOLDER", help="the benchmark's images")
-    common.add_batch_argument(parser, "questions or pictures")
+    arguments.add_batch_argument(parser, "questions or pictures")
     drawing = parser.add_argument_group("mjhq and geneval")
     drawing.add_argument("--features", default="inception", metavar="NAME", help="of mjhq (default: %(default)s)")
-    common.add_drawing_arguments(drawing)
+    arguments.add_drawing_arguments(drawing)
 
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm import benchmarks
 
-    assistant = common.load_assistant(args, teacher=args.benchmark not in _PICTURES)
-    out = common.make_output_folder(args.out)
-    model, drawing = benchmarks.fingerprint(args.model), common.drawing_options(args) | {"seed": args.seed}
+    assistant = arguments.load_assistant(args, teacher=args.benchmark not in _PICTURES)
+    out = arguments.make_output_folder(args.out)
+    model, drawing = benchmarks.fingerprint(args.model), arguments.drawing_options(args) | {"seed": args.seed}
     options: dict[str, Any] = {"model": model, "batch_size": args.batch_size}
     if args.benchmark == "geneval":
         scores = benchmarks.geneval(args.data, assistant, out, **options, **drawing)
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         scores = benchmarks.mjhq(args.data, assistant, out, **options, **drawing)
     else:
         scores = benchmarks.evaluate(args.benchmark, args.data, assistant, out, **options, images=args.images)
-    print(common.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
-    return common.DONE
+    print(text.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
+    return text.DONE

@@ -13,7 +13,6 @@ RUN/tensorboard/STAGE/       the same and more, for TensorBoard
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -27,7 +26,7 @@ from typing import Any, Generic, Protocol
 import torch
 
 from semhitok import distributed
-from semhitok._files import write_atomic
+from semhitok._files import write_json
 from semhitok.config import EngineConfig
 from semhitok.data.batch import seed_everything
 from semhitok.evaluation.running import lower_is_better
@@ -268,5 +267,5 @@ def _keep_best(
         return best
     stage.save_model(folder)
     if distributed.rank() == 0:
-        write_atomic(folder / "evaluation.json", (json.dumps({"step": step, **figures}, indent=2) + "\n").encode())
+        write_json(folder / "evaluation.json", {"step": step, **figures})
     return value

@@ -63,14 +63,9 @@ def gradient_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
     yield
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP may have split; a collective call then."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`full_tensor` of every tensor of a state dict."""
-    return {name: full_tensor(tensor) for name, tensor in state.items()}
+    """A state dict with all of every tensor on every process; a collective call if FSDP has split them."""
+    return {name: distributed.whole_tensor(tensor) for name, tensor in state.items()}
 
 
 def gather_tokens(

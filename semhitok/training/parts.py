@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 
+from semhitok import distributed
 from semhitok.config import OptimizerConfig
 from semhitok.training import parallel
 
@@ -73,7 +74,7 @@ class Part:
                 means[name] = means.get(name, 0.0) + figure / len(items)
             outputs.append(output)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        return {**means, "gradient_norm": parallel.full_tensor(norm)}, outputs
+        return {**means, "gradient_norm": distributed.whole_tensor(norm)}, outputs
 
     def step(self, step: int, steps: int) -> None:
         """The optimiser's step number `step` of a stage of `steps`; nothing before `first_step`."""
@@ -101,7 +102,7 @@ class Part:
         weights, optimizer = dcp.get_state_dict(self.module, self.optimizer, options=_FULL)
         state: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
         if self.ema is not None:
-            state["ema"] = [parallel.full_tensor(average).cpu() for average in self.ema]
+            state["ema"] = [distributed.whole_tensor(average).cpu() for average in self.ema]
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from semhitok import distributed
-from semhitok._files import write_atomic
+from semhitok._files import write_json
 from semhitok.config import TrainConfig
 from semhitok.data.batch import seed_everything
 from semhitok.data.training_images import TrainingImages, held_out_batches
@@ -163,17 +163,16 @@ def identify_run(folder: Path, description: dict[str, Any], model: Sequence[str]
     Raises:
         ValueError: the folder holds another run, or its config.json is not JSON.
     """
-    text = json.dumps(description, indent=2) + "\n"
     path = folder / "config.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode())
+        write_json(path, description)
         return
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    new = json.loads(text)
+    new = json.loads(json.dumps(description))
     difference = _difference(found, new, "")
     if difference and not accept_changes:
         raise ValueError(f"{folder}: holds another run: {difference}; choose another folder, or --accept-changes")
@@ -184,7 +183,7 @@ def identify_run(folder: Path, description: dict[str, Any], model: Sequence[str]
     if model_difference:
         raise ValueError(f"{folder}: holds another model: {model_difference}; choose another folder")
     if difference:
-        write_atomic(path, text.encode())
+        write_json(path, description)
 
 
 def _difference(old: object, new: object, where: str) -> str:
