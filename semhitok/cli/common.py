@@ -58,7 +58,7 @@ def add_batch_argument(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_sampling_arguments(parser: argparse._ActionsContainer, temperature: float) -> None:
-    """How ids are drawn."""
+    """How ids are chosen; see `sampling`."""
     parser.add_argument(
         "--temperature",
         type=float,
@@ -83,9 +83,12 @@ def add_drawing_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `Assistant.draw` takes of these arguments."""
-    return {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+def sampling(args: argparse.Namespace) -> Any:
+    """The `Sampling` of these arguments."""
+    from semhitok.mllm import Sampling
+
+    names = ("temperature", "top_k", "top_p", "guidance")
+    return Sampling(**{name: getattr(args, name) for name in names if name in args})
 
 
 def positive(text: str) -> int:

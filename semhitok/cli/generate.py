@@ -19,14 +19,9 @@ from semhitok.cli import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_assistant_arguments(parser)
-    # Not "*", which argparse would take for empty as soon as an option comes first.
     captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
-
-    class Prompts(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            namespace.prompts, captions.required = values, False
-
-    parser.add_argument("--prompts", action=Prompts, metavar="FILE", help="captions, or more of them, one a line")
+    captions.required = False  # --prompts may have them; argparse would match "*" to nothing in front of an option
+    parser.add_argument("--prompts", metavar="FILE", help="captions, or more of them, one a line")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
     parser.add_argument(
         "--count", type=common.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
@@ -41,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
     from semhitok.data.images import save_png
-    from semhitok.mllm.assistant import Job, file_stem, grid, paint
+    from semhitok.mllm.assistant import Job, draw_files, file_stem, grid
 
+    sampling = common.sampling(args)
     assistant = common.load_assistant(args, teacher=False)
     out = common.make_output_folder(args.out)
     stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
@@ -53,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     pictures = []
     with common.progress(None, "generate", len(jobs)) as bar:
-        for _, picture in paint(assistant, jobs, args.batch_size, **common.drawing_options(args)):
+        for _, picture in draw_files(assistant, jobs, args.batch_size, sampling=sampling):
             pictures.append(picture)
             bar.update()
             if len(pictures) == args.count:

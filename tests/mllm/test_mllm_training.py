@@ -11,6 +11,8 @@ from mllm_runs import SETTINGS, finish, losses, small_config, small_tokenizer, s
 
 transformers = pytest.importorskip("transformers")
 
+from mllm_small import write_pictures  # noqa: E402
+
 from semhitok.config import preset_names  # noqa: E402
 from semhitok.mllm import UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
 from semhitok.mllm.config import mllm_config  # noqa: E402
@@ -168,8 +170,6 @@ def test_lora_trains_and_the_result_loads_without_it(world, tmp_path, stages):
 
 
 def test_pictures_on_the_fly_train_as_their_ids_do(world, tmp_path):
-    from test_mllm_data import write_pictures
-
     ids = write_pictures(tmp_path / "pictures", 6)
     by_file = [{"caption": f"a thing number {n}", "images": [f"pictures/{n}.png"]} for n in range(6)]
     by_ids = [{"caption": f"a thing number {n}", "codes": [ids[n]]} for n in range(6)]
