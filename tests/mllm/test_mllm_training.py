@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from mllm_small import write_pictures  # noqa: E402
 
 from semhitok.config import preset_names  # noqa: E402
-from semhitok.mllm import UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
+from semhitok.mllm import Sampling, UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
 from semhitok.mllm.config import mllm_config  # noqa: E402
 from semhitok.mllm.rows import TASKS, Records, TrainingRows  # noqa: E402
 from semhitok.mllm.training import MLLMStage, RowBatch, _Images, run  # noqa: E402
@@ -75,7 +75,7 @@ def test_it_learns_and_the_result_loads_by_itself(finished):
     vocabulary = model.vocabulary
     assert vocabulary.codebook_hash == small_tokenizer().codebook_hash
     codes = generate_images(
-        model, [prompts.generation(words, vocabulary, "a red thing")], guidance=2.0,
+        model, [prompts.generation(words, vocabulary, "a red thing")], sampling=Sampling(guidance=2.0),
         unconditional=prompts.generation(words, vocabulary, None),
     )  # fmt: skip
     assert codes.shape == (1, 2, 2)
