@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.semhitok
 # What an installation depends on. Python files are used in place.
-INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt semhitok/__init__.py $(shell find csrc -type f)
 
 # Threads that wait asleep: on a machine that is shared, spinning ones slow training several times over.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "semhitok/__init__.py").read_text(), re.M).group(1)
 OLDEST_TORCH = (2, 11)
 
 

@@ -1,6 +1,6 @@
 """`semhitok encode` for corpora: equal shards from every engine, memory, speed, the quantiser's share of the time.
 
-    python benchmarks/corpus.py --images 2000
+    python -m benchmarks.corpus --images 2000
 
 Generated images, in folders of 1,000, become a corpus by each engine with two processes; the SHA-256 of all shards must
 agree, and the peak resident memory of the largest process must be within 10 % of that for the first --small images.

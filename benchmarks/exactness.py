@@ -1,6 +1,6 @@
 """Does nearest_code find the exact winner? On a million tokens of many kinds, on every instruction set of this CPU.
 
-    python benchmarks/exactness.py [--tokens 1000000] [--device cuda]      (see cuda/exactness.py)
+    python -m benchmarks.exactness [--tokens 1000000] [--device cuda]      (see cuda/exactness.py)
 
 A wrong id is one other than that of the greatest score in exact arithmetic, the lowest index among equal scores (see
 exact.py). Random data alone would prove little, as a first pass whose error bound is three times too small passes it;

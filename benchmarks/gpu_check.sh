@@ -116,7 +116,7 @@ collect() {
 }
 
 exactness() {
-  limited 100 "$PYTHON" benchmarks/exactness.py --device cuda 2>&1 | tee "$out/exactness.txt"
+  limited 100 "$PYTHON" -m benchmarks.exactness --device cuda 2>&1 | tee "$out/exactness.txt"
 }
 
 bench() {

@@ -1,4 +1,4 @@
-"""`python -m semhitok`: the command line without its script."""
+"""`python -m semhitok`: the command line."""
 
 from semhitok.cli import main
 

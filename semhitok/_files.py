@@ -1,34 +1,45 @@
-"""Writing a file so that its name never stands for half of it."""
+"""Writing files atomically, and text that is safe to print."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Put `data` under `path`: readers see the old file or the new one, never a part.
+    """Write `data` to `path`: readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: the folder does not exist or cannot be written, or the disk is full.
+        OSError: the folder does not exist or is not writable, or the disk is full.
     """
     with open_atomic(path) as file:
         file.write(data)
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON with a last line end, atomically; errors as from `write_atomic`."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def printable(text: str) -> str:
+    """`text` as one line, with control characters, line ends and broken Unicode escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 @contextlib.contextmanager
 def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end: readers see the old file or the new one, never a part.
+    """Open a file that becomes `path` when it is closed: readers see the old file or the new one, never a part.
 
-    The bytes go to a hidden file of the same folder, reach the disk, and are then renamed. An
-    exception removes the hidden file; a killed process may leave `.semhitok-*.tmp` behind.
+    The bytes go to a hidden file in the same folder, which is flushed to the disk and then renamed. An exception
+    removes it; a killed process may leave `.semhitok-*.tmp` behind.
 
     Raises:
-        OSError: the folder does not exist or cannot be written, or the disk is full.
+        OSError: the folder does not exist or is not writable, or the disk is full.
     """
     path = Path(path)
     temporary = path.parent / f".semhitok-{secrets.token_hex(8)}.tmp"
@@ -42,8 +53,8 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
-            raise  # about another file, from what was done while this one was open
-        # The user knows the file by its own name, not by the temporary one.
+            raise  # about another file, by the code that writes this one
+        # The user knows the file by `path`, not by the temporary name.
         raise type(error)(error.errno, error.strerror, str(path)) from None
     finally:
         if descriptor is not None:

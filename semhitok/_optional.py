@@ -1,4 +1,4 @@
-"""Imports of packages that only some features need, with an error that says what to install."""
+"""Imports of optional packages, with an error that says what to install."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ def require(module: str, extra: str = "models") -> Any:
     """Import and return `module`, which the optional dependencies `extra` provide.
 
     Raises:
-        ImportError: one line naming the missing package and the command that installs it.
+        ImportError: the package is missing; one line names it and the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # installed, but something it needs is not: the original message says what
+            raise  # the package is installed, but one that it needs is not, which the original message names
         package = error.name.partition(".")[0]
         raise ImportError(f'{package} is not installed: pip install "semhitok[{extra}]"', name=package) from None

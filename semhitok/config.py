@@ -1,7 +1,7 @@
-"""Configuration: plain dataclasses, which JSON and YAML fill, strictly.
+"""Configuration: plain dataclasses, read strictly from JSON and YAML.
 
-`SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
-training stages need. Every default is a choice of this project unless a comment says otherwise.
+`SemHiTokConfig` describes an image tokenizer and is part of every checkpoint; `TrainConfig` adds what the training
+stages need. Every default is a choice of this project unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ class TeacherConfig:
 
     name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any Vision Transformer with
         `forward_intermediates`.
-    pretrained: weights come from timm's hub entry and are not stored in checkpoints of ours;
-        otherwise the weights are stored, so that the codes can be reproduced.
+    pretrained: the weights come from timm's hub entry, so checkpoints leave them out; False stores them in checkpoints.
     checkpoint: a local weights file that timm loads instead of the hub's.
-    image_size: side in pixels the teacher sees; images are resized to it.
+    image_size: side in pixels of the teacher's input, to which images are resized.
     block: index of the block whose patch tokens are used; -2 is the last but one.
     options: further keyword arguments of `timm.create_model`.
     """
@@ -44,7 +43,7 @@ class TeacherConfig:
 
 @dataclass
 class ViTConfig:
-    """A stack of transformer blocks: width in channels, depth in blocks, number of heads."""
+    """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads."""
 
     width: int
     depth: int
@@ -53,13 +52,17 @@ class ViTConfig:
 
 @dataclass
 class SemHiTokConfig:
-    """A tokenizer: K = num_codes semantic codes, each owning m = num_sub_codes pixel sub-codes.
+    """An image tokenizer: K = num_codes semantic codes, each owning m = num_sub_codes pixel sub-codes.
 
-    image_size, patch_size: pixels; the ids of an image form a square grid of
-        image_size / patch_size on a side.
+    image_size, patch_size: pixels; the ids of an image form a square grid of image_size / patch_size on a side.
+    num_codes, num_sub_codes: K and m.
     sem_dim, pix_dim: dimensions of a semantic code and of a pixel sub-code.
-    adaptive: sub-codebooks have sizes of their own, K * m in all, by where sub-codes lower the distortion most; set
-        when the pixel stage begins to quantise.
+    teacher, semantic_decoder, encoder, decoder: the networks; the last two are those of the pixel branch.
+    adaptive: sub-codebooks have sizes of their own, K * m in all. The pixel stage sets them when it begins to quantise,
+        so that the error falls most.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or image_size not a multiple of patch_size.
     """
 
     image_size: int = 256
@@ -75,9 +78,7 @@ class SemHiTokConfig:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim",
-        ):  # fmt: skip
+        for name in ("image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -96,15 +97,16 @@ class SemHiTokConfig:
 
     @property
     def bits_per_pixel(self) -> float:
-        """Bits an image's ids take, without entropy coding, over its pixels."""
+        """Bits of an image's ids, without entropy coding, divided by its pixels."""
         return math.log2(self.vocabulary_size) / self.patch_size**2
 
     def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON can store them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SemHiTokConfig:
-        """The config a `to_dict` described; ValueError names a key that is unknown or ill-typed."""
+        """The config that `to_dict` described; ValueError names an unknown key or a value of a wrong type."""
         return from_dict(cls, data)
 
 
@@ -349,17 +351,17 @@ class TrainConfig:
 
 
 def preset_names(family: str = "semhitok") -> list[str]:
-    """The named training configurations of a family, which are the YAML files FAMILY-*.yaml in semhitok/presets."""
+    """The names of a family's presets, which are the files FAMILY-*.yaml in semhitok/presets."""
     return sorted(path.stem for path in PRESETS.glob(f"{family}-*.yaml"))
 
 
 def train_config(source: str) -> TrainConfig:
     """A training configuration: a preset by name, or a YAML file (a name ending in .yaml or .yml).
 
-    What a file does not name has the default that its dataclass here states.
+    Settings that the file leaves out have the defaults of the dataclasses here.
 
     Raises:
-        ValueError: no such preset (the message lists them), not YAML, an unknown setting or a value of another type.
+        ValueError: no such preset (the message lists them), not YAML, an unknown setting or a value of a wrong type.
         OSError: the file cannot be read.
     """
     return read_config(TrainConfig, source, "semhitok")
@@ -385,12 +387,16 @@ def read_config(cls: type[T], source: str, family: str) -> T:
 
 
 def preset(name: str) -> SemHiTokConfig:
-    """A fresh model configuration by name; ValueError lists the names there are."""
+    """A preset's model configuration, a new one at every call; ValueError lists the presets."""
     return train_config(name).model
 
 
 def override(config: Any, assignment: str) -> None:
-    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML."""
+    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML.
+
+    Raises:
+        ValueError: no such setting, or a value of a wrong type or out of range.
+    """
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"override: expected name=value, got {assignment!r}")
@@ -407,9 +413,16 @@ def override(config: Any, assignment: str) -> None:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
-    """Build a dataclass from nested dicts, refusing unknown keys and wrong types.
+    """Build a dataclass from nested dicts.
 
-    A key that is not there keeps its value in `default`, or else the default that its class states.
+    Args:
+        cls: the dataclass.
+        data: settings by name.
+        where: the path of `data`, for messages of errors.
+        default: gives the values of missing keys; None leaves them to the defaults of `cls`.
+
+    Raises:
+        ValueError: an unknown key, a value of a wrong type or out of range.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {data!r}")
@@ -431,7 +444,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value` as the annotated type `hint`, or ValueError. What a dict leaves out is as in `default`."""
+    """`value` as the annotated type `hint`, or ValueError. `default` gives what a dict leaves out."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)

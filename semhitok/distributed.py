@@ -1,4 +1,4 @@
-"""What training and evaluation need of torch.distributed; in a single process nothing, or the obvious, happens."""
+"""What training and evaluation use of torch.distributed. A single process needs no process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from semhitok._optional import require
 
 
 def join(device: torch.device) -> torch.device:
-    """Take this process's place among those that a launcher started; its device."""
+    """Join the processes that a launcher started, if one did; the device of this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     state = require("accelerate", "train").PartialState(cpu=device.type == "cpu")
@@ -22,12 +22,12 @@ def join(device: torch.device) -> torch.device:
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -44,7 +44,7 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows [n, ...] of every process, in the order of ranks: [W * n, ...]. n must be the same everywhere."""
+    """The rows [n, ...] of every process, in the order of ranks: [W * n, ...]. n must be the same on all."""
     if world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -53,7 +53,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(thing: Any) -> list[Any]:
-    """What every process has, in the order of ranks: anything that can be pickled, small."""
+    """The object of every process, in the order of ranks: small, and picklable."""
     if world_size() == 1:
         return [thing]
     things: list[Any] = [None] * world_size()
@@ -61,19 +61,24 @@ def gather_objects(thing: Any) -> list[Any]:
     return things
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or a sharded one (FSDP2) put together, for which all processes must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def pick_rows(tensor: Tensor, picks: Tensor) -> Tensor:
-    """Rows `picks` [k] of `gather_rows(tensor)`, without gathering more than those: [k, ...]."""
+    """Rows `picks` [k] of `gather_rows(tensor)`, without gathering the others: [k, ...]."""
     if world_size() == 1:
         return tensor[picks]
     local = picks - rank() * len(tensor)
     mine = (local >= 0) & (local < len(tensor))
     rows = tensor[local.clamp(0, len(tensor) - 1)]
-    # Every row has one owner, so that adding zeros of the others changes no bit of it.
+    # Every row has one owner, so adding the zeros of the others changes no bit of it.
     return all_reduce(torch.where(mine.view(-1, *[1] * (tensor.ndim - 1)), rows, torch.zeros_like(rows)))
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """`tensor` of process 0, in place, on every process."""
+    """Copy `tensor` of process 0 into that of every process; `tensor` itself."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
@@ -83,7 +88,7 @@ def check_equal(tensor: Tensor, name: str) -> None:
     """Check that `tensor` has the same bits on every process.
 
     Raises:
-        RuntimeError: it has not; on every process.
+        RuntimeError: it differs; raised on every process.
     """
     if world_size() == 1:
         return

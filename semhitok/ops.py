@@ -1,22 +1,22 @@
-"""The compiled ops: `torch.ops.semhitok.*` with their shape, gradient and autocast rules, and a function for each.
+"""The compiled ops `torch.ops.semhitok.*`: a function for each, and their shape, gradient and autocast rules.
 
-The contract, the same on every backend (csrc/ops.cpp states and checks it):
+Their contract is the same on every backend (csrc/ops.cpp states and checks it):
 
 - The score of code c for token z is z.c (metric "ip") or z.c - |c|^2/2 ("l2", the same winner as the least distance).
   The lowest index wins among equal scores; NaN never wins.
-- float32, float16, bfloat16 and float64, each tensor its own. The search runs in fp32 whatever the autocast state, or
-  in fp64 as soon as one input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
+- float32, float16, bfloat16 and float64; tensors may differ in dtype. The search runs in fp32 whatever the autocast
+  state, or in fp64 if any input is float64. Quantised vectors are exact copies of codebook rows, in its dtype.
 - On the CPU, with inputs of at most float32, nearest_code's ids are those of fp64 arithmetic; its scores, and those of
   sub-codes before they are compared, are fp64 sums rounded to fp32 once. Both are the same on every instruction set.
-  On CUDA ids are those of fp64 wherever its scores differ by more than fp32 rounding.
+  On CUDA ids are those of fp64 wherever fp64 scores differ by more than fp32 rounding.
 - A token with NaN or Inf gets id 0 and score NaN, so ids are always in range.
 - Any leading dimensions and strides; no tokens gives empty outputs.
 - Sub-codebooks are all of one size m in a table [K, m, D], or of sizes m_i of their own in a table [T, D] with
   `offsets` [K + 1] int64: sub-codebook i is rows offsets[i] to offsets[i + 1] - 1, each m_i >= 1, offsets[0] = 0,
-  offsets[K] = T. Flat code = offsets[i] + j. Other offsets raise on the CPU; on CUDA, where that would take waiting for
-  the device, ids are meaningless then, but in range, and nothing outside the table is read.
-- Ids out of range cannot raise without waiting for the device; each op says what they give.
-- Every other mistake raises RuntimeError, naming the argument, what was expected and what came.
+  offsets[K] = T. A flat code is offsets[i] + j. Other offsets raise on the CPU; on CUDA, where a check would wait for
+  the device, they give meaningless ids, but in range, and nothing outside the table is read.
+- Ids out of range do not raise, since a check would wait for the device; each op says what they give.
+- Every other mistake raises RuntimeError with the argument, what was expected and what it got.
 - The same input gives the same bits, on every run and with any number of threads.
 - Under autocast the floating-point inputs are cast to float32 first, and so are the outputs.
 """
@@ -29,7 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the ops)
+try:
+    from . import _C  # noqa: F401  (registers the ops; after torch, whose symbols it needs)
+except ImportError as error:
+    raise ImportError(
+        f"semhitok's compiled ops could not be loaded ({error}): build them with `pip install -e .` in the repository"
+    ) from error
+
+from .grouping import Grouping
 
 __all__ = ["hier_lookup", "hier_quantize", "nearest_code", "nearest_subcode", "segment_sum"]
 
@@ -57,8 +64,7 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
 
     Equivalent to: `(z @ codebook.T + bias).max(-1)`.
 
-    On the CPU a codebook is packed for the search when first seen and kept while it holds the same values: nobody needs
-    to say when it changes.
+    On the CPU the packed form of a codebook is cached, and packed again once its values change.
     """
     return _ops.nearest_code(z, codebook, metric)
 
@@ -73,7 +79,7 @@ def nearest_subcode(
         sub_codebooks: [K, m, D], floating point, K, m >= 1; with offsets [T, D].
         group: [...] int64; outside [0, K) gives id 0 and score NaN.
         metric: "ip" or "l2".
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
@@ -105,7 +111,7 @@ def hier_quantize(
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
         sem_metric: "ip" or "l2".
         pix_metric: "ip" or "l2".
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
@@ -130,7 +136,7 @@ def hier_lookup(
         codes: [...] int64 = i * m + j, with offsets offsets[i] + j; outside [0, K * m) or [0, T) gives rows of NaN.
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
@@ -163,7 +169,7 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
     return _ops.segment_sum(values, ids, num_segments)
 
 
-# ---- shapes without data (fake tensors): the checks of csrc/ops.cpp that cost nothing, with its messages ----
+# ---- shapes without data (fake tensors): the checks of csrc/ops.cpp that need no values, with the same messages ----
 
 
 def _check(condition: Any, message: str) -> None:
@@ -322,7 +328,7 @@ def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     )
 
 
-# ---- gradients: all of them gathers and segment sums of what the forward pass chose ----
+# ---- gradients: all are gathers and segment sums by the ids of the forward pass ----
 
 
 def _rows_gradient(grad: Tensor, ids: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
@@ -336,7 +342,7 @@ def _score_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of scores [...] with respect to z [..., D] and the flat codes [C, D], whose rows ids [...] won."""
     weight = torch.where(found, grad, 0.0).to(_score_dtype(z, codes))[..., None]
-    # Where nothing was found the row may hold NaN, which a zero weight would not silence.
+    # Where nothing was found the row may hold NaN, which a weight of zero would keep.
     won = torch.where(found[..., None], codes[ids].to(weight.dtype), 0.0)
     token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
     grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
@@ -377,11 +383,9 @@ def _nearest_subcode_backward(
         return None, None, None, None, None
     z, sub_codebooks, group, ids, found, offsets = ctx.saved_tensors
     codes = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
-    if offsets is None:
-        flat = torch.where(found, group * sub_codebooks.shape[1] + ids, 0)
-    else:
-        # Offsets on a GPU may hold anything: no row outside the table is read.
-        flat = torch.where(found, offsets[torch.where(found, group, 0)] + ids, 0).clamp(0, codes.shape[0] - 1)
+    flat = Grouping.of(sub_codebooks, offsets).join(torch.where(found, group, 0), ids)
+    # Offsets on a GPU may hold anything: no row outside the table is read.
+    flat = torch.where(found, flat, 0).clamp(0, codes.shape[0] - 1)
     grad_z, grad_codes = _score_gradients(ctx, grad, z, codes, flat, found)
     return grad_z, None if grad_codes is None else grad_codes.view(sub_codebooks.shape), None, None, None
 
@@ -389,24 +393,20 @@ def _nearest_subcode_backward(
 def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:
     """Gradients of sem_codebook and pix_codebook from those of q_sem and q_pix."""
     codes, offsets = ctx.saved_tensors
-    # Codes out of range gave constant rows; rounding down keeps a negative one out of range here too.
-    if offsets is None:
-        semantic = torch.div(codes, ctx.pix_shape[1], rounding_mode="floor")
-    else:
-        semantic = torch.searchsorted(offsets, codes, right=True) - 1
+    grouping = Grouping(ctx.num_groups, math.prod(ctx.pix_shape[:-1]), offsets)
     to_sem = to_pix = None
+    # Codes out of range gave constant rows, and have groups out of range, which segment_sum leaves out.
     if sem and grad_sem is not None:
-        to_sem = _rows_gradient(grad_sem, semantic, ctx.groups, ctx.sem_dtype)
+        to_sem = _rows_gradient(grad_sem, grouping.group_of(codes), grouping.num_groups, ctx.sem_dtype)
     if pix and grad_pix is not None:
-        total = math.prod(ctx.pix_shape[:-1])
-        to_pix = _rows_gradient(grad_pix, codes, total, ctx.pix_dtype).view(ctx.pix_shape)
+        to_pix = _rows_gradient(grad_pix, codes, grouping.num_ids, ctx.pix_dtype).view(ctx.pix_shape)
     return to_sem, to_pix
 
 
 def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(codes, offsets)
-    ctx.groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
+    ctx.num_groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
     ctx.sem_dtype, ctx.pix_dtype = sem_codebook.dtype, pix_codebook.dtype
 
 

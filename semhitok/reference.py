@@ -1,7 +1,7 @@
-"""Each op again in a few lines of plain PyTorch, with the contract of `semhitok.ops`.
+"""The ops in plain PyTorch, with the contract of `semhitok.ops`: what one would write without compiled ops.
 
-Sub-codebooks are [K, m, D], or with offsets [K + 1] [T, D]. The tests' oracle (in float64) and the benchmark's
-baseline: what one would write without a fused op, N x K matrix and all.
+The tests' oracle (in float64) and the benchmarks' baseline. They build the N x K matrix of scores. Sub-codebooks are
+[K, m, D], or [T, D] with offsets [K + 1].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _scorable(codes: Tensor, metric: str) -> tuple[Tensor, Tensor]:
 
 
 def _winner(scores: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """scores[..., K], usable[...] -> the first greatest score that is not NaN and its id; NaN and 0 without one."""
+    """scores[..., K], usable[...] -> the first greatest score that is not NaN and its id; NaN and 0 if none."""
     best, ids = scores.max(-1)
     if best.isnan().any():
         best, ids = scores.masked_fill(scores.isnan(), -torch.inf).max(-1)
@@ -38,12 +38,12 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
     return _winner(z @ codes.T + bias, z.isfinite().all(-1))
 
 
-def _filled_up(table: Tensor, offsets: Tensor) -> Tensor:
-    """Sub-codebooks of different sizes, table[T, D] -> [K, largest, D], with codes of NaN, which never win."""
+def _padded(table: Tensor, offsets: Tensor) -> Tensor:
+    """Sub-codebooks of different sizes, table[T, D] -> [K, largest, D], padded with codes of NaN, which never win."""
     sizes = offsets.diff()
     owner = torch.repeat_interleave(sizes)
-    whole = table.new_full((len(sizes), int(sizes.max()), table.shape[1]), torch.nan)
-    return whole.index_put((owner, torch.arange(len(table), device=table.device) - offsets[owner]), table)
+    padding = table.new_full((len(sizes), int(sizes.max()), table.shape[1]), torch.nan)
+    return padding.index_put((owner, torch.arange(len(table), device=table.device) - offsets[owner]), table)
 
 
 def nearest_subcode(
@@ -51,7 +51,7 @@ def nearest_subcode(
 ) -> tuple[Tensor, Tensor]:
     """z[..., D], sub_codebooks[K, m, D], group[...] -> scores[...], ids[...] in [0, m)."""
     if offsets is not None:
-        sub_codebooks = _filled_up(sub_codebooks, offsets)
+        sub_codebooks = _padded(sub_codebooks, offsets)
     dtype = _compute_dtype(z, sub_codebooks)
     known = (group >= 0) & (group < len(sub_codebooks))
     z = z.to(dtype)

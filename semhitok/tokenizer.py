@@ -1,4 +1,4 @@
-"""SemHiTok, the tokenizer: images -> one discrete id a patch -> images.
+"""SemHiTok, the image tokenizer: images -> one discrete id for every patch -> images.
 
 image -> teacher -> semantic head -- z_sem --+
 image -> pixel encoder ------------- z_pix --+-> hierarchical quantizer -> ids -> pixel decoder -> image
@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from semhitok._files import write_atomic
+from semhitok._files import write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import SemHiTokConfig
+from semhitok.grouping import check_offsets
 from semhitok.models.pixel import PixelDecoder, PixelEncoder
 from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
 from semhitok.quantizer import HierarchicalQuantizer
-from semhitok.vocabulary import Vocabulary, check_offsets, codebook_hash
+from semhitok.vocabulary import Vocabulary, codebook_hash
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 
 
 class Features(NamedTuple):
-    """Code vectors of ids: semantic [B, h, w, Ds] and pixel [B, h, w, Dp]."""
+    """The code vectors of ids: semantic [B, h, w, Ds] and pixel [B, h, w, Dp], fp32."""
 
     semantic: Tensor
     pixel: Tensor
@@ -40,21 +41,24 @@ class Features(NamedTuple):
 class SemHiTok(nn.Module):
     """The unified image tokenizer (paper: SemHiTok).
 
-    Args:
-        config: sizes and the teacher; `semhitok.config.preset(name)` gives the named ones.
-        teacher: build the frozen teacher, which `encode` needs; False for decoding only.
-        load_teacher: fetch or read the teacher's weights, where `config` says they come from
-            outside; False leaves them random.
+    Images are float tensors [B, 3, image_size, image_size] in [0, 1]. Ids are int64 tensors [B, h, w] in [0, K * m),
+    row by row from the top left, with h = w = image_size / patch_size.
 
-    Images are float tensors [B, 3, image_size, image_size] in [0, 1]; ids are int64 tensors
-    [B, h, w] in [0, K*m), row by row from the top left, h = w = image_size / patch_size.
+    Args:
+        config: sizes and the teacher; `semhitok.config.preset(name)` gives that of a preset.
+        teacher: build the frozen teacher, which `encode` needs; False for decoding only.
+        load_teacher: fetch or read the teacher's weights, if `config` names any; False leaves them random.
+
+    Raises:
+        ImportError: timm is not installed.
+        OSError, ValueError: from `Teacher`.
     """
 
     def __init__(self, config: SemHiTokConfig, *, teacher: bool = True, load_teacher: bool = True) -> None:
         super().__init__()
         self.config = config
         grid, tokens = config.grid_size, config.grid_size**2
-        # Built even without the teacher's weights: its width shapes the semantic branch.
+        # Even without the teacher, its width is needed: it shapes the semantic branch.
         with contextlib.nullcontext() if teacher else torch.device("meta"):
             frozen = Teacher(config.teacher, grid, load=load_teacher and teacher)
         self.teacher = frozen if teacher else None
@@ -79,22 +83,22 @@ class SemHiTok(nn.Module):
 
     @property
     def codebook_hash(self) -> str:
-        """SHA-256 of both codebooks and, where they are adaptive, of the sizes, as hexadecimal text."""
+        """SHA-256 of both codebooks and, where they are adaptive, of the sizes; 64 hexadecimal digits."""
         q = self.quantizer
         return codebook_hash(q.semantic.codebook, q.pix_codebook, q.offsets)
 
     def semantic_features(self, images: Tensor) -> Tensor:
-        """The frozen teacher's features [B, h, w, C] of images."""
+        """The frozen teacher's features [B, h, w, C] of images; ValueError without a teacher."""
         if self.teacher is None:
             raise ValueError("teacher: expected a tokenizer with its teacher, got one without it")
         return self.teacher(images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> ids [B, h, w].
+        """Images [B, 3, H, W] in [0, 1] -> ids [B, h, w].
 
         Raises:
-            ValueError: another shape or dtype than the class says, or no teacher.
+            ValueError: images of another shape or dtype, or no teacher.
         """
         self._check_images(images)
         z_sem = self.semantic_head(self.semantic_features(images))
@@ -102,34 +106,34 @@ class SemHiTok(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
-        """ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
+        """Ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
 
         Args:
             codes: int64 [B, h, w].
-            semantic_only: put the mean of its sub-codebook in every sub-code's place, and so decode what the semantic
-                codes alone say.
+            semantic_only: replace every sub-code by the mean of its sub-codebook, so that only the semantic codes are
+                decoded.
 
         Raises:
-            ValueError: another shape or dtype, or an id outside [0, K*m).
+            ValueError: another shape or dtype, or an id outside [0, K * m).
         """
         q = self.features(codes)
         q_pix = self.quantizer.group_means(codes) if semantic_only else q.pixel
         return self.decode_features(q.semantic, q_pix).clamp(0, 1)
 
     def decode_features(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
-        """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images, differentiable, not clamped."""
+        """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images [B, 3, H, W], differentiable, not clamped."""
         return self.decoder(torch.cat([q_sem, q_pix], dim=-1))
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """decode(encode(images))."""
+        """`decode(encode(images))`: [B, 3, H, W] -> [B, 3, H, W]."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
     def features(self, codes: Tensor) -> Features:
-        """ids [B, h, w] -> their semantic and pixel code vectors.
+        """Ids [B, h, w] -> their semantic and pixel code vectors.
 
         Raises:
-            ValueError: another shape or dtype, or an id outside [0, K*m).
+            ValueError: another shape or dtype, or an id outside [0, K * m).
         """
         grid = self.config.grid_size
         if codes.ndim != 3 or codes.shape[1:] != (grid, grid):
@@ -147,17 +151,20 @@ class SemHiTok(nn.Module):
             raise ValueError(f"images: expected floating point in [0, 1], got {images.dtype}")
 
     def stored_state(self) -> dict[str, Tensor]:
-        """The state dict without teacher weights that can be had elsewhere."""
+        """The state dict, without the teacher's weights if they come from timm's hub."""
         stored = self.teacher is not None and self.teacher.stored
         return {k: v for k, v in self.state_dict().items() if stored or not k.startswith("teacher.")}
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`, each file atomically.
 
-        state: what `stored_state` gave, made whole, where this process holds parts of the weights only.
+        Args:
+            directory: created if it does not exist.
+            state: `stored_state()` with whole tensors, where this process holds only shards of the weights.
 
         Raises:
-            ValueError: the teacher's weights would have to be stored and are not here.
+            ValueError: the teacher's weights must be stored, and this tokenizer was loaded without them.
+            OSError: the folder is not writable.
         """
         safetensors = require("safetensors.torch", "models")
         if self.teacher is None and not self.config.teacher.pretrained:
@@ -165,7 +172,7 @@ class SemHiTok(nn.Module):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in (state or self.stored_state()).items()}
-        # Names of types, not of formats: safetensors wants "pt" to tell who wrote the file.
+        # Not a format of ours: readers of safetensors expect "pt" for tensors of PyTorch.
         weights = safetensors.save(state, metadata={"format": "pt"})
         description = {
             "format": "semhitok",
@@ -173,24 +180,24 @@ class SemHiTok(nn.Module):
             "codebook_sha256": self.codebook_hash,
             "model": self.config.to_dict(),
         }
-        # The weights go first: a config.json is the sign of a whole checkpoint.
+        # The weights go first: a folder with config.json is a complete checkpoint.
         write_atomic(folder / WEIGHTS_FILE, weights)
-        write_atomic(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        write_json(folder / CONFIG_FILE, description)
 
     @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, teacher: bool = True, revision: str | None = None
     ) -> SemHiTok:
-        """Load a checkpoint folder, or a repository of the Hugging Face Hub by its name.
+        """Load a checkpoint folder, or a repository of the Hugging Face Hub, in eval mode.
 
         Args:
             source: folder with config.json and model.safetensors, or "owner/name".
-            teacher: False loads a tokenizer that decodes and gives features but cannot encode.
+            teacher: False loads a tokenizer that can decode, but not encode.
             revision: of the Hub repository.
 
         Raises:
             OSError: a file is missing or cannot be fetched.
-            ValueError: a file is not what it should be; the message names it.
+            ValueError: a file is damaged or does not fit the others; the message names it.
         """
         safetensors = require("safetensors", "models")
         safetensors_torch = require("safetensors.torch", "models")
@@ -243,11 +250,11 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Download a checkpoint from the Hub, if it is not in the cache; the folder it lies in."""
+    """The folder of a checkpoint from the Hub, which is downloaded if it is not in the cache."""
     hub = require("huggingface_hub", "models")
     try:
         hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
         return Path(hub.hf_hub_download(name, CONFIG_FILE, revision=revision)).parent
-    except Exception as error:  # the client's network and naming errors share no base class
+    except Exception as error:  # the client's errors share no base class
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: neither a checkpoint folder nor to be had from the Hub: {reason}") from error
+        raise FileNotFoundError(f"{name}: neither a checkpoint folder nor available from the Hub: {reason}") from error

@@ -1,4 +1,4 @@
-"""Use of the codes: which occur, and how evenly, by exact counts."""
+"""How codes are used: which occur, and how evenly, by exact counts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 
 from semhitok import ops
+from semhitok.grouping import Grouping
 from semhitok.vocabulary import Vocabulary
 
 
 class GroupUsage(NamedTuple):
-    """Of every semantic code [K], float64: tokens, its sub-codes that occur, all its sub-codes, their perplexity."""
+    """For every semantic code, [K] float64 each: tokens; sub-codes that occur; all sub-codes; perplexity of these."""
 
     tokens: torch.Tensor
     used: torch.Tensor
@@ -21,22 +22,26 @@ class GroupUsage(NamedTuple):
 
 
 class CodeUsage:
-    """Which codes occur and how evenly, from exact int64 counts of every flat id.
+    """Which codes occur and how evenly, from exact counts of every flat id.
 
-    Usage is the share of codes that occur, in [0, 1]. Perplexity is exp(entropy) of the codes'
-    frequencies: the number of equally frequent codes that would be as varied. Both are 0 before the
-    first id. Three views:
+    Usage is the share of codes that occur, in [0, 1]. Perplexity is exp(entropy) of the codes' frequencies: the number
+    of equally frequent codes that would be as varied. Both are 0 before the first id. There are three views:
 
         semantic   of the K semantic codes
         flat       of the K * m flat ids
-        group      of the sub-codes inside their groups: the share of the m sub-codes used, over the
-                   groups of semantic codes that occur; the perplexity of j given i, in [1, m],
-                   averaged over groups by their tokens
+        group      of the sub-codes inside their groups: the share of sub-codes that occur, over the groups of semantic
+                   codes that occur; the perplexity of j given i, in [1, m], averaged over groups weighted by tokens
+
+    Args:
+        num_codes: K.
+        num_sub_codes: m; with offsets, the mean.
+        device: of the counts.
+        offsets: [K + 1] integers: sub-codebook i has the flat ids from offsets[i] to offsets[i + 1] - 1.
 
     Attributes:
-        counts: int64 [K, m], times each flat id occurred. Add those of other processes to merge.
-        offsets: None, or [K + 1]: sub-codebook i holds the flat ids from offsets[i] to offsets[i + 1] - 1, and m is the
-            mean size. counts, of the same shape, is then to be read flat.
+        counts: [K, m] int64, times each flat id occurred; with offsets in the same shape, but in the order of flat ids.
+            Counts of several processes add up.
+        offsets: as above, or None; may be replaced.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class CodeUsage:
         """Count flat ids: integers of any shape in [0, K * m), on any device.
 
         Raises:
-            ValueError: not integers, or out of range; nothing is counted then.
+            ValueError: not integers, or out of range; then nothing is counted.
         """
         flat = self.vocabulary.check(codes).flatten().to(self.counts.device)
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
@@ -64,7 +69,7 @@ class CodeUsage:
         self.counts += counts.to(self.counts.device).view_as(self.counts)
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Set all counts to 0."""
         self.counts.zero_()
 
     def summary(self) -> dict[str, dict[str, float]]:
@@ -90,14 +95,15 @@ class CodeUsage:
         }
 
     def groups(self) -> GroupUsage:
-        """Of every semantic code, what was counted."""
+        """What was counted, by semantic code."""
         counts = self.counts.double()
+        grouping = Grouping(len(counts), counts.numel(), self.offsets)
+        sizes = grouping.sizes(counts.device)
         if self.offsets is None:
-            sizes = torch.full_like(counts[:, 0], counts.shape[1])
-            return GroupUsage(counts.sum(1), (counts > 0).sum(1).double(), sizes, _entropy(counts).exp())
-        flat, sizes = counts.flatten(), self.offsets.to(counts.device).diff()
-        owner = torch.repeat_interleave(sizes)
+            return GroupUsage(counts.sum(1), (counts > 0).sum(1).double(), sizes.double(), _entropy(counts).exp())
+        flat = counts.flatten()
         columns = torch.stack([flat, (flat > 0).double(), torch.xlogy(flat, flat)], dim=1)
+        owner = grouping.group_of(torch.arange(len(flat), device=flat.device))
         tokens, used, c_log_c = ops.segment_sum(columns, owner, len(sizes))[0].unbind(1)
         # The entropy of c_j / n is log n - (sum of c_j log c_j) / n.
         entropy = torch.where(tokens > 0, tokens.clamp_min(1).log() - c_log_c / tokens.clamp_min(1), 0.0)

@@ -1,9 +1,9 @@
-"""The ids of image tokens: the only place that knows offsets and special ids.
+"""The ids of image tokens, and the special ids around them, among the ids of a language model.
 
 A patch has a semantic code i in [0, K) and a sub-code j in [0, m) of the sub-codebook that i owns.
 One flat id stands for both, and the flat ids follow the text ids of a language model:
 
-    flat id   h = i * m + j, or offsets[i] + j where sub-codebooks have sizes m_i of their own      in [0, K * m)
+    flat id   h = i * m + j, or offsets[i] + j where sub-codebooks have sizes m_i of their own (see `grouping`)
     ids       | text: text_size | image: K * m | begin, end of image | one per resolution |
 
 Layout: SemHiTok (arXiv 2503.06764), one flat id per patch in one vocabulary with the text.
@@ -11,18 +11,18 @@ Layout: SemHiTok (arXiv 2503.06764), one flat id per patch in one vocabulary wit
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import functools
 import hashlib
 import itertools
 import operator
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+
+from semhitok.grouping import Grouping, check_offsets
 
 Ids = TypeVar("Ids", int, torch.Tensor)
 
@@ -31,19 +31,19 @@ _MAX_SIZE = 2**63 - 1  # ids are int64
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of a hierarchical codebook, alone or behind the ids of a language model.
+    """Ids of a hierarchical codebook, alone or after the text ids of a language model.
 
-    Every method that takes ids takes an `int`, or an integer tensor of any shape and device, and
-    returns an `int`, or an int64 tensor of that shape and device.
+    Methods take ids as an `int` or as an integer tensor of any shape on any device, and return an `int`, or an int64
+    tensor of that shape on that device.
 
     Args:
         num_codes: K, semantic codes, at least 1.
-        num_sub_codes: m, sub-codes of each semantic code, at least 1; on average, where they have numbers of their own.
-        text_size: ids before the first image id: the rows of the language model's embedding, which
-            may be more than its tokenizer has words.
+        num_sub_codes: m, sub-codes of each semantic code, at least 1; with offsets, the mean.
+        text_size: number of ids before the first image id: the rows of the language model's embedding, of which there
+            may be more than its text tokenizer has tokens.
         codebook_hash: hex SHA-256 of the codebooks the ids belong to, see `codebook_hash`.
         resolutions: image sizes in pixels that get a special id each, none by default.
-        offsets: the first flat id of every semantic code, and K * m after the last, where sub-codebooks differ in size.
+        offsets: K + 1 ints, where sub-codebooks differ in size: the first flat id of every semantic code, and K * m.
 
     Raises:
         ValueError: an argument out of range.
@@ -74,6 +74,12 @@ class Vocabulary:
         """K * m, the number of flat ids."""
         return self.num_codes * self.num_sub_codes
 
+    @functools.cached_property
+    def grouping(self) -> Grouping:
+        """Which flat ids belong to which semantic code, without checks."""
+        offsets = None if self.offsets is None else torch.tensor(self.offsets)
+        return Grouping(self.num_codes, self.num_flat_codes, offsets)
+
     @property
     def begin_of_image(self) -> int:
         """The special id before an image's ids."""
@@ -86,19 +92,19 @@ class Vocabulary:
 
     @property
     def num_special(self) -> int:
-        """Special ids: begin and end of image, and the resolutions."""
+        """The number of special ids: begin and end of image, and the resolutions."""
         return 2 + len(self.resolutions)
 
     @property
     def size(self) -> int:
-        """All ids: text, image and special. The rows a model's embedding needs."""
+        """The number of all ids, text, image and special: the rows that a model's embedding needs."""
         return self.begin_of_image + self.num_special
 
     def resolution(self, pixels: int) -> int:
         """The special id of images of `pixels` x `pixels`.
 
         Raises:
-            ValueError: `pixels` is none of `resolutions`.
+            ValueError: `pixels` is not one of `resolutions`.
         """
         if pixels not in self.resolutions:
             raise ValueError(f"pixels: expected one of {self.resolutions}, got {pixels}")
@@ -110,43 +116,24 @@ class Vocabulary:
         Raises:
             ValueError: not integers, or out of range.
         """
-        semantic = _checked("semantic", semantic, 0, self.num_codes)
-        if self.offsets is None:
-            sub = _checked("sub", sub, 0, self.num_sub_codes)
-            return semantic * self.num_sub_codes + sub
-        sub = _checked("sub", sub, 0, self.num_flat_codes)
-        first, end = self._bounds(semantic), self._bounds(semantic + 1)
-        if bool(torch.as_tensor(first + sub >= end).any()):
+        i = torch.as_tensor(_checked("semantic", semantic, 0, self.num_codes))
+        limit = self.num_sub_codes if self.offsets is None else self.num_flat_codes
+        codes = self.grouping.join(i, torch.as_tensor(_checked("sub", sub, 0, limit)))
+        if bool((self.grouping.group_of(codes) != i).any()):
             raise ValueError("sub: expected ids below the size of their semantic code's sub-codebook, got more")
-        return first + sub
+        return codes if isinstance(semantic, torch.Tensor) or isinstance(sub, torch.Tensor) else int(codes)
 
     def split(self, codes: Ids) -> tuple[Ids, Ids]:
-        """Semantic codes and sub-codes (i, j) of flat ids h: (h // m, h % m), where there are no offsets.
+        """Semantic codes and sub-codes (i, j) of flat ids h: (h // m, h % m), or by the offsets.
 
         Raises:
             ValueError: not integers, or out of [0, K * m).
         """
-        codes = self.check(codes)
-        if self.offsets is None:
-            return codes // self.num_sub_codes, codes % self.num_sub_codes
-        if isinstance(codes, torch.Tensor):
-            semantic = torch.searchsorted(self._table.to(codes.device), codes, right=True) - 1
-        else:
-            semantic = bisect.bisect_right(self.offsets, codes) - 1
-        return semantic, codes - self._bounds(semantic)
-
-    @functools.cached_property
-    def _table(self) -> torch.Tensor:
-        return torch.tensor(self.offsets)
-
-    def _bounds(self, at: Ids) -> Ids:
-        if isinstance(at, torch.Tensor):
-            return self._table.to(at.device)[at]
-        assert self.offsets is not None
-        return self.offsets[at]
+        semantic, sub = self.grouping.split(torch.as_tensor(self.check(codes)))
+        return (semantic, sub) if isinstance(codes, torch.Tensor) else (int(semantic), int(sub))
 
     def to_text(self, codes: Ids) -> Ids:
-        """Flat ids to ids of the language model: `text_size` is added.
+        """Flat ids -> ids of the language model: adds `text_size`.
 
         Raises:
             ValueError: not integers, or out of [0, K * m).
@@ -154,26 +141,26 @@ class Vocabulary:
         return self.check(codes) + self.text_size
 
     def from_text(self, ids: Ids) -> Ids:
-        """Ids of the language model to flat ids: `text_size` is taken off.
+        """Ids of the language model -> flat ids: subtracts `text_size`.
 
         Raises:
-            ValueError: not integers, or not image ids (text and special ids are refused).
+            ValueError: not integers, or not image ids: text and special ids are refused.
         """
         return _checked("ids", ids, self.text_size, self.begin_of_image) - self.text_size
 
     def image(self, codes: torch.Tensor, codebook_hash: str | None, pixels: int | None = None) -> torch.Tensor:
-        """What stands for images in a language model's input: begin, (resolution,) ids row by row, end.
+        """Images as a language model's input: begin of image, (resolution,) image ids row by row, end of image.
 
         Args:
-            codes: flat ids [..., h, w].
-            codebook_hash: of the tokenizer that made them.
-            pixels: size of the images, where the model is told their resolution.
+            codes: integers [..., h, w], flat ids.
+            codebook_hash: that of the image tokenizer that encoded them.
+            pixels: the images' size, to insert the id of that resolution.
 
         Returns:
             int64 [..., 2 + h * w], one more with a resolution.
 
         Raises:
-            ValueError: ids of another codebook or out of range, or a size that is none of `resolutions`.
+            ValueError: ids of another codebook or out of range, or `pixels` not one of `resolutions`.
         """
         self.check_hash(codebook_hash)
         if codes.ndim < 2:
@@ -184,10 +171,10 @@ class Vocabulary:
         return torch.cat([ends[0], ids, ends[1]], dim=-1)
 
     def images(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The flat ids [n] of every whole image in a language model's output, ids [T].
+        """The flat ids [n] of every complete image in a language model's output, ids [T].
 
         Raises:
-            ValueError: not one row of integers in this vocabulary, or something else than image ids within an image.
+            ValueError: not one row of integers in this vocabulary, or ids within an image that are not image ids.
         """
         if ids.ndim != 1:
             raise ValueError(f"ids: expected shape [T], got {list(ids.shape)}")
@@ -202,7 +189,7 @@ class Vocabulary:
         return found
 
     def check(self, codes: Ids) -> Ids:
-        """`codes` as int64, if they are flat ids of this vocabulary.
+        """`codes` as int64, once checked to be flat ids of this vocabulary.
 
         Raises:
             ValueError: not integers, or out of [0, K * m).
@@ -210,10 +197,10 @@ class Vocabulary:
         return _checked("codes", codes, 0, self.num_flat_codes)
 
     def check_hash(self, other: str | None) -> None:
-        """Refuse ids that were made with other codebooks than this vocabulary's.
+        """Check that ids with the codebook hash `other` belong to this vocabulary's codebooks.
 
         Raises:
-            ValueError: `other` is another hash, or one of the two is not known.
+            ValueError: the hashes differ, or one of them is unknown.
         """
         if self.codebook_hash is None or self.codebook_hash != other:
             raise ValueError(
@@ -222,29 +209,15 @@ class Vocabulary:
             )
 
 
-def check_offsets(offsets: Sequence[int], num_codes: int, total: int) -> None:
-    """Check that `offsets` cut `total` flat ids among `num_codes` semantic codes, at least one for each.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if len(offsets) != num_codes + 1:
-        raise ValueError(f"offsets: expected {num_codes + 1}, one a semantic code and the end, got {len(offsets)}")
-    if offsets[0] != 0 or offsets[-1] != total:
-        raise ValueError(f"offsets: expected from 0 to {total}, got from {offsets[0]} to {offsets[-1]}")
-    if not all(a < b for a, b in itertools.pairwise(offsets)):
-        raise ValueError("offsets: expected each greater than the one before")
-
-
 def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offsets: torch.Tensor | None = None) -> str:
-    """Name of a pair of codebooks: SHA-256 of their shapes and little-endian fp32 values, and of the offsets.
+    """SHA-256 of a pair of codebooks: of their shapes and little-endian fp32 values, and of the offsets.
 
-    The same on every device and machine. fp16 and bf16 codebooks hash as the fp32 they stand for.
+    The same on every device and machine. Codebooks in fp16 and bf16 are hashed as fp32.
 
     Args:
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        offsets: [K + 1], the first rows of sub-codebooks of different sizes, and T.
+        offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
 
     Returns:
         64 hexadecimal digits.
@@ -254,20 +227,20 @@ def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offset
     """
     if sem_codebook.ndim != 2:
         raise ValueError(f"sem_codebook: expected [K, Ds], got {list(sem_codebook.shape)}")
-    if offsets is not None:
+    digest = hashlib.sha256(b"semhitok codebooks 1")
+    if offsets is None:
+        if pix_codebook.ndim != 3 or pix_codebook.shape[0] != sem_codebook.shape[0]:
+            raise ValueError(f"pix_codebook: expected [{sem_codebook.shape[0]}, m, Dp], got {list(pix_codebook.shape)}")
+    else:
         if pix_codebook.ndim != 2:
             raise ValueError(f"pix_codebook: expected [T, Dp] (with offsets), got {list(pix_codebook.shape)}")
-    elif pix_codebook.ndim != 3 or pix_codebook.shape[0] != sem_codebook.shape[0]:
-        raise ValueError(f"pix_codebook: expected [{sem_codebook.shape[0]}, m, Dp], got {list(pix_codebook.shape)}")
-    digest = hashlib.sha256(b"semhitok codebooks 1")
-    if offsets is not None:
         digest.update(f"offsets {offsets.tolist()}".encode())
     for codebook in (sem_codebook, pix_codebook):
         digest.update(str(list(codebook.shape)).encode())
         values = codebook.detach().to("cpu", torch.float32).contiguous()
         if sys.byteorder == "big":
             values = values.view(torch.uint8).unflatten(-1, (-1, 4)).flip(-1).contiguous()
-        # Not through NumPy, which torch may be installed without.
+        # Without NumPy, which torch does not require.
         num_bytes = values.numel() * values.element_size()
         if num_bytes:
             digest.update((ctypes.c_char * num_bytes).from_address(values.data_ptr()))

@@ -1,13 +1,21 @@
 """The codebook modules: what they promise about gradients, updates, initialisation and restarts."""
 
+import doctest
+import inspect
 import math
+import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
+from semhitok import clustering, distributed
+from semhitok.clustering import allocate, cut_cells, spherical_kmeans
 from semhitok.ops import nearest_subcode
-from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, _cut, allocate, spherical_kmeans
+from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer
 
 
 def generator(seed=0):
@@ -210,6 +218,73 @@ def test_starved_sub_codes_age_only_by_tokens_of_their_own_group():
     assert quantizer.misses.tolist() == [[0, 0], [0, 0]]
 
 
+def test_semantic_gradients_and_updates_are_those_of_the_semantic_quantizer():
+    quantizer, alone = hierarchical(), SemanticQuantizer(6, 8)
+    alone.load_state_dict(quantizer.semantic.state_dict())
+    z_sem, z_pix = unit(9, 8), torch.randn(9, 5, generator=generator(1))
+    frozen, expected = quantizer(z_sem, z_pix), alone(z_sem.requires_grad_())
+    out = quantizer(z_sem, z_pix)
+    assert not frozen.q_sem.requires_grad and torch.equal(out.codes, frozen.codes)
+    assert torch.equal(out.q_sem, expected.q) and torch.equal(out.q_pix, frozen.q_pix)
+    torch.testing.assert_close(out.commitment, frozen.commitment + expected.commitment)
+    for of_both, of_one in ((out.q_sem.square().sum(), expected.q.square().sum()), (out.commitment, expected[2])):
+        gradients = [torch.autograd.grad(loss, z_sem, retain_graph=True)[0] for loss in (of_both, of_one)]
+        assert torch.equal(*gradients) and gradients[0].any()
+    quantizer.update(z_pix, out.codes)
+    assert torch.equal(quantizer.semantic.codebook, alone.codebook)
+    quantizer.update(z_pix, out.codes, z_sem=z_sem)
+    alone.update(z_sem, expected.codes)
+    moved = quantizer.restart(z_pix, out.codes, 10**6, z_sem=z_sem)
+    assert moved == alone.restart(z_sem, 10**6) == 0 and torch.equal(quantizer.semantic.misses, alone.misses)
+    assert torch.equal(quantizer.semantic.codebook, alone.codebook)
+    quantizer.semantic.misses[2] = quantizer.misses[0, 0] = 60  # group 0 has a token, and this sub-code none
+    assert quantizer.restart(z_pix, out.codes, 10, z_sem=z_sem, generator=generator(4)) == 2
+    assert (quantizer.semantic.codebook != alone.codebook).any(-1).nonzero().tolist() == [[2]]
+
+
+def test_several_processes_need_a_generator(monkeypatch):
+    quantizer, z, codes = hierarchical(), torch.zeros(6, 5), torch.zeros(6, dtype=torch.int64)
+    quantizer.restart(z, codes, 10**6)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for call in (
+        lambda: quantizer.restart(z, codes, 10**6),
+        lambda: quantizer.initialize(z, codes),
+        lambda: quantizer.semantic.restart(unit(6, 8), 10**6),
+        lambda: quantizer.semantic.initialize(unit(6, 8)),
+    ):
+        with pytest.raises(ValueError, match="generator: expected one in the same state on every process, got None"):
+            call()
+
+
+class TwoHeads(nn.Sequential):
+    def forward(self, images):
+        z_sem, z_pix = super().forward(images).movedim(1, -1).chunk(2, -1)
+        return F.normalize(z_sem, dim=-1), z_pix
+
+
+class Joined(nn.Sequential):
+    def forward(self, q_sem, q_pix):
+        return super().forward(torch.cat([q_sem, q_pix], -1).movedim(-1, 1))
+
+
+def test_the_example_of_the_docstring_trains_an_autoencoder():
+    (code,) = (part for part in inspect.getdoc(HierarchicalQuantizer).split("\n\n") if "loss.backward()" in part)
+    assert len(code.splitlines()) == 10
+    torch.manual_seed(0)
+    encoder = TwoHeads(nn.Conv2d(3, 64, 4, 4), nn.GELU(), nn.Conv2d(64, 32, 1))
+    decoder = Joined(nn.Conv2d(32, 64, 1), nn.GELU(), nn.ConvTranspose2d(64, 3, 4, 4))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
+    batches = [F.interpolate(torch.rand(16, 3, 8, 8), size=(32, 32), mode="bicubic") for _ in range(300)]
+    names = {**globals(), "encoder": encoder, "decoder": decoder, "optimizer": optimizer, "batches": batches}
+    exec(textwrap.dedent(code), names)
+    quantizer = names["quantizer"]
+    with torch.no_grad():
+        q_sem, q_pix, codes, _ = quantizer(*encoder(batches[-1]))
+        assert F.mse_loss(decoder(q_sem, q_pix), batches[-1]) < 0.3 * batches[-1].var()
+    assert len(codes.unique()) > 200
+    assert torch.equal(quantizer.lookup(codes)[0], q_sem)
+
+
 def test_search_stays_fp32_under_autocast():
     quantizer = hierarchical(K=512, m=4, Ds=32, Dp=16)
     z_sem, z_pix = unit(256, 32), torch.randn(256, 16, generator=generator(1))
@@ -268,26 +343,47 @@ def test_adaptive_sizes_beat_equal_ones_at_the_same_total():
     assert errors[True] < 0.85 * errors[False]  # .7 dB
 
 
-def test_allocation_is_greedy():
-    """Against a heap that always makes the best cut, one at a time."""
-    z, group = uneven(n=600, K=6, D=3)
-    sizes, codes = allocate(z, group, 6, 40)
-    cells = {(i,): (group == i).nonzero().squeeze(1) for i in range(6)}
+def allocate_one_by_one(z, group, num_groups, total):
+    """`allocate` as its docstring says: always make the best cut, one at a time. The codes [n, D] of every group."""
 
-    def cut(tokens):
-        gain, half = _cut(z[tokens], torch.zeros_like(tokens), 1)
-        return gain.item(), tokens[half == 0], tokens[half == 1]
+    def cell(i, tokens):
+        gain, half = cut_cells(z[tokens], torch.zeros_like(tokens), 1)
+        return gain.item(), i, tokens, tokens[half == 0], tokens[half == 1]
 
-    tried = {name: cut(tokens) for name, tokens in cells.items()}
-    while len(tried) < 40:
-        name = max(tried, key=lambda name: tried[name][0])
-        _, *halves = tried.pop(name)
-        tried |= {(*name, side): cut(tokens) for side, tokens in enumerate(halves)}
-        cells |= {(*name, side): tokens for side, tokens in enumerate(halves)}
-    assert sizes.tolist() == [sum(name[0] == i for name in tried) for i in range(6)]
-    for i, book in enumerate(codes.split(sizes.tolist())):
-        means = torch.stack([z[tokens].mean(0) for name, tokens in cells.items() if name in tried and name[0] == i])
+    cells = [cell(i, (group == i).nonzero().squeeze(1)) for i in range(num_groups)]
+    while len(cells) < total:
+        best = max(cells, key=lambda cell: cell[0])
+        gain, i, _, *halves = best
+        if gain == 0:
+            break
+        cells = [c for c in cells if c is not best] + [cell(i, tokens) for tokens in halves]
+    codes = [(i, z[tokens].mean(0) if len(tokens) else z.mean(0)) for _, i, tokens, _, _ in cells]
+    return [torch.stack([code for owner, code in codes if owner == i]) for i in range(num_groups)]
+
+
+def check_allocation(z, group, num_groups, total):
+    sizes, codes = allocate(z, group, num_groups, total)
+    expected = allocate_one_by_one(z, group, num_groups, total)
+    assert sizes.tolist() == list(map(len, expected))
+    for book, means in zip(codes.split(sizes.tolist()), expected, strict=True):
         torch.testing.assert_close(book[book[:, 0].argsort()], means[means[:, 0].argsort()], atol=1e-5, rtol=1e-5)
+
+
+def test_allocation_is_greedy():
+    check_allocation(*uneven(n=600, K=6, D=3), 6, 40)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 40), st.integers(1, 3), st.integers(0, 2**31))
+def test_allocation_of_few_tokens_is_greedy(n, num_groups, more, dim, seed):
+    """Also with groups that have no token, and with more codes than tokens."""
+    draw = generator(seed)
+    z = torch.randn(n, dim, generator=draw)
+    check_allocation(z, torch.randint(num_groups, (n,), generator=draw), num_groups, num_groups + more)
+
+
+def test_the_example_of_allocate_is_true():
+    assert doctest.testmod(clustering).failed == 0 < doctest.testmod(clustering).attempted
 
 
 def test_allocation_where_there_is_little_to_allocate():

@@ -229,7 +229,7 @@ def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     code = "from semhitok import SemHiTok; SemHiTok.from_pretrained('nobody/nothing')"
     env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert "FileNotFoundError: nobody/nothing: neither a checkpoint folder nor to be had" in done.stderr
+    assert "FileNotFoundError: nobody/nothing: neither a checkpoint folder nor available" in done.stderr
 
 
 def test_the_teacher_stays_frozen_whatever_the_parent_does(tokenizer):

@@ -15,15 +15,16 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from semhitok.cli import common
+from semhitok._messages import printable
+from semhitok.cli import arguments, text
 
 _MAPS = 4  # images whose semantic ids are drawn
 _KINDS = ("pixels", "colour", "texture")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
-    common.add_source_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_source_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for analysis.json and the figures")
     parser.add_argument(
         "--tiles",
@@ -38,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from semhitok._files import write_atomic
+    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images, tiles
     from semhitok.evaluation import figures
     from semhitok.evaluation.analyze import analyze, collect
 
     paths = list_images(args.sources)
     figures.pyplot()  # told before the long work
-    tokenizer = common.load_tokenizer(args.checkpoint, args.device)
+    tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     config = tokenizer.config
-    out = common.make_output_folder(args.out)
+    out = arguments.make_output_folder(args.out)
     size, grid = config.image_size, config.grid_size
-    reader = common.ImageReader(paths, size, 1, "analyze", tiles=args.tiles)
+    reader = ImageReader(paths, size, 1, "analyze", tiles=args.tiles)
     pictures: list[torch.Tensor] = []  # the first ones
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     figures.sub_code_usage(result["sub_codes_by_frequency"], out / "sub_code_usage.png")
     figures.sub_codebook_distances(pairs, result["distances"], out / "sub_codebook_distances.png")
     print(_table(result), end="\n\n")
-    print(common.printable(f"{out}: analysis.json and figures"))
-    return reader.exit_code
+    print(printable(f"{out}: analysis.json and figures"))
+    return text.exit_code(reader.skipped)
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{common.count(result['images'], 'image')}, {result['tokens']:,} tokens", ""]
+    lines = [f"{text.count(result['images'], 'image')}, {result['tokens']:,} tokens", ""]
     lines.append(f"{'share of variance explained':28}" + "".join(f"{kind:>9}" for kind in _KINDS))
     for name, share in result["explained_variance"].items():
         lines.append(f"  {name.replace('_', ' '):26}" + "".join(f"{share[kind]:9.3f}" for kind in _KINDS))

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 
-from semhitok.cli import common
+from semhitok._messages import printable, progress
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument("ids", metavar="IDS", help="ids file written by semhitok encode")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
     parser.add_argument("--semantic-only", action="store_true", help="decode the semantic codes without sub-codes")
@@ -28,24 +29,24 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.data.images import save_png
 
     file = load_codes(args.ids)
-    tokenizer = common.load_tokenizer(args.checkpoint, args.device, teacher=False)
+    tokenizer = arguments.load_tokenizer(args.checkpoint, args.device, teacher=False)
     device = next(tokenizer.parameters()).device
     try:
         tokenizer.vocabulary.check_hash(file.codebook_hash)
         _check_grid(file, tokenizer.config)
     except ValueError as error:
         raise ValueError(f"{args.ids}: {error}") from None
-    out = common.make_output_folder(args.out)
-    names = common.png_names(file.names)
-    with torch.inference_mode(), common.progress(None, "decode", len(names)) as bar:
+    out = arguments.make_output_folder(args.out)
+    names = text.png_names(file.names)
+    with torch.inference_mode(), progress(None, "decode", len(names)) as bar:
         for start in range(0, len(names), args.batch_size):
             codes = file.codes[start : start + args.batch_size].to(device)
             images = tokenizer.decode(codes, semantic_only=args.semantic_only)
             for image, name in zip(images, names[start : start + args.batch_size], strict=True):
                 save_png(image, out / name)
                 bar.update()
-    print(common.printable(f"{out}: {common.count(len(names), 'image')}"))
-    return common.DONE
+    print(printable(f"{out}: {text.count(len(names), 'image')}"))
+    return text.DONE
 
 
 def _check_grid(file, config) -> None:

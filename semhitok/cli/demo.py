@@ -15,31 +15,20 @@ from __future__ import annotations
 
 import argparse
 
-from semhitok.cli import common
+from semhitok.cli import arguments
+from semhitok.cli.training import run_resumable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a training setting by its dotted name, such as pixel.steps=200; repeatable",
-    )
+    arguments.add_set_argument(parser, "pixel.steps=200")
 
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.config import override, train_config
     from semhitok.demo.tokenizer import demo
-    from semhitok.training import Interrupted
 
     config = train_config("semhitok-tiny")
     for assignment in args.set:
         override(config, assignment)
-    try:
-        print(demo(config, common.make_output_folder(args.out)))
-    except Interrupted as stop:
-        print(f"semhitok demo: {stop}; the same command continues")
-        return 128 + stop.signum
-    return common.DONE
+    return run_resumable(args.command, lambda: demo(config, arguments.make_output_folder(args.out)))

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 
-from semhitok.cli import common
+from semhitok.cli import arguments
+from semhitok.cli.training import run_resumable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.demo.mllm import demo
-    from semhitok.training import Interrupted
 
-    try:
-        print(demo(common.make_output_folder(args.out)))
-    except Interrupted as stop:
-        print(f"semhitok demo-mllm: {stop}; the same command continues")
-        return 128 + stop.signum
-    return common.DONE
+    return run_resumable(args.command, lambda: demo(arguments.make_output_folder(args.out)))

@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semhitok.cli import common
+from semhitok._messages import printable, progress
+from semhitok.cli import arguments, text
 
 if TYPE_CHECKING:
     from semhitok.corpus.encoder import Summary
@@ -37,7 +38,7 @@ _CORPUS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
+    arguments.add_model_arguments(parser)
     parser.add_argument(
         "sources",
         metavar="SOURCE",
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption", metavar="NAME", help="parquet column and JSON field of captions (default: caption or text)"
     )
     corpus.add_argument(
-        "--shard-images", type=common.positive, metavar="N", help="image files in an output shard (default: 4096)"
+        "--shard-images", type=arguments.positive, metavar="N", help="image files in an output shard (default: 4096)"
     )
     corpus.add_argument(
         "--precision", choices=("fp32", "bf16", "int8"), help="of the networks; int8 on a CPU only (default: fp32)"
@@ -66,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     corpus.add_argument(
         "--processes",
-        type=common.positive,
+        type=arguments.positive,
         metavar="N",
         help="encoding processes, on a CPU of one thread each (default: 1)",
     )
     corpus.add_argument(
-        "--workers", type=common.positive, metavar="N", help="decoding processes for each of them (default: none)"
+        "--workers", type=arguments.positive, metavar="N", help="decoding processes for each of them (default: none)"
     )
 
 
@@ -90,13 +91,14 @@ def _file(args: argparse.Namespace) -> int:
     import torch
 
     from semhitok.corpus.ids_file import save_codes
+    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images
 
-    out = common.check_output_file(args.out)
+    out = arguments.check_output_file(args.out)
     paths = list_images(args.sources)
-    tokenizer = common.load_tokenizer(args.checkpoint, args.device)
+    tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
-    reader = common.ImageReader(paths, tokenizer.config.image_size, args.batch_size, "encode")
+    reader = ImageReader(paths, tokenizer.config.image_size, args.batch_size, "encode")
     names, codes = [], []
     with torch.inference_mode():
         for batch, images in reader:
@@ -106,9 +108,9 @@ def _file(args: argparse.Namespace) -> int:
     save_codes(out, torch.cat(codes), names, tokenizer.vocabulary)
     _, height, width = codes[0].shape
     skipped = f", {reader.skipped} skipped" if reader.skipped else ""
-    images_written = common.count(len(names), "image")
-    print(common.printable(f"{out}: {images_written}, {height} x {width} ids each{skipped}"))
-    return reader.exit_code
+    images_written = text.count(len(names), "image")
+    print(printable(f"{out}: {images_written}, {height} x {width} ids each{skipped}"))
+    return text.exit_code(reader.skipped)
 
 
 def _corpus(args: argparse.Namespace) -> int:
@@ -119,8 +121,8 @@ def _corpus(args: argparse.Namespace) -> int:
         given["crop"], given["pack"], given["caption"], args.batch_size, given["shard_images"], given["precision"]
     )
 
-    def progress(results: Iterable[Any], total: int) -> Iterator[Any]:
-        with common.progress(None, "encode", total) as bar:
+    def counted(results: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress(None, "encode", total) as bar:
             for done in results:
                 bar.update()
                 yield done
@@ -128,16 +130,16 @@ def _corpus(args: argparse.Namespace) -> int:
     summary = encode_corpus(
         args.checkpoint,
         args.sources,
-        common.make_output_folder(args.out),
+        arguments.make_output_folder(args.out),
         config,
         engine=given["engine"],
         processes=given["processes"],
         workers=given["workers"],
-        device=common.find_device(args.device),
-        progress=progress,
+        device=arguments.find_device(args.device),
+        progress=counted,
     )
-    print(common.table(_rows(args.out, config.precision, summary)))
-    return common.SKIPPED if summary.skipped else common.DONE
+    print(text.table(_rows(args.out, config.precision, summary)))
+    return text.SKIPPED if summary.skipped else text.DONE
 
 
 def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from semhitok.cli import common
+from semhitok._messages import printable
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.evaluation.page import table_rows
     from semhitok.evaluation.protocol import evaluate_reconstructions, evaluate_tokenizer
 
-    device = distributed.join(common.find_device(args.device))
+    device = distributed.join(arguments.find_device(args.device))
     if args.reconstructions is None:
         checkpoint, *sources = args.sources
-        tokenizer = common.load_tokenizer(checkpoint, str(device))
+        tokenizer = arguments.load_tokenizer(checkpoint, str(device))
         report = evaluate_tokenizer(
             tokenizer, sources, args.out, labels=args.labels, features=args.features, name=checkpoint
         )
@@ -68,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
         )
     if distributed.rank() == 0:
         for warning in report["warnings"]:
-            print(common.printable(f"semhitok eval: warning: {warning}"), file=sys.stderr)
-        print(common.table([*table_rows(report), ("page", f"{args.out}/index.html")]))
-    return common.DONE
+            print(printable(f"semhitok eval: warning: {warning}"), file=sys.stderr)
+        print(text.table([*table_rows(report), ("page", f"{args.out}/index.html")]))
+    return text.DONE

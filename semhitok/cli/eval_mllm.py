@@ -18,32 +18,32 @@ from __future__ import annotations
 
 import argparse
 
-from semhitok.cli import common
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", metavar="BENCHMARK", help="the benchmark, by its name above")
     parser.add_argument("data", metavar="DATA", help="folder of the benchmark, or its file of questions or captions")
-    common.add_assistant_arguments(parser)
+    arguments.add_assistant_arguments(parser)
     parser.add_argument("--out", required=True, metavar="OUT", help="folder for this run's answers and scores")
     parser.add_argument("--images", metavar="FOLDER", help="the benchmark's images")
-    common.add_batch_argument(parser, "questions or pictures")
+    arguments.add_batch_argument(parser, "questions or pictures")
     drawing = parser.add_argument_group("mjhq and geneval")
     drawing.add_argument("--features", default="inception", metavar="NAME", help="of mjhq (default: %(default)s)")
-    common.add_drawing_arguments(drawing)
+    arguments.add_drawing_arguments(drawing)
 
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm import benchmarks
 
     benchmark = benchmarks.find(args.benchmark)
-    sampling = common.sampling(args)
-    assistant = common.load_assistant(args, teacher=benchmark.reads_images)
+    sampling = arguments.sampling(args)
+    assistant = arguments.load_assistant(args, teacher=benchmark.reads_images)
     scores = benchmarks.evaluate(
         args.benchmark,
         args.data,
         assistant,
-        common.make_output_folder(args.out),
+        arguments.make_output_folder(args.out),
         model=benchmarks.fingerprint(args.model),
         images=args.images,
         batch_size=args.batch_size,
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         features=args.features,
     )
-    print(common.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
-    return common.DONE
+    print(text.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
+    return text.DONE

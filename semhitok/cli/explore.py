@@ -15,7 +15,7 @@ import argparse
 import os
 import tempfile
 
-from semhitok.cli import common
+from semhitok.cli import arguments, text
 
 _MAX_IMAGES = 1000  # of the folder; they are held in memory
 
@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is)")
     parser.add_argument(
-        "--port", type=common.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)"
+        "--port", type=arguments.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     from semhitok._optional import require
+    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images
     from semhitok.explore.explorer import Explorer
 
@@ -48,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
         with page.listen(args.port) as listener:
             paths = list_images([args.images])[:_MAX_IMAGES] if args.images else []
             checkpoints = [args.checkpoint, *([args.compare] if args.compare else [])]
-            explorers = [Explorer(common.load_tokenizer(name, args.device), name) for name in checkpoints]
+            explorers = [Explorer(arguments.load_tokenizer(name, args.device), name) for name in checkpoints]
             for explorer in explorers if paths else ():
-                reader = common.ImageReader(paths, explorer.tokenizer.config.image_size, 16, "explore")
+                reader = ImageReader(paths, explorer.tokenizer.config.image_size, 16, "explore")
                 explorer.collect(reader)
                 reader.check_any_read()
             host, port = listener.getsockname()
             print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # who comes before it is built waits a moment
             page.serve(explorers, listener)
-    return common.DONE
+    return text.DONE

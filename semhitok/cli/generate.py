@@ -14,20 +14,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semhitok.cli import common
+from semhitok._messages import printable, progress
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_assistant_arguments(parser)
+    arguments.add_assistant_arguments(parser)
     captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
     captions.required = False  # --prompts may have them; argparse would match "*" to nothing in front of an option
     parser.add_argument("--prompts", metavar="FILE", help="captions, or more of them, one a line")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
     parser.add_argument(
-        "--count", type=common.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
+        "--count", type=arguments.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
     )
-    common.add_batch_argument(parser, "pictures")
-    common.add_drawing_arguments(parser)
+    arguments.add_batch_argument(parser, "pictures")
+    arguments.add_drawing_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.data.images import save_png
     from semhitok.mllm.assistant import Job, draw_files, file_stem, grid
 
-    sampling = common.sampling(args)
-    assistant = common.load_assistant(args, teacher=False)
-    out = common.make_output_folder(args.out)
+    sampling = arguments.sampling(args)
+    assistant = arguments.load_assistant(args, teacher=False)
+    out = arguments.make_output_folder(args.out)
     stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
     jobs = [
         Job(out / f"{stem}-{args.seed + n}.png", caption, args.seed + n)
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         for n in range(args.count)
     ]
     pictures = []
-    with common.progress(None, "generate", len(jobs)) as bar:
+    with progress(None, "generate", len(jobs)) as bar:
         for _, picture in draw_files(assistant, jobs, args.batch_size, sampling=sampling):
             pictures.append(picture)
             bar.update()
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
                 stem = stems.pop(0)
                 save_png(grid(pictures), out / f"{stem}-grid.png")
                 pictures = []
-    print(common.printable(f"{out}: {common.count(len(jobs), 'picture')} of {common.count(len(captions), 'caption')}"))
-    return common.DONE
+    print(printable(f"{out}: {text.count(len(jobs), 'picture')} of {text.count(len(captions), 'caption')}"))
+    return text.DONE
 
 
 def _lines(path: str) -> list[str]:

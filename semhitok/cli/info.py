@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from semhitok.cli import common
+from semhitok.cli import arguments, text
 
 _PACKAGES = ("semhitok", "torch", "timm", "safetensors", "huggingface_hub", "pillow", "numpy")
 _MAX_COUNTERS = 2**27  # 1 GiB of them: an ids file may claim any K and m
@@ -43,11 +43,13 @@ def run(args: argparse.Namespace) -> int:
         rows = _corpus(args.subject)
     else:
         rows = _checkpoint(args.subject)
-    print(common.table(rows))
-    return common.DONE
+    print(text.table(rows))
+    return text.DONE
 
 
 def _installation() -> Iterable[tuple[str, Any]]:
+    import torch  # noqa: F401  (the extension needs its symbols)
+
     from semhitok import _C
 
     yield "python", platform.python_version()
@@ -69,7 +71,7 @@ def _build(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _checkpoint(name: str) -> Iterable[tuple[str, Any]]:
-    tokenizer = common.load_tokenizer(name, "cpu", teacher=False)
+    tokenizer = arguments.load_tokenizer(name, "cpu", teacher=False)
     yield from _fields(tokenizer.config)
     for part, module in tokenizer.named_children():
         if count := _parameters(module):

@@ -11,29 +11,31 @@ from __future__ import annotations
 
 import argparse
 
-from semhitok.cli import common
+from semhitok._messages import printable
+from semhitok.cli import arguments, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model_arguments(parser)
-    common.add_source_arguments(parser)
+    arguments.add_model_arguments(parser)
+    arguments.add_source_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images, save_png
     from semhitok.evaluation.metrics import psnr, ssim
 
     paths = list_images(args.sources)
-    tokenizer = common.load_tokenizer(args.checkpoint, args.device)
+    tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
-    out = common.make_output_folder(args.out)
-    targets = dict(zip(paths, common.png_names(map(str, paths)), strict=True))
+    out = arguments.make_output_folder(args.out)
+    targets = dict(zip(paths, text.png_names(map(str, paths)), strict=True))
     _check_keeps_originals(out, targets)
     config = tokenizer.config
-    reader = common.ImageReader(paths, config.image_size, args.batch_size, "reconstruct")
+    reader = ImageReader(paths, config.image_size, args.batch_size, "reconstruct")
     rows: list[tuple[str, float, float]] = []
     with torch.inference_mode():
         for batch, images in reader:
@@ -57,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     for name, row_psnr, row_ssim in rows:
         print(f"{name:{width}}  {row_psnr:7.2f}  {row_ssim:6.3f}")
     skipped = f", {reader.skipped} skipped" if reader.skipped else ""
-    written = common.count(len(rows) - 1, "image")
-    print(common.printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{skipped}"))
-    return reader.exit_code
+    written = text.count(len(rows) - 1, "image")
+    print(printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{skipped}"))
+    return text.exit_code(reader.skipped)
 
 
 def _check_keeps_originals(out, targets) -> None:

@@ -69,7 +69,7 @@ class Layout:
     @property
     def bits(self) -> int:
         """Bits of an id."""
-        return max(1, (self.num_codes * self.num_sub_codes - 1).bit_length())
+        return max(1, (self.vocabulary.num_flat_codes - 1).bit_length())
 
     def metadata(self) -> dict[str, Any]:
         values = {"format": FORMAT, "version": VERSION, **asdict(self), "grid": list(self.grid)}

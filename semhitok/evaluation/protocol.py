@@ -40,6 +40,7 @@ from semhitok.evaluation.groups import GROUP, exact, rows_in_order
 from semhitok.evaluation.metrics import gmsd, psnr, sliced_wasserstein, ssim
 from semhitok.evaluation.probes import folds_of, probe, read_labels
 from semhitok.evaluation.sets import check_same_names, named_images, progress, read_uint8, store, to_uint8
+from semhitok.models.lpips import perceptual_loss
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -122,8 +123,6 @@ class Networks:
     """
 
     def __init__(self, features: str | None, device: torch.device | str) -> None:
-        from semhitok.training.reconstruction import perceptual_loss  # beside this package, so not imported above
-
         self.distances: dict[str, Network] = {}
         self.perceptual: nn.Module | None = None
         self.absent: dict[str, str] = {}

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from semhitok.grouping import Grouping
 from semhitok.mllm.loss import group_logsumexp
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 
@@ -198,13 +199,12 @@ class Draw(LogitsProcessor):
             return scores
         span = slice(vocabulary.text_size, vocabulary.begin_of_image)
         of_image = scores[rows, span]
-        places = torch.arange(vocabulary.num_flat_codes, device=scores.device)
         if self.offsets is None:
             of_codes = of_image.float().unflatten(1, (vocabulary.num_codes, -1)).logsumexp(-1)
-            owners = places // vocabulary.num_sub_codes
         else:
             of_codes = group_logsumexp(of_image.float(), self.offsets)
-            owners = torch.searchsorted(self.offsets, places, right=True) - 1
+        grouping = Grouping(vocabulary.num_codes, vocabulary.num_flat_codes, self.offsets)
+        owners = grouping.group_of(torch.arange(grouping.num_ids, device=scores.device))
         code = self._pick(input_ids[rows], of_codes, rows)
         scores = scores.clone()
         scores[rows, span] = of_image.masked_fill(owners != code, -torch.inf)

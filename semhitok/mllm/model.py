@@ -6,8 +6,7 @@ image ids h -> code i, sub-code j              |                |               
    pix code i, j MLP --+-- concatenated -------+                |                           |
 begin, end, resolution -- embedding -----------+                +-- special head -----------+
 
-Source: SemHiTok (arXiv 2503.06764): one vocabulary, next-token prediction, dual-MLP adapter. `semhitok.vocabulary`
-defines the ids.
+Source: SemHiTok (arXiv 2503.06764): one vocabulary, next-token prediction, dual-MLP adapter.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from semhitok.grouping import Grouping
 from semhitok.mllm.loss import IGNORE, group_cross_entropy, group_logsumexp, linear_cross_entropy
 from semhitok.tokenizer import Features, SemHiTok
 from semhitok.vocabulary import Vocabulary, codebook_hash
@@ -127,17 +127,15 @@ class Codebooks(nn.Module):
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
-        semantic, _ = self.split(codes)
+        semantic = self.grouping.group_of(codes)
         return Features(
             nn.functional.embedding(semantic, self.sem), nn.functional.embedding(codes, self.pix.flatten(0, -2))
         )
 
-    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Semantic codes and sub-codes (i, j) of flat ids."""
-        if self.offsets is None:
-            return codes // self.pix.shape[1], codes % self.pix.shape[1]
-        semantic = torch.searchsorted(self.offsets, codes, right=True) - 1
-        return semantic, codes - self.offsets[semantic]
+    @property
+    def grouping(self) -> Grouping:
+        """Which flat ids belong to which semantic code."""
+        return Grouping.of(self.pix, self.offsets)
 
 
 class DualAdapter(nn.Module):
@@ -398,17 +396,16 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., width] -> logits [..., vocabulary.size], for one softmax over all ids."""
         text, image, special = self._rows()
-        rows, offsets = self.image_head.weight, self.codebooks.offsets
+        rows, grouping = self.image_head.weight, self.codebooks.grouping
         of_image = hidden @ rows.reshape(-1, hidden.shape[-1]).T
         if self.semantic_head is not None:
             # log p(i, j) = log p(i) + log p(j | i), up to a constant.
             wide = of_image.to(torch.promote_types(of_image.dtype, torch.float32))
-            if offsets is None:
+            if grouping.offsets is None:
                 within = wide.unflatten(-1, rows.shape[:2]).log_softmax(-1)
                 of_image = ((hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
             else:
-                shift = hidden @ image.T - group_logsumexp(wide, offsets)
-                of_image = wide + shift.repeat_interleave(offsets.diff(), -1, output_size=wide.shape[-1])
+                of_image = wide + grouping.repeat(hidden @ image.T - group_logsumexp(wide, grouping.offsets))
         return torch.cat([hidden @ text.T, of_image, hidden @ special.T], dim=-1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -419,13 +416,13 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         # In the outer softmax, codes i stand in place of the image ids.
         image = (targets >= vocabulary.text_size) & (targets < vocabulary.begin_of_image)
         codes = torch.where(image, targets - vocabulary.text_size, 0)
-        code, sub = self.codebooks.split(codes)
+        grouping = self.codebooks.grouping
+        code, sub = grouping.split(codes)
         shorter = vocabulary.num_flat_codes - vocabulary.num_codes
         coarse = torch.where(image, vocabulary.text_size + code, targets)
         coarse = torch.where(targets >= vocabulary.begin_of_image, targets - shorter, coarse)
-        offsets = self.codebooks.offsets
-        rows = self.image_head.weight if offsets is None else self.image_head.weight.flatten(0, 1)
-        within = group_cross_entropy(hidden, rows, code, torch.where(image, sub, IGNORE), offsets)
+        rows, bounds = self.image_head.weight.flatten(0, 1), grouping.bounds(hidden.device)
+        within = group_cross_entropy(hidden, rows, code, torch.where(image, sub, IGNORE), bounds)
         return linear_cross_entropy(hidden, self._rows(), coarse) + within
 
     def _rows(self) -> list[Tensor]:

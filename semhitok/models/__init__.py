@@ -1,1 +1,1 @@
-"""The networks: the frozen teacher, the semantic branch (VQ-KD) and the pixel branch."""
+"""The networks: the frozen teacher, the semantic branch (VQ-KD), the pixel branch, and LPIPS."""

@@ -29,8 +29,8 @@ class PixelEncoder(nn.Module):
 class PixelDecoder(nn.Module):
     """Quantised vectors (q_sem ++ q_pix) [B, h, w, Ds + Dp] -> images [B, 3, h*p, w*p].
 
-    A last 3 x 3 convolution sees across the borders of patches, which linear patches alone leave visible.
-    The output is in [0, 1] where the network is right, but not clamped: a clamp would cut the gradient of training.
+    The last 3 x 3 convolution sees across the borders of patches, which would otherwise stay visible. The output is not
+    clamped to [0, 1], since a clamp would cut the gradient.
     """
 
     CHANNELS = 16  # of the full-resolution map before the last convolution
@@ -53,13 +53,17 @@ class PixelDecoder(nn.Module):
         return torch.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h, w)), self.patch_size)
 
     def pixels(self, maps: Tensor) -> Tensor:
-        """The last layer."""
+        """The last layer: [B, CHANNELS, H, W] -> images [B, 3, H, W]."""
         return self.to_pixels(maps) / 2 + 0.5
 
     def last_layer_gradient(self, maps: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient of the last layer's weight, [3, CHANNELS, 3, 3], from the gradient [B, 3, H, W] at its output.
+        """The gradient of the last layer's weight, [3, CHANNELS, 3, 3], from its input and the gradient at its output.
 
-        By hand, and so without a backward pass, and wherever the parameters lie.
+        Needs no backward pass, and not the weight itself, which may be sharded.
+
+        Args:
+            maps: [B, CHANNELS, H, W].
+            gradient: [B, 3, H, W].
         """
         padded = F.pad(maps.detach().float(), (1, 1, 1, 1), mode="replicate")
         shape = (3, self.CHANNELS, 3, 3)

@@ -16,8 +16,8 @@ from semhitok.models.vit import Trunk
 class SemanticHead(nn.Module):
     """Standardise, Linear-Tanh-Linear, normalise: features [..., C] -> z_sem [..., Ds], fp32.
 
-    Raw Vision Transformer tokens share a strong mean direction, which would leave a cosine little
-    to tell apart; so features are standardised per channel with statistics set once from data.
+    The raw tokens of a Vision Transformer share a strong mean direction, so their cosines hardly differ. Features are
+    therefore standardised per channel, with statistics that are set once from data.
     """
 
     mean: Tensor
@@ -31,15 +31,16 @@ class SemanticHead(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, features: Tensor) -> None:
-        """Per-channel mean and standard deviation from features [N, C]."""
+        """Set the mean and standard deviation of each channel from features [N, C]."""
         self.mean.copy_(features.mean(0))
         self.std.copy_(features.std(0).clamp_min(1e-6))
 
     def standardize(self, features: Tensor) -> Tensor:
+        """Features [..., C] -> the same with mean 0 and deviation 1, fp32."""
         return (features.float() - self.mean) / self.std
 
     def forward(self, features: Tensor) -> Tensor:
-        # fp16 would flip .3-.5 % of the ids and bf16 3-6 %, so autocast stays out.
+        # fp16 would change 0.3-0.5 % of the ids and bf16 3-6 %, so autocast is disabled.
         with torch.autocast(features.device.type, enabled=False):
             return F.normalize(self.layers(self.standardize(features)), dim=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -13,19 +14,19 @@ from semhitok.config import TeacherConfig
 
 
 class Teacher(nn.Module):
-    """Images in [0, 1] -> patch tokens of one inner block, resampled to the tokenizer's grid.
+    """Images in [0, 1] -> patch tokens of one inner block, resampled to the grid of the image tokenizer.
 
     Always in eval mode and without gradient, whatever the parent module's mode.
 
     Args:
         config: which timm model, and which of its blocks.
         grid_size: side of the grid of features returned.
-        load: fetch or read the weights that `config` names; False leaves them random, for a
-            module whose weights are about to be loaded from a checkpoint that holds them.
+        load: fetch or read the weights that `config` names; False leaves them random, for a module whose weights will
+            be loaded from a checkpoint.
 
     Raises:
-        ValueError: timm has no such model, or it is not a Vision Transformer.
-        OSError: its weights cannot be had.
+        ValueError: timm has no such model, it is not a Vision Transformer, or it has no such block.
+        OSError: its weights are not available.
     """
 
     vit: Any
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
 
     @property
     def stored(self) -> bool:
-        """Whether a checkpoint must hold the weights: they come from nowhere else."""
+        """Whether a checkpoint must hold the weights, because they come from nowhere else."""
         return not self.config.pretrained
 
     def train(self, mode: bool = True) -> Teacher:
@@ -65,7 +66,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32."""
+        """Images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(
@@ -87,14 +88,22 @@ class Teacher(nn.Module):
 def vision_transformer(
     role: str, name: str, *, load: bool, checkpoint: str | None, image_size: int, **options: Any
 ) -> Any:
-    """timm's Vision Transformer `name`, for its tokens, with the weights of its hub entry or of a local file.
+    """timm's Vision Transformer `name`, without pooling and classifier.
+
+    Args:
+        role: what the model is for; messages of errors begin with it.
+        name: a timm model name.
+        load: load weights, those of the hub entry or of `checkpoint`; False leaves them random.
+        checkpoint: a local weights file in place of the hub's.
+        image_size: side in pixels of its input.
+        options: further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: timm has no such model, or it is not a Vision Transformer; the message begins with `role`.
-        OSError: its weights cannot be had.
+        ValueError: timm has no such model, or it is not a Vision Transformer.
+        OSError: its weights are not available.
     """
     timm = require("timm", "models")
-    import semhitok.models.small_vit  # noqa: F401  registers its model with timm
+    importlib.import_module("semhitok.models.small_vit")  # registers its model with timm
 
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": checkpoint}

@@ -13,8 +13,11 @@ from semhitok.config import ViTConfig
 class Trunk(nn.Module):
     """Learned positions, timm transformer blocks, a final norm: [B, L, width] -> [B, L, width].
 
-    num_tokens L is fixed: a tokenizer works at one resolution. With `gradient_checkpointing` the activations of the
-    blocks are computed again in the backward pass instead of being kept.
+    The number of tokens L is fixed, as an image tokenizer works at one resolution. With `gradient_checkpointing` the
+    backward pass recomputes the activations of the blocks instead of keeping them.
+
+    Raises:
+        ValueError: the width is not a multiple of the number of heads.
     """
 
     gradient_checkpointing = False

@@ -8,10 +8,8 @@ The verdict is a critic's, which learns at the same time; the loop trains it, wi
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -19,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semhitok import distributed
-from semhitok._optional import require
 from semhitok.config import ReconstructionConfig
+from semhitok.models.lpips import perceptual_loss
 from semhitok.training.critic import (
     AUGMENT_NUMBERS,
     LeCam,
@@ -183,39 +181,3 @@ def _frozen(module: nn.Module) -> Iterator[None]:
         module.train(mode)
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def perceptual_loss() -> nn.Module:
-    """LPIPS (VGG; Zhang et al. 2018) of image pairs in [-1, 1], frozen, in eval mode and fp32.
-
-    A network whose weights are not the published ones gives plausible numbers, too. So they are compared with
-    torchvision's (the hash of which is checked when they are fetched) and with the file that lpips brings.
-
-    Raises:
-        ImportError: the package is not installed.
-        OSError: its backbone's weights cannot be fetched.
-        RuntimeError: a tensor of the network is not what was published.
-    """
-    lpips = require("lpips", "train")
-    vgg16 = require("torchvision.models", "train").VGG16_Weights.IMAGENET1K_V1
-    try:
-        with redirect_stdout(sys.stderr):  # torch tells of downloads there
-            network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
-            vgg = vgg16.get_state_dict(progress=False, check_hash=True)
-        heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
-    except Exception as error:  # torchvision's download raises many types
-        raise OSError(f"lpips: LPIPS weights cannot be had: {error}") from error
-    state = network.state_dict()
-    # net.slice3.14.weight is torchvision's features.14.weight
-    parts = [name.split(".") for name in state if name.startswith("net.slice")]
-    backbone = {".".join(["features", *rest]): state[".".join([net, part, *rest])] for net, part, *rest in parts}
-    _check_equal(backbone, {name: tensor for name, tensor in vgg.items() if name.startswith("features.")})
-    _check_equal(state, heads)
-    return network.eval().requires_grad_(False)
-
-
-def _check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """RuntimeError naming the first tensor of `expected` that `found` has not, or has otherwise."""
-    for name, tensor in expected.items():
-        if name not in found or not torch.equal(found[name], tensor):
-            raise RuntimeError(f"lpips: {name} is not as published")

@@ -14,18 +14,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from semhitok.cli import common, main
+from semhitok.cli import COMMANDS, main
+from semhitok.cli.text import png_names
 from semhitok.config import preset
 from semhitok.corpus.ids_file import load_codes, save_codes
 from semhitok.data.images import read_image, resize_crop
 from semhitok.evaluation.metrics import psnr, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.vocabulary import Vocabulary
-
-COMMANDS = [
-    "demo", "train", "train-mllm", "chat", "generate", "eval-mllm", "encode", "decode", "reconstruct", "eval",
-    "analyze", "explore", "info",
-]  # fmt: skip
 
 
 def save_checkpoint(folder, seed):
@@ -241,11 +237,11 @@ def test_decode_stays_in_its_folder(run, checkpoint, ids, tmp_path):
 
 def test_png_names_are_unique_and_fit_a_file_system():
     names = ["a.png", "b/a.jpg", "a-2.png", "a", "é.png", "e\u0301.png", "x" * 999, "日" * 999]
-    found = common.png_names(names)
+    found = png_names(names)
     assert found[:6] == ["a.png", "a-2.png", "a-2-2.png", "a-3.png", "é.png", "é-2.png"]
     assert len({name.casefold() for name in found}) == len(names)
     assert all(len(name.encode()) < 255 for name in found)
-    assert common.png_names(["x.png"] * 4) == ["x.png", "x-2.png", "x-3.png", "x-4.png"]
+    assert png_names(["x.png"] * 4) == ["x.png", "x-2.png", "x-3.png", "x-4.png"]
 
 
 def test_reconstruct(run, checkpoint, tokenizer, photos, tmp_path):
@@ -384,27 +380,6 @@ def test_usage_errors(capsys):
             main(arguments)
         assert exit.value.code == 2
         assert ": error: " in capsys.readouterr().err.splitlines()[-1]
-
-
-LIGHT = """
-import sys
-sys.modules["torch"] = sys.modules["numpy"] = None
-import types
-package = types.ModuleType("semhitok")
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["semhitok"] = package
-from semhitok.cli import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_parsers_need_no_torch(command):
-    # The package itself imports torch; what the command line adds must not wait for anything heavy.
-    package = os.path.dirname(os.path.dirname(common.__file__))
-    arguments = [sys.executable, "-c", LIGHT, package, command, "--help"]
-    result = subprocess.run(arguments, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_python_m(checkpoint, ids, tmp_path):

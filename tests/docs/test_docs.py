@@ -113,7 +113,7 @@ WRONG = [
     ("pixel.batch_size", "pixel.batchsize", "no such setting 'pixel.batchsize'"),
     (".[train]", ".[training]", "training"),
     ("--quick", "--quicker", "expected its options, got {'--quicker'}"),
-    ("tradeoff.py", "trade.py", "no such script"),
+    ("tradeoff.run", "tradeoff.walk", "no such script"),
     ("make demo", "make demos", "expected one of"),
     ("make demo", "cmake demo", "a command that this test knows, got 'cmake'"),
     ("reconstruct demo_output", "reconstruct output", "error: output/checkpoint"),

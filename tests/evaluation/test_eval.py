@@ -31,7 +31,6 @@ from semhitok.evaluation.probes import probe, read_labels
 from semhitok.evaluation.protocol import Networks, evaluate_reconstructions, evaluate_tokenizer, measure, pair_rows
 from semhitok.evaluation.sets import named_images, read_uint8, to_uint8
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import reconstruction
 
 TINY = {
     "image_size": 32, "patch_size": 8, "num_codes": 16, "num_sub_codes": 4, "sem_dim": 8, "pix_dim": 8,
@@ -56,7 +55,7 @@ def no_network(monkeypatch, tmp_path):
     """Weights are nowhere to be had, and nothing waits for a network."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(reconstruction, "perceptual_loss", fail)
+    monkeypatch.setattr(protocol, "perceptual_loss", fail)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +190,7 @@ def fail(*args, **kwargs):
 def whole():
     """The figures of one process and one batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction, "perceptual_loss", fail)
+        patch.setattr(protocol, "perceptual_loss", fail)
         patch.setattr(torch.hub, "download_url_to_file", fail)
         return figures_of_pairs(70)
 
@@ -231,7 +230,7 @@ def work(rank, world_size, port, function, arguments):
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    reconstruction.perceptual_loss = torch.hub.download_url_to_file = fail
+    protocol.perceptual_loss = torch.hub.download_url_to_file = fail
     distributed.join(torch.device("cpu"))
     assert distributed.world_size() == world_size
     function(*arguments)
@@ -273,7 +272,7 @@ def evaluated(checkpoint, photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "out"
     arguments = ["eval", checkpoint, photos, "--out", out, "--labels", "folders", "--features", "random:test_vit"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction, "perceptual_loss", fail)
+        patch.setattr(protocol, "perceptual_loss", fail)
         patch.setattr(torch.hub, "download_url_to_file", fail)
         assert main(list(map(str, arguments))) == 0
     return out
@@ -577,7 +576,7 @@ def test_lpips_is_the_mean_of_the_perceptual_network_in_its_range(monkeypatch):
 
     torch.manual_seed(0)
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    monkeypatch.setattr(reconstruction, "perceptual_loss", lambda: network)
+    monkeypatch.setattr(protocol, "perceptual_loss", lambda: network)
     both = pairs(20).unbind(1)
     networks = Networks(None, "cpu")
     figures, images, _ = measure(torch.stack(both, 1).split(3), lambda group: pair_rows(*group.unbind(1), networks))

@@ -134,7 +134,7 @@ class Page:
 
     def semhitok(self, arguments: list[str], run: bool, fails: bool, target: str | None) -> str:
         try:
-            args = cli._parser().parse_args(arguments)
+            args = cli.parse(arguments)
         except SystemExit as error:
             raise AssertionError(f"semhitok {shlex.join(arguments)}: not parsed") from error
         if args.command in ("train", "train-mllm"):

@@ -16,8 +16,10 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 def repository(tmp_path):
     """A folder with the Makefile, its inputs empty, and `.venv/bin` of programs that only log."""
     shutil.copy(MAKEFILE, tmp_path)
-    (tmp_path / "csrc").mkdir()
-    for name in ("constraints.txt", "pyproject.toml", "setup.py", "CMakeLists.txt", "csrc/ops.cpp"):
+    for name in (
+        "constraints.txt", "pyproject.toml", "setup.py", "CMakeLists.txt", "semhitok/__init__.py", "csrc/ops.cpp"
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for name in ("pip", "semhitok"):
         script(tmp_path / ".venv/bin" / name, f'echo "{name} $@" >> log')

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from semhitok.config import CriticConfig, ReconstructionConfig
+from semhitok.models.lpips import perceptual_loss
 from semhitok.training import critic as critics
 from semhitok.training.critic import (
     DinoCritic,
@@ -18,7 +19,7 @@ from semhitok.training.critic import (
     verdict_loss,
     window,
 )
-from semhitok.training.reconstruction import ReconstructionLoss, perceptual_loss
+from semhitok.training.reconstruction import ReconstructionLoss
 
 
 class Fixed:
@@ -497,7 +498,7 @@ def test_no_weights_no_lpips(published, monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr("torchvision.models.VGG16_Weights.get_state_dict", offline)
-    with pytest.raises(OSError, match="LPIPS weights cannot be had: no network"):
+    with pytest.raises(OSError, match="LPIPS weights are not available: no network"):
         perceptual_loss()
 
 

@@ -122,7 +122,7 @@ def test_sigint_saves_and_the_same_command_ends_with_the_same_bytes(pictures, fi
         if process.returncode == 0:
             continue  # it was faster than the signal; the bytes below still count
         assert process.returncode == 128 + signum, err
-        assert "the same command continues" in out and "Traceback" not in err
+        assert "the same command resumes" in out and "Traceback" not in err
     process = start(pictures, tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

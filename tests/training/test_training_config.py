@@ -75,6 +75,52 @@ def test_presets_state_batch_and_steps():
             assert f"{number:,}" in comment or str(number) in comment, name
 
 
+def restated(stated, default, where=""):
+    """Settings of a file that are the defaults of their dataclass."""
+    for key, value in stated.items():
+        if isinstance(value, dict) and isinstance(default[key], dict) and default[key]:
+            yield from restated(value, default[key], f"{where}{key}.")
+        elif value == (list(default[key]) if isinstance(default[key], tuple) else default[key]):
+            yield where + key
+
+
+@pytest.mark.parametrize(("family", "module", "name"), [
+    ("semhitok", "semhitok.config", "TrainConfig"), ("mllm", "semhitok.mllm.config", "MLLMTrainConfig"),
+])  # fmt: skip
+def test_presets_state_only_what_differs_from_the_defaults(family, module, name):
+    default = getattr(pytest.importorskip(module), name)().to_dict()
+    for preset in preset_names(family):
+        stated = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
+        assert list(restated(stated, default)) == [], preset
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "teacher", "semantic", "pixel", "engine"),
+    [
+        ("semhitok-256", (256, 16384, 12), ("vit_large_patch16_siglip_256.webli", 256), (100_000, 512), (200_000, 256),
+         ("bf16", True, False)),
+        ("semhitok-256-24k", (256, 24576, 8), ("vit_large_patch16_siglip_256.webli", 256), (100_000, 512),
+         (200_000, 256), ("bf16", True, False)),
+        ("semhitok-256-one-gpu", (256, 16384, 12), ("vit_base_patch16_siglip_256.webli", 256), (50_000, 256),
+         (100_000, 128), ("bf16", True, False)),
+        ("semhitok-384", (384, 16384, 12), ("vit_so400m_patch14_siglip_384.webli", 384), (100_000, 512),
+         (200_000, 256), ("bf16", True, True)),
+        ("semhitok-384-24k", (384, 24576, 8), ("vit_so400m_patch14_siglip_384.webli", 384), (100_000, 512),
+         (200_000, 256), ("bf16", True, True)),
+        ("semhitok-tiny", (64, 256, 8), ("vit_tiny_patch16_224", 64), (200, 8), (1000, 8), ("fp32", False, False)),
+    ],
+)  # fmt: skip
+def test_presets_are_what_their_names_say(name, model, teacher, semantic, pixel, engine):
+    config = train_config(name)
+    assert (config.model.image_size, config.model.num_codes, config.model.num_sub_codes) == model
+    assert (config.model.teacher.name, config.model.teacher.image_size) == teacher
+    assert (config.semantic.steps, config.semantic.batch_size) == semantic
+    assert (config.pixel.steps, config.pixel.batch_size) == pixel
+    assert (config.precision, config.compile, config.gradient_checkpointing) == engine
+    critic = config.pixel.loss.critic
+    assert (critic.train_from, critic.start, critic.ramp) == (16_000, 20_000, 4_000)
+
+
 def test_train_says_what_is_missing(capsys, tmp_path):
     assert main(["train", "semhitok-tiny", "--out", str(tmp_path)]) == 2
     assert "IMAGES: expected, got none" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 NAMED = 3  # missing files that a message lists
 
 
-def annotations(data: Path, *patterns: str) -> list[Path]:
+def data_files(data: Path, *patterns: str) -> list[Path]:
     """The benchmark's own files: `data` itself, or all files in it that match the first pattern with a match."""
     if data.is_file():
         return [data]

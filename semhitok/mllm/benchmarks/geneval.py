@@ -7,7 +7,7 @@ from pathlib import Path
 
 from semhitok._files import write_atomic
 from semhitok.mllm.assistant import Assistant, Job
-from semhitok.mllm.benchmarks.files import annotations, field, read_lines
+from semhitok.mllm.benchmarks.files import data_files, field, read_lines
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import Settings, draw
 
@@ -20,7 +20,7 @@ def run(name: str, data: Path, assistant: Assistant, out: Path, settings: Settin
     DATA, or evaluation_metadata.jsonl in it, has lines {"tag", "include", "prompt", ...}. Line n becomes
     OUT/images/0000n/metadata.jsonl and samples/0000k.png, drawn with the seeds seed + 4 n + k.
     """
-    path, *_ = annotations(data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
+    path, *_ = data_files(data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
     jobs, rows = [], []
     for n, (row, where) in enumerate(read_lines(path)):
         caption, folder = str(field(row, "prompt", where)), out / "images" / f"{n:05}"

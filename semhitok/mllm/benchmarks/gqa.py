@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import annotations, field, image_folder, read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies, pairs
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
     """{id: {"imageId", "question", "answer", "types": {"structural"}}} of testdev_balanced_questions.json."""
     folder = image_folder(data, images, "images")
-    (path,) = annotations(data, "testdev_balanced_questions.json")
+    (path,) = data_files(data, "testdev_balanced_questions.json")
     questions = []
     for id_, row in read_object(path).items():
         where = f"{path}: {id_}"

@@ -13,7 +13,7 @@ from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frec
 from semhitok.evaluation.groups import exact, rows_in_order
 from semhitok.evaluation.sets import progress, to_uint8
 from semhitok.mllm.assistant import Assistant, Job
-from semhitok.mllm.benchmarks.files import annotations, check_files, field, image_folder, read_object
+from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder, read_object
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import Settings, draw, write_scores
 
@@ -25,7 +25,7 @@ def run(name: str, data: Path, assistant: Assistant, out: Path, settings: Settin
     are resized to the size of those drawn. Figures of models of another size are not comparable.
     """
     folder = image_folder(data, settings.images, "mjhq30k_imgs")
-    path, *_ = annotations(data, "meta_data.json")
+    path, *_ = data_files(data, "meta_data.json")
     jobs, references = [], []
     for n, (id_, row) in enumerate(read_object(path).items()):
         category, caption = (str(field(row, key, f"{path}: {id_}")) for key in ("category", "prompt"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import annotations, field, image_folder, read_lines
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_lines
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 
@@ -13,7 +13,7 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
     """Lines {"question_id", "image", "text", "label"} of coco_pope_{random,popular,adversarial}.json."""
     folder = image_folder(data, images, "val2014", "images")
     questions = []
-    for path in annotations(data, "coco_pope_*.json", "coco/coco_pope_*.json"):
+    for path in data_files(data, "coco_pope_*.json", "coco/coco_pope_*.json"):
         category = path.stem.removeprefix("coco_pope_")
         for row, where in read_lines(path):
             label = field(row, "label", where)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import annotations, field, image_folder, read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
 from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies, pairs
 
 CHOICES = ("a", "b", "c", "d")
@@ -15,7 +15,7 @@ CHOICES = ("a", "b", "c", "d")
 def load(data: Path, images: Path | None = None) -> list[Question]:
     """Image questions of {"questions": [{"question_id", "question", "choice_a", ..., "answer", "data_id", ...}]}."""
     folder = image_folder(data, images, "SEED-Bench-image", "images")
-    (path,) = annotations(data, "SEED-Bench.json")
+    (path,) = data_files(data, "SEED-Bench.json")
     content = read_object(path)
     names = {number: name for name, number in content.get("question_type", {}).items()}
     questions = []

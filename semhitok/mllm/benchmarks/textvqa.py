@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import annotations, field, image_folder, read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, mean, pairs
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
     """{"data": [{"question_id", "image_id", "question", "answers": ten texts}]} of TextVQA_0.5.1_val.json."""
     folder = image_folder(data, images, "train_images", "images")
-    (path,) = annotations(data, "TextVQA_0.5.1_val.json")
+    (path,) = data_files(data, "TextVQA_0.5.1_val.json")
     questions = []
     for row in field(read_object(path), "data", str(path)):
         where = f"{path}: question {field(row, 'question_id', str(path))}"

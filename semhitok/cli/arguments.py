@@ -1,0 +1,194 @@
+"""Options that commands share, and what their values stand for: devices, models, output files.
+
+Commands import this module to build their parsers, so what is heavy is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from semhitok._optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from semhitok.mllm import Sampling
+    from semhitok.mllm.assistant import Assistant
+    from semhitok.tokenizer import SemHiTok
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that runs an image tokenizer."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
+    add_batch_argument(parser, "images", 16)
+    add_device_argument(parser)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """The images a command reads."""
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="images, or folders searched at all depths")
+
+
+def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that runs a unified model."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a trained model and its text tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="CHECKPOINT", help="the image tokenizer the model was trained with"
+    )
+    add_device_argument(parser)
+
+
+def add_set_argument(parser: argparse.ArgumentParser, example: str) -> None:
+    """Changes to a configuration."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"change a setting by its dotted name, such as {example}; repeatable",
+    )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Where the networks run."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is one)")
+
+
+def add_batch_argument(parser: argparse.ArgumentParser, what: str, default: int = 8) -> None:
+    """How much goes through a network at once."""
+    parser.add_argument(
+        "--batch-size", type=positive, default=default, metavar="N", help=f"{what} at once (default: %(default)s)"
+    )
+
+
+def add_sampling_arguments(parser: argparse._ActionsContainer, temperature: float) -> None:
+    """How ids are sampled."""
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"sampling temperature; 0 takes the most likely id (default: {temperature:g})",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely ids that make up this share of the probability (default: all)",
+    )
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
+
+
+def add_drawing_arguments(parser: argparse._ActionsContainer) -> None:
+    """How pictures are sampled."""
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=2.0,
+        metavar="SCALE",
+        help="scale of classifier-free guidance; 1 is none (default: 2)",
+    )
+    add_sampling_arguments(parser, temperature=1.0)
+    parser.add_argument(
+        "--top-k", type=natural, default=0, metavar="K", help="sample from the K most likely ids (default: all)"
+    )
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The `Sampling` of these arguments."""
+    from semhitok.mllm import Sampling
+
+    names = ("temperature", "top_k", "top_p", "guidance")
+    return Sampling(**{name: getattr(args, name) for name in names if name in args})
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return value
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return int(text)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected one torch can use here, got {name!r}") from None
+    return device
+
+
+def load_tokenizer(checkpoint: str, device: str, *, teacher: bool = True) -> SemHiTok:
+    """`SemHiTok.from_pretrained` in eval mode on a device; only `encode` needs the teacher.
+
+    Raises:
+        OSError, ValueError: no such checkpoint or device, or a damaged checkpoint.
+    """
+    from semhitok.tokenizer import SemHiTok
+
+    target = find_device(device)
+    return SemHiTok.from_pretrained(checkpoint, teacher=teacher).to(target).eval()
+
+
+def load_assistant(args: argparse.Namespace, *, teacher: bool = True) -> Assistant:
+    """`Assistant.load` of the arguments of `add_assistant_arguments`; only reading images needs the teacher.
+
+    Raises:
+        OSError, ValueError: as `Assistant.load`, or no such device.
+    """
+    # transformers draws progress bars even where stderr is no terminal.
+    require("transformers.utils.logging", "mllm").disable_progress_bar()
+    from semhitok.mllm.assistant import Assistant
+
+    return Assistant.load(args.model, args.tokenizer, device=find_device(args.device), teacher=teacher)
+
+
+def check_output_file(path: str) -> Path:
+    """`path` of an ids file to be written, checked before the work starts.
+
+    Raises:
+        ValueError: the name does not end in .safetensors.
+        OSError: the path is a folder, or its parent folder does not exist.
+    """
+    out = Path(path)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a name ending in .safetensors, got {path}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: expected a file, got the folder {path}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: no folder {out.parent}")
+    return out
+
+
+def make_output_folder(path: str) -> Path:
+    """The folder `path`, created if it does not exist.
+
+    Raises:
+        OSError: it cannot be created, or a file has its name.
+    """
+    out = Path(path)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out: expected a folder, got the file {path}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out

@@ -1,0 +1,56 @@
+"""What commands print, the names of the files they write, and their exit codes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from semhitok._messages import printable
+
+DONE, FAILED, UNUSABLE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_MAX_NAME_BYTES = 200  # file systems take 255, and a number and suffix are added
+
+
+def exit_code(skipped: int) -> int:
+    """The exit code of a command that finished but skipped so many inputs."""
+    return SKIPPED if skipped else DONE
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> str:
+    """Aligned lines of two columns."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows)
+
+
+def png_names(names: Iterable[str]) -> list[str]:
+    """A safe and unique file name for each source name: its last part, with the suffix .png.
+
+    The names may come from an untrusted file: folders and leading dots are dropped, and everything but letters, digits,
+    spaces and `-_.()` becomes `_`. Names that collide get -2, -3, ... in order; upper and lower case count as equal.
+    """
+    taken: set[str] = set()
+    last: dict[str, int] = {}
+    result = []
+    for name in names:
+        base = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
+        stem = base.rpartition(".")[0] or base
+        stem = re.sub(r"[^\w\-. ()]", "_", stem).lstrip(".").strip()
+        stem = stem.encode("utf-8", "ignore")[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
+        stem = stem.strip() or "image"
+        key = stem.casefold()
+        unique = stem
+        while unique.casefold() in taken:
+            last[key] = last.get(key, 1) + 1
+            unique = f"{stem}-{last[key]}"
+        taken.add(unique.casefold())
+        result.append(f"{unique}.png")
+    return result

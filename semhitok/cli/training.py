@@ -1,0 +1,69 @@
+"""What the commands that train share: their options, `--print-config`, and what is printed at the end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from semhitok._optional import require
+from semhitok.cli import arguments, text
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """The arguments that `run_training` reads; `example` is a setting for the help."""
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
+    arguments.add_set_argument(parser, example)
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and exit")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the data have changed, or settings other than the model's",
+    )
+    arguments.add_device_argument(parser)
+
+
+def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.device], dict[str, float]]) -> int:
+    """Apply `--set` to `config`; then print it, or call `train(device)`, which returns the seconds of each stage."""
+    from semhitok.config import override
+
+    for assignment in args.set:
+        override(config, assignment)
+    if args.print_config:
+        print(require("yaml").safe_dump(_plain(config.to_dict()), sort_keys=False), end="")
+        return text.DONE
+
+    def work() -> str:
+        if not args.out:
+            raise ValueError("--out: expected, got none")
+        seconds = train(arguments.find_device(args.device))
+        rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
+        return text.table([*rows, ("checkpoint", f"{args.out}/checkpoint")])
+
+    return run_resumable(args.command, work)
+
+
+def run_resumable(command: str, work: Callable[[], str]) -> int:
+    """Print what `work` returns, in the first process; after a signal, say how to resume. Returns the exit code."""
+    from semhitok import distributed
+    from semhitok.training import Interrupted
+
+    code = text.DONE
+    try:
+        result = work()
+    except Interrupted as stop:
+        result = f"semhitok {command}: {stop}; the same command resumes"
+        code = 128 + stop.signum
+    if distributed.rank() == 0:
+        print(result)
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as YAML has it: tuples become lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
