@@ -11,8 +11,10 @@ from mllm_runs import SETTINGS, finish, losses, small_config, small_tokenizer, s
 
 transformers = pytest.importorskip("transformers")
 
+from mllm_small import write_pictures  # noqa: E402
+
 from semhitok.config import preset_names  # noqa: E402
-from semhitok.mllm import UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
+from semhitok.mllm import Sampling, UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
 from semhitok.mllm.config import TASKS, mllm_config  # noqa: E402
 from semhitok.mllm.rows import TrainingRows  # noqa: E402
 from semhitok.mllm.sources import Records  # noqa: E402
@@ -73,7 +75,7 @@ def test_it_learns_and_the_result_loads_by_itself(finished):
     vocabulary = model.vocabulary
     assert vocabulary.codebook_hash == small_tokenizer().codebook_hash
     codes = generate_images(
-        model, [prompts.generation(words, vocabulary, "a red thing")], guidance=2.0,
+        model, [prompts.generation(words, vocabulary, "a red thing")], sampling=Sampling(guidance=2.0),
         unconditional=prompts.generation(words, vocabulary, None),
     )  # fmt: skip
     assert codes.shape == (1, 2, 2)
@@ -168,8 +170,6 @@ def test_lora_trains_and_the_result_loads_without_it(world, tmp_path, stages):
 
 
 def test_pictures_on_the_fly_train_as_their_ids_do(world, tmp_path):
-    from test_mllm_data import write_pictures
-
     ids = write_pictures(tmp_path / "pictures", 6)
     by_file = [{"caption": f"a thing number {n}", "images": [f"pictures/{n}.png"]} for n in range(6)]
     by_ids = [{"caption": f"a thing number {n}", "codes": [ids[n]]} for n in range(6)]
