@@ -18,7 +18,8 @@ from torch import Tensor
 from semhitok._files import open_atomic
 from semhitok._optional import require
 from semhitok.data.images import decode_image, read_image, resize_crop, ten_crops, walk_images
-from semhitok.data.shards import expand_shards, is_shard, read_shard
+from semhitok.data.kinds import PARQUET, SHARDS, expand_braces, kind_of
+from semhitok.data.shards import expand_shards, read_shard
 
 LISTING = "images.jsonl"
 _CAPTIONS = ("caption", "text")  # columns or fields that are captions, if no name is given
@@ -112,7 +113,7 @@ def plan(
     """
     names = [os.fspath(source) for source in sources]
     _check_apart(names)
-    files = [name for name in names if not is_shard(name) and not _is_parquet(name)]
+    files = [name for name in names if kind_of(name) not in (SHARDS, PARQUET)]
     digest = hashlib.sha256()
     units: list[Unit] = []
     listing = folder / LISTING
@@ -127,9 +128,9 @@ def plan(
             units[-1] = replace(units[-1], count=count % images_per_unit + 1)
             place, count = place + len(line), count + 1
         for name in names:
-            if _is_parquet(name):
+            if kind_of(name) == PARQUET:
                 units += [Unit(len(units) + n, "parquet", path) for n, path in enumerate(_parquet_files(name))]
-            elif is_shard(name):
+            elif kind_of(name) == SHARDS:
                 units += [Unit(len(units) + n, "webdataset", url) for n, url in enumerate(expand_shards(name))]
         if not units:
             raise ValueError(f"{', '.join(names)}: no images found")
@@ -157,7 +158,7 @@ def read_unit(unit: Unit, caption: str | None = None) -> Iterator[Item]:
         for sample in read_shard(unit.source, texts=True):
             yield Item(
                 "" if sample.ends_shard else sample.key, sample.name, sample.data, "",
-                _text_of(dict(sample.texts), fields), sample.problem, sample.passing,
+                _text_of(dict(sample.texts), fields), sample.problem, sample.transient,
             )  # fmt: skip
 
 
@@ -170,13 +171,13 @@ def _check_apart(names: Sequence[str]) -> None:
     """Refuse a source that is given twice or lies in another one: its images would be encoded twice."""
     seen: dict[str, str] = {}
     for name in names:
-        real = name if is_shard(name) else os.path.realpath(name)
+        real = name if kind_of(name) == SHARDS else os.path.realpath(name)
         if real in seen:
             raise ValueError(f"sources: expected each once, got {seen[real]} and {name}")
         seen[real] = name
     for real, name in seen.items():
         for parent in Path(real).parents:
-            if str(parent) in seen and not is_shard(name) and not _is_parquet(name):
+            if str(parent) in seen and kind_of(name) not in (SHARDS, PARQUET):
                 raise ValueError(f"sources: expected each once, got {name}, which is in {seen[str(parent)]}")
 
 
@@ -216,12 +217,8 @@ def _text_of(texts: Mapping[str, bytes], fields: Sequence[str]) -> str | None:
     return None
 
 
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet")
-
-
 def _parquet_files(name: str) -> list[str]:
-    found = [name] if os.path.exists(name) else list(require("braceexpand", "train").braceexpand(name))
+    found = expand_braces(name)
     for path in found:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such parquet file (URLs of parquet files are not read)")
