@@ -1,7 +1,7 @@
-"""Configuration: plain dataclasses, read strictly from JSON and YAML.
+"""Configuration: plain dataclasses, which JSON and YAML fill, strictly.
 
-`SemHiTokConfig` describes an image tokenizer and is part of every checkpoint; `TrainConfig` adds what the training
-stages need. Every default is a choice of this project unless a comment says otherwise.
+`SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
+training stages need. Every default is a choice of this project unless a comment says otherwise.
 """
 
 from __future__ import annotations

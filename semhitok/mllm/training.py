@@ -30,12 +30,13 @@ from transformers import AutoConfig, AutoTokenizer
 from semhitok import distributed
 from semhitok._optional import require
 from semhitok.data.batch import seed_everything
-from semhitok.mllm.config import MLLMStageConfig, MLLMTrainConfig, RowsConfig, SourceConfig
+from semhitok.mllm.config import TASKS, MLLMStageConfig, MLLMTrainConfig, RowsConfig, SourceConfig
 from semhitok.mllm.loss import IGNORE
 from semhitok.mllm.model import UnifiedMLLM
 from semhitok.mllm.packing import Packed
 from semhitok.mllm.prompts import word_tokenizer
-from semhitok.mllm.rows import TASKS, MicroRows, Source, TrainingRows, fill, open_source
+from semhitok.mllm.rows import MicroRows, TrainingRows
+from semhitok.mllm.sources import Source, open_source
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import parallel
 from semhitok.training.loop import Run, StopOnSignal, run_stage
@@ -62,7 +63,7 @@ def train(
     Args:
         config: see `semhitok.mllm.config`.
         out: the run's folder.
-        sources: of each stage, such as `semhitok.mllm.rows.Records`; replaces those of the configuration.
+        sources: of each stage, such as `semhitok.mllm.sources.Records`; replaces those of the configuration.
         held_out: sources to evaluate on while training; replaces those of the configuration.
         image_tokenizer: replaces `config.tokenizer`.
         text_tokenizer: a tokenizer of transformers; replaces `config.text_tokenizer`.
@@ -200,7 +201,7 @@ class MLLMStage(Stage[MicroRows, RowBatch, None]):
         pixels = torch.cat([m.images for m in loaded])
         codes = self.images.encode(pixels) if len(pixels) else pixels.new_zeros(0, 1, dtype=torch.int64)
         codes += self.text_size
-        filled = [fill(m, ids) for m, ids in zip(loaded, codes.split([len(m.images) for m in loaded]), strict=True)]
+        filled = [m.with_ids(ids) for m, ids in zip(loaded, codes.split([len(m.images) for m in loaded]), strict=True)]
         counts = torch.zeros(len(TASKS) + 2, dtype=torch.float64)
         for packed, m in zip(filled, loaded, strict=True):
             counts[:-2] += torch.bincount(m.tasks[packed.labels != IGNORE].int(), minlength=len(TASKS))

@@ -29,7 +29,7 @@ from semhitok import distributed
 from semhitok._files import write_json
 from semhitok.config import EngineConfig
 from semhitok.data.batch import seed_everything
-from semhitok.evaluation.running import lower_is_better
+from semhitok.evaluation.metrics import METRICS
 from semhitok.training import checkpoint, log
 from semhitok.training.parts import Figures
 from semhitok.training.stage import Evaluation, Loaded, OnDevice, Output, Stage
@@ -262,7 +262,7 @@ def _keep_best(
     if name not in figures:
         raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
     value = figures[name]
-    sign = -1 if lower_is_better(name) else 1
+    sign = -1 if METRICS[name].lower_is_better else 1
     if best is not None and sign * value <= sign * best:
         return best
     stage.save_model(folder)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from semhitok import distributed
 from semhitok.config import DecoderStageConfig, PixelStageConfig, ReconstructionConfig, TrainConfig
 from semhitok.data.batch import Batch
-from semhitok.evaluation.running import default_metrics, evaluate
+from semhitok.evaluation.held_out import evaluate_held_out
+from semhitok.evaluation.metrics import quick_functions
 from semhitok.models.lpips import perceptual_loss
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
@@ -34,6 +35,7 @@ from semhitok.training.critic import (
 )
 from semhitok.training.parts import Figures, Part
 from semhitok.training.stage import Evaluation, TokenizerStage
+from semhitok.usage import CodeUsage
 
 
 class ReconstructionLoss(nn.Module):
@@ -300,10 +302,11 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
         def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
             with self.autocast():
                 predicted, _, _, codes, _ = self.network(images, self.z_sem(images), True)
-            return predicted, codes
+            return predicted.float().clamp(0, 1), codes
 
-        metrics = default_metrics(self.model.quantizer, self.device)
-        return evaluate(reconstruct, batches, metrics, self.device, pictures=self.run_config.evaluation.pictures)
+        quantizer, pictures = self.model.quantizer, self.run_config.evaluation.pictures
+        usage = CodeUsage(quantizer.num_codes, quantizer.num_sub_codes, self.device, quantizer.offsets)
+        return evaluate_held_out(reconstruct, batches, quick_functions(), usage, self.device, pictures=pictures)
 
 
 @contextmanager
