@@ -62,7 +62,7 @@ def losses(run: Path, stage: str) -> list[float]:
 
 
 # A server that has everything imported and forks workers: a start takes a fraction of a second.
-context = multiprocessing.getcontext("forkserver")
+context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["training_processes", "semhitok.training", "timm", "accelerate", "webdataset"])
 
 
