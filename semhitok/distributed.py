@@ -62,7 +62,7 @@ def gather_objects(thing: Any) -> list[Any]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` itself, or a sharded one (FSDP2) put together, for which all processes must call this."""
+    """`tensor` itself; if it is sharded (FSDP2), put together, for which all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semhitok._files import write_atomic
+from semhitok._files import write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig, from_dict, override
 from semhitok.corpus.ids_file import load_codes, save_codes
@@ -38,8 +38,8 @@ from semhitok.demo.teacher import ContrastiveConfig, scenes_lesson, train_teache
 from semhitok.mllm import Sampling
 from semhitok.mllm.assistant import Assistant
 from semhitok.mllm.config import MLLMTrainConfig, mllm_config
-from semhitok.mllm.rows import Records
-from semhitok.mllm.training import run
+from semhitok.mllm.sources import Records
+from semhitok.mllm.training import train as train_mllm
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 
@@ -126,11 +126,11 @@ def demo(
         codes = {split: encode(image_tokenizer, x.images) for split, x in held.items()}
         training_codes = _training_codes(image_tokenizer, made.images, out / "ids.safetensors")
     with clock("model"):
-        run(
+        train_mllm(
             model or model_config(),
             out / "model",
-            sources={"joint": _sources(image_tokenizer, training_codes, made)},
-            tokenizer=image_tokenizer,
+            sources={"joint": _sources(tok, training_codes, made)},
+            image_tokenizer=tok,
         )
     with clock("evaluation"):
         tokenizer_folder = str(out / "tokenizer" / "checkpoint")
@@ -152,7 +152,7 @@ def demo(
         "seconds": sum(clock.seconds.values()),
     }
     metrics = {**short, **metrics, "seconds_of": clock.seconds}
-    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(out / "metrics.json", metrics)
     return table(metrics)
 
 

@@ -1,4 +1,4 @@
-"""The documentation: it builds without a warning, and its blocks of code, and the README's, do what they say.
+"""The documentation: it builds without a warning, and its blocks of code do what they say, as do those of the README.
 
 A block is treated by its language, and every block must have one:
 
@@ -31,7 +31,7 @@ from docs_world import write_docs_world
 
 from semhitok import ops
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def folder(world, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # 240 axes take seconds; test_analyze draws them.
-    monkeypatch.setattr("semhitok.evaluation.figures.patches_of_codes", lambda *_, **__: None)
+    monkeypatch.setattr("semhitok.evaluation.plots.patches_of_codes", lambda *_, **__: None)
     monkeypatch.chdir(shutil.copytree(world, tmp_path / "pages"))
 
 
@@ -115,6 +115,7 @@ WRONG = [
     ("--quick", "--quicker", "expected its options, got {'--quicker'}"),
     ("tradeoff.run", "tradeoff.walk", "no such script"),
     ("make demo", "make demos", "expected one of"),
+    ("make demo", "pytest tests/nothing", "tests/nothing: no such file"),
     ("make demo", "cmake demo", "a command that this test knows, got 'cmake'"),
     ("reconstruct demo_output", "reconstruct output", "error: output/checkpoint"),
     ("PSNR dB    SSIM", "PSNR dB", "printed"),
@@ -151,11 +152,24 @@ def test_open_blocks_are_found():
 def test_measured_tables_are_those_that_were_measured():
     results = ROOT / "benchmarks/results/cpu-zen4"
     table, exactness = (results / "table.txt").read_text().strip(), (results / "exactness.txt").read_text()
-    for page in ("README.md", "docs/kernels.md"):
-        text = (ROOT / page).read_text()
-        assert table in text and exactness.splitlines()[-1] in text, page
+    kernels = (ROOT / "docs/kernels.md").read_text()
+    assert table in kernels and exactness.splitlines()[-1] in kernels
     trained = (ROOT / "benchmarks/results/tradeoff/table.txt").read_text()
     assert trained in (ROOT / "docs/tradeoff.md").read_text()
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured():
+    results, readme = ROOT / "benchmarks/results/cpu-zen4", (ROOT / "README.md").read_text()
+    row = re.search(r"^ *4096 +16384 +32 .*$", (results / "table.txt").read_text(), re.M)[0]
+    times, _, ratios, rest = row.split(" | ", 1)[1].split(" | ")
+    cpu, (_, torch, _, _, _, faiss, _), wrong = times.split()[1], ratios.split(), rest.split()[1]
+    assert f"| semhitok | {cpu} ms | {wrong} wrong ids |" in readme
+    assert f"| FAISS | {faiss} times as long |" in readme
+    assert (
+        f"| {torch} times as long | builds" in readme and f"## The search: {float(torch):.0f} times as fast" in readme
+    )
+    last = (results / "exactness.txt").read_text().splitlines()[-1]
+    assert last.startswith("10000") and set(re.findall(r" (\d+)(?:,|$)", last.partition(": ")[2])) == {"0"}
 
 
 @pytest.mark.slow
@@ -170,7 +184,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     lines = (result.stdout + result.stderr).splitlines()
     assert result.returncode == 0 and all(line.startswith("INFO ") for line in lines), "\n".join(lines)
     pages = {path.stem: path.read_text() for path in (tmp_path / "site").glob("*.html")}
-    assert {path.stem for path in PAGES[1:]} <= set(pages)
+    assert {path.stem for path in PAGES if path.parent.name == "docs"} <= set(pages)
     assert all(f'id="semhitok.ops.{name}"' in pages["ops"] for name in ops.__all__)
     # Nothing is fetched by who reads them.
     loaded = r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(?:https?:)?//"

@@ -190,6 +190,9 @@ def look_up(program: str, arguments: list[str]) -> None:
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(arguments) <= set(targets), f"make: expected one of {targets}, got {arguments}"
+    elif program in ("pytest", "ruff", "mypy"):
+        for path in (word for word in arguments if "/" in word):
+            assert (ROOT / path).exists(), f"{path}: no such file or folder"
     elif program.endswith("pip"):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = re.findall(r"\[(.*?)\]", " ".join(arguments))

@@ -118,12 +118,12 @@ def _work(rank, world_size, port, world, out, settings):
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    from semhitok.mllm.training import run
+    from semhitok.mllm.training import train
     from semhitok.training import log
 
     log.LOG_EVERY = 1
     try:
-        run(small_config(world, *settings), out)
+        train(small_config(world, *settings), out)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

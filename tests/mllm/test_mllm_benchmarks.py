@@ -17,9 +17,8 @@ pytest.importorskip("transformers")
 from mllm_small import assert_refused, save, small_assistant
 
 from semhitok.cli import eval_mllm
-from semhitok.data.images import read_image
+from semhitok.data.images import read_image, to_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.evaluation.sets import to_uint8
 from semhitok.mllm import Sampling, benchmarks
 from semhitok.mllm.benchmarks import gqa, mme, pope, seed, textvqa
 from semhitok.mllm.benchmarks.questions import SHORT

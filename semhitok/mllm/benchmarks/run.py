@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from semhitok._files import write_atomic
-from semhitok.evaluation.sets import progress
+from semhitok._messages import progress
 from semhitok.mllm.assistant import Assistant, Job, draw_files
 from semhitok.mllm.benchmarks.files import check_files, read_object
 from semhitok.mllm.benchmarks.questions import Question, Scores
