@@ -129,8 +129,8 @@ def demo(
         train_mllm(
             model or model_config(),
             out / "model",
-            sources={"joint": _sources(tok, training_codes, made)},
-            image_tokenizer=tok,
+            sources={"joint": _sources(image_tokenizer, training_codes, made)},
+            image_tokenizer=image_tokenizer,
         )
     with clock("evaluation"):
         tokenizer_folder = str(out / "tokenizer" / "checkpoint")

@@ -66,9 +66,9 @@ def demo(config: TrainConfig, out: Path) -> str:
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
     photograph = photographs["unseen"][0]
     row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
-    plots.semantic_map(tokenizer, [row], out / "semantic_map.png")
+    plots.semantic_map(image_tokenizer, [row], out / "semantic_map.png")
     crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
-    plots.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
+    plots.patches_of_codes(image_tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
     _draw_curves(out)
     return _table(metrics, config, out)
 
@@ -168,7 +168,7 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
 
 
 def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
-    """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
+    """Original | semantic part only | full reconstruction, a row for each photograph; of a tall one the lower end."""
     plt = plots.pyplot()
     cut = [min(x.shape[1:]) for x, _, _ in rows]
     rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
@@ -186,7 +186,7 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
 
 
 def _draw_curves(out: Path) -> None:
-    """Losses, and usage and perplexity by window, of both stages."""
+    """Losses and usage of the codes in both stages."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6))
     for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
