@@ -13,6 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/.semhitok
 # What an installation depends on. Python files are used in place.
 INPUTS := Makefile constraints.txt pyproject.toml setup.py CMakeLists.txt semhitok/__init__.py $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc benchmarks/cuda tests/cuda -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 # Threads that wait asleep: on a machine that is shared, spinning ones slow training several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -45,6 +46,7 @@ demo-mllm: env
 test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 

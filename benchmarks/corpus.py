@@ -2,11 +2,11 @@
 
     python -m benchmarks.corpus --images 2000
 
-Generated images, in folders of 1,000, become a corpus by each engine with two processes; the SHA-256 of all shards must
+Generated images, in folders of 1,000, are encoded by each engine with two processes. The SHA-256 of all shards must
 agree, and the peak resident memory of the largest process must be within 10 % of that for the first --small images.
-Then a full-size `semhitok-256` with random weights encodes some images on one thread, in fp32, bf16 and int8; in fp32
-the quantiser must take less than 2 % of the time. With random weights, the share of ids that a precision changes says
-little of a trained tokenizer's: --checkpoint and --photos measure that one's.
+Then a full-size `semhitok-256` with random weights encodes some images on one thread, in fp32 and bf16. In fp32 the
+quantiser must take less than 2 % of the time. With random weights, the share of ids that bf16 changes says little about
+a trained tokenizer: --checkpoint and --photos measure that of yours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 
 from semhitok.config import ViTConfig, preset
-from semhitok.corpus.format import EncodedCorpus
+from semhitok.corpus import EncodedCorpus
+from semhitok.corpus.config import PRECISIONS
 from semhitok.tokenizer import SemHiTok
 
 BAR_MEMORY, BAR_SHARE = 1.10, 2.0
@@ -34,10 +35,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-po
 
 
 class Run(NamedTuple):
-    """A command and what it said; waiting and quantising are percentages of the encoding processes' time.
+    """The figures of a command; waiting and quantising are percentages of the encoding processes' time.
 
     seconds: of the whole command.
-    speed: images/s, without comparing ids with those in fp32; of local and ray with the start of encoding processes.
+    speed: images/s, without comparing ids with those in fp32; for local and ray it includes starting the processes.
     """
 
     seconds: float
@@ -59,7 +60,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def make_checkpoint(folder: Path, name: str, size: int | None = None) -> None:
-    """A tokenizer of that preset with random weights. Of the decoder, which does not encode, little is left."""
+    """A tokenizer of that preset with random weights. The decoders, which do not encode, are made small."""
     config = preset(name)
     if size:
         config.image_size = config.teacher.image_size = size
@@ -94,13 +95,13 @@ def changed(one: Path, other: Path) -> float:
 
 
 def engines(work: Path, args: argparse.Namespace) -> bool:
-    # Small, so that what is measured is the writing, reading and dealing out of images.
+    # A small tokenizer, so that reading images, handing them out and writing shards is what is measured.
     make_checkpoint(work / "tiny", "semhitok-tiny", 32)
-    everything, some = [str(work / "images")], [str(work / "images" / f"{n:03}") for n in range(args.small // 1000)]
+    everything, first = [str(work / "images")], [str(work / "images" / f"{n:03}") for n in range(args.small // 1000)]
     size = ("--shard-images", str(args.shard_images))
     two = ("--processes", "2")
     arms = [
-        (f"local, {args.small:,}", some, (*two,), ()),
+        (f"local, {args.small:,}", first, (*two,), ()),
         ("local", everything, (*two,), ()),
         ("torchrun", everything, ("--engine", "torchrun"), tuple(TORCHRUN)),
         ("ray", everything, ("--engine", "ray", *two), ()),
@@ -131,7 +132,7 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
 def precisions(checkpoint: Path | str, photos: list[str], work: Path, batch: int) -> bool:
     print(f"{'precision':9} {'images/s':>9} {'% quantiser':>11} {'% of ids changed':>16}")
     runs = {}
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in PRECISIONS:
         options = ("--batch-size", str(batch), "--precision", precision)
         run = runs[precision] = encode(checkpoint, photos, work / precision, *options)
         share = changed(work / "fp32", work / precision)

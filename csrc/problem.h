@@ -1,7 +1,7 @@
-// What a kernel is asked to do, as plain structs that both backends share.
+// The problems that the ops solve, as plain structs that both backends share.
 //
-// Every tensor is contiguous and row-major by the time it gets here (ops.cpp saw to that), every size is checked, and
-// every pointer lives on the device of the backend called. The score of code c for token z is z.c + bias(c), with
+// Every tensor is contiguous and row-major, every size is checked (checks.h, ops.cpp), and every pointer is on the
+// device of the backend that is called. The score of code c for token z is z.c + bias(c), with
 // bias(c) = 0 (inner product) or -|c|^2/2 (l2), and bias(c) = NaN when c holds NaN or Inf, so that it never wins.
 #pragma once
 
@@ -17,10 +17,10 @@ struct Rows {
   Dtype dtype;
 };
 
-// z [tokens, depth], codebook [codes, depth] -> scores [tokens], ids [tokens].
+// z [tokens, depth], codebook [num_codes, depth] -> scores [tokens], ids [tokens].
 // wide: compute in fp64 and write scores as double; otherwise fp32 and float.
 struct NearestCode {
-  int64_t tokens, codes, depth;
+  int64_t tokens, num_codes, depth;
   Metric metric;
   bool wide;
   Rows z, codebook;
@@ -29,8 +29,8 @@ struct NearestCode {
 };
 
 // z [tokens, depth], sub_codebooks [total, depth], group [tokens] -> scores [tokens], ids [tokens] in the sub-codebook.
-// The sub-codebooks lie one after another, group g's in the rows that rows_of_group tells: all of `subcodes` rows where
-// offsets is null, and else, with offsets [groups + 1], each of its own size; subcodes is then about the mean.
+// The sub-codebooks lie one after another, that of group g in the rows that rows_of_group gives. If offsets is null,
+// all have `subcodes` rows. With offsets [groups + 1], each has its own size, and subcodes is the mean, rounded up.
 struct NearestSubcode {
   int64_t tokens, groups, subcodes, total, depth;
   const int64_t* offsets;
@@ -42,8 +42,8 @@ struct NearestSubcode {
   int64_t* ids;
 };
 
-// codes [tokens] -> q_sem, q_pix: row group_of_row(codes) of the semantic codebook and row codes of the pixel one.
-// groups, subcodes, total and offsets: as above.
+// codes [tokens], flat ids -> q_sem, q_pix: row group_of_row(code) of the semantic codebook and row `code` of the pixel
+// one. groups, subcodes, total and offsets: as above.
 struct HierLookup {
   int64_t tokens, groups, subcodes, total;
   const int64_t* offsets;
@@ -56,8 +56,8 @@ struct HierLookup {
   void* q_pix;
 };
 
-// sem and pix hold the two searches (their scores and ids, and pix.group, are unset); lookup the gather of the rows.
-// codes is the output that lookup.codes reads.
+// sem and pix are the two searches (their scores and ids, and pix.group, are unset), lookup the gather of the rows.
+// codes [tokens], the flat ids, is an output, which lookup.codes reads.
 struct HierQuantize {
   NearestCode sem;
   NearestSubcode pix;
@@ -84,8 +84,8 @@ struct RowRange {
   int64_t first, count;
 };
 
-// The rows of group's sub-codebook, group in [0, groups). Offsets on a GPU are never checked: whatever they hold, first
-// is a row of the table, and so are all others; where they leave a group no row, count is 0.
+// The rows of a group's sub-codebook, group in [0, groups). Offsets on a GPU are never checked: whatever they hold, all
+// rows are inside the table, first too, and count is 0 for a group without rows.
 template <typename Problem>
 SEMHITOK_ANYWHERE static RowRange rows_of_group(const Problem& p, int64_t group) {
   if (p.offsets == nullptr) return {group * p.subcodes, p.subcodes};
@@ -94,7 +94,7 @@ SEMHITOK_ANYWHERE static RowRange rows_of_group(const Problem& p, int64_t group)
   return {first, end > first ? end - first : 0};
 }
 
-// The group whose sub-codebook holds a row in [0, total); in [0, groups) whatever the offsets hold.
+// The group whose sub-codebook holds a row in [0, total). It is in [0, groups) whatever the offsets hold.
 template <typename Problem>
 SEMHITOK_ANYWHERE static int64_t group_of_row(const Problem& p, int64_t row) {
   if (p.offsets == nullptr) return row / p.subcodes;

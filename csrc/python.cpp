@@ -1,8 +1,9 @@
-// semhitok._C for Python: importing it registers the ops (ops.cpp); what it exports is only what was built.
+// semhitok._C for Python: importing it registers the ops (ops.cpp, probes.cpp). It exports only what was built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "build_config.h"
 #include "cpu/backend.h"
@@ -16,16 +17,6 @@
 namespace py = pybind11;
 
 namespace {
-
-py::list split(const std::string& text, char separator) {
-  py::list parts;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(separator, begin), text.size());
-    parts.append(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
 
 py::dict build_info() {
   using namespace semhitok::cpu;
@@ -52,26 +43,31 @@ py::dict build_info() {
   if (SEMHITOK_WITH_CUDA) {
     py::dict cuda;
     cuda["toolkit"] = SEMHITOK_CUDA_VERSION;
-    cuda["architectures"] = split(SEMHITOK_CUDA_ARCHITECTURES, ';');
+    cuda["architectures"] = py::str(SEMHITOK_CUDA_ARCHITECTURES).attr("split")(";");
     info["cuda"] = cuda;
   }
   return info;
 }
 
 #if SEMHITOK_WITH_CUDA
-std::string cuda_search(int64_t tokens, int64_t codes, int64_t depth, bool wide, int device) {
+std::string cuda_search(int64_t tokens, int64_t num_codes, int64_t depth, bool wide, int index) {
   using namespace semhitok;
-  int previous = 0;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
+  cuda::Device device{};
+  const cudaError_t error = cuda::get_device(index, &device);
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
   NearestCode problem{};
-  problem.tokens = tokens, problem.codes = codes, problem.depth = depth, problem.wide = wide;
-  const cuda::Search search = cuda::chosen_search(problem);
-  (void)cudaSetDevice(previous);
-  return cuda::kSearchNames[static_cast<int>(search)];
+  problem.tokens = tokens, problem.num_codes = num_codes, problem.depth = depth, problem.wide = wide;
+  return cuda::chosen_search(problem, device).name;
 }
 #endif
+
+std::vector<std::string> cuda_searches() {
+  std::vector<std::string> names;
+#if SEMHITOK_WITH_CUDA
+  for (const auto& search : semhitok::cuda::searches()) names.push_back(search.name);
+#endif
+  return names;
+}
 
 }  // namespace
 
@@ -79,9 +75,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of semhitok (torch.ops.semhitok) and what they were built with.";
   m.def("build_info", &build_info,
         "version, cxx, torch_headers, cpu {compiled, found, used}, cuda {toolkit, architectures} or None.");
+  m.def("cuda_searches", &cuda_searches,
+        "The names of the searches behind nearest_code on CUDA, simplest first; none in a build without CUDA.");
 #if SEMHITOK_WITH_CUDA
-  m.def("cuda_search", &cuda_search, py::arg("tokens"), py::arg("codes"), py::arg("depth"), py::arg("wide") = false,
-        py::arg("device") = 0,
-        "The name of the search that nearest_code runs for such a problem on a CUDA device (csrc/cuda/search.h).");
+  m.def("cuda_search", &cuda_search, py::arg("tokens"), py::arg("num_codes"), py::arg("depth"), py::arg("wide") = false,
+        py::arg("device") = 0, "The name of the search that nearest_code runs for such a problem on a CUDA device.");
 #endif
 }

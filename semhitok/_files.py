@@ -1,4 +1,4 @@
-"""Writing files atomically, and text that is safe to print."""
+"""Writing files atomically."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON with a last line end, atomically; errors as from `write_atomic`."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def printable(text: str) -> str:
-    """`text` as one line, with control characters, line ends and broken Unicode escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Configuration: plain dataclasses, read strictly from JSON and YAML.
+"""Configuration: plain dataclasses, which JSON and YAML fill, strictly.
 
-`SemHiTokConfig` describes an image tokenizer and is part of every checkpoint; `TrainConfig` adds what the training
-stages need. Every default is a choice of this project unless a comment says otherwise.
+`SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
+training stages need. Every default is a choice of this project unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -392,11 +392,7 @@ def preset(name: str) -> SemHiTokConfig:
 
 
 def override(config: Any, assignment: str) -> None:
-    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML.
-
-    Raises:
-        ValueError: no such setting, or a value of a wrong type or out of range.
-    """
+    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML."""
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"override: expected name=value, got {assignment!r}")
@@ -413,16 +409,9 @@ def override(config: Any, assignment: str) -> None:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
-    """Build a dataclass from nested dicts.
+    """Build a dataclass from nested dicts, refusing unknown keys and wrong types.
 
-    Args:
-        cls: the dataclass.
-        data: settings by name.
-        where: the path of `data`, for messages of errors.
-        default: gives the values of missing keys; None leaves them to the defaults of `cls`.
-
-    Raises:
-        ValueError: an unknown key, a value of a wrong type or out of range.
+    A key that is not there keeps its value in `default`, or else the default that its class states.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object, got {data!r}")
@@ -444,7 +433,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value` as the annotated type `hint`, or ValueError. `default` gives what a dict leaves out."""
+    """`value` as the annotated type `hint`, or ValueError. What a dict leaves out is as in `default`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)

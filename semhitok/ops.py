@@ -203,12 +203,10 @@ def _check_tokens(name: str, z: Tensor, codebook_name: str, codebook: Tensor) ->
 
 
 def _check_leading(name: str, got: torch.Size, other: str, expected: torch.Size) -> None:
-    def message() -> str:
-        return f"{name}: expected leading dimensions {list(expected)} (those of {other}), got {list(got)}"
-
-    _check(len(got) == len(expected), message())
+    message = f"{name}: expected leading dimensions {list(expected)} (those of {other}), got {list(got)}"
+    _check(len(got) == len(expected), message)
     for a, b in zip(got, expected, strict=True):
-        torch._check(a == b, message)
+        torch._check(a == b, lambda: message)
 
 
 def _score_dtype(*tensors: Tensor) -> torch.dtype:
@@ -231,13 +229,9 @@ def _check_sub_codebooks(
     if offsets is None:
         _check_dims(name, table, 3, f"[K, m, {depth}]")
         if sem_codebook is not None:
-            torch._check(
-                table.shape[0] == sem_codebook.shape[0],
-                lambda: (
-                    f"{name}: expected first dimension {sem_codebook.shape[0]} (sem_codebook.shape[0]), "
-                    f"got {table.shape[0]}"
-                ),
-            )
+            num_codes = sem_codebook.shape[0]
+            message = f"{name}: expected first dimension {num_codes} (sem_codebook.shape[0]), got {table.shape[0]}"
+            torch._check(table.shape[0] == num_codes, lambda: message)
         return
     _check_dims(name, table, 2, f"[T, {depth}] (with offsets)")
     _check_ids("offsets", offsets)
@@ -247,10 +241,10 @@ def _check_sub_codebooks(
             f"offsets: expected shape [K + 1] with K of at least 1, got {list(offsets.shape)}",
         )
     else:
-        codes = sem_codebook.shape[0]
-        message = f"offsets: expected shape [{codes + 1}] (sem_codebook.shape[0] + 1), got {list(offsets.shape)}"
+        num_codes = sem_codebook.shape[0]
+        message = f"offsets: expected shape [{num_codes + 1}] (sem_codebook.shape[0] + 1), got {list(offsets.shape)}"
         _check(offsets.dim() == 1, message)
-        torch._check(offsets.shape[0] == codes + 1, lambda: message)
+        torch._check(offsets.shape[0] == num_codes + 1, lambda: message)
 
 
 @torch.library.register_fake("semhitok::nearest_subcode")
@@ -316,12 +310,10 @@ def _(
 def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     _check_float("values", values)
     _check_ids("ids", ids)
-    _check(values.dim() == 2, f"values: expected 2 dimensions [N, D], got {values.dim()}")
-    _check(ids.dim() == 1, f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}")
-    torch._check(
-        ids.shape[0] == values.shape[0],
-        lambda: f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}",
-    )
+    _check_dims("values", values, 2, "[N, D]")
+    message = f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}"
+    _check(ids.dim() == 1, message)
+    torch._check(ids.shape[0] == values.shape[0], lambda: message)
     return (
         values.new_empty((num_segments, values.shape[1]), dtype=_score_dtype(values)),
         values.new_empty((num_segments,), dtype=torch.int64),
@@ -331,26 +323,26 @@ def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
 # ---- gradients: all are gathers and segment sums by the ids of the forward pass ----
 
 
-def _rows_gradient(grad: Tensor, ids: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of codebook rows [codes, D] taken at ids [...]: the sum of grad [..., D] over equal ids."""
-    sums, _ = _ops.segment_sum(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), codes)
+def _rows_gradient(grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of codebook rows [num_rows, D] taken at ids [...]: the sum of grad [..., D] over equal ids."""
+    sums, _ = _ops.segment_sum(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), num_rows)
     return sums.to(dtype)
 
 
 def _score_gradients(
-    ctx: Any, grad: Tensor, z: Tensor, codes: Tensor, ids: Tensor, found: Tensor
+    ctx: Any, grad: Tensor, z: Tensor, rows: Tensor, ids: Tensor, found: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of scores [...] with respect to z [..., D] and the flat codes [C, D], whose rows ids [...] won."""
-    weight = torch.where(found, grad, 0.0).to(_score_dtype(z, codes))[..., None]
+    """Gradients of scores [...] with respect to z [..., D] and the codebook rows [C, D], of which ids [...] won."""
+    weight = torch.where(found, grad, 0.0).to(_score_dtype(z, rows))[..., None]
     # Where nothing was found the row may hold NaN, which a weight of zero would keep.
-    won = torch.where(found[..., None], codes[ids].to(weight.dtype), 0.0)
+    won = torch.where(found[..., None], rows[ids].to(weight.dtype), 0.0)
     token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
     grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
-    grad_codes = None
+    grad_rows = None
     if ctx.needs_input_grad[1]:
         pull = token - won if ctx.metric == "l2" else token
-        grad_codes = _rows_gradient(weight * pull, ids, codes.shape[0], codes.dtype)
-    return grad_z, grad_codes
+        grad_rows = _rows_gradient(weight * pull, ids, rows.shape[0], rows.dtype)
+    return grad_z, grad_rows
 
 
 def _nearest_code_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -376,18 +368,16 @@ def _nearest_subcode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.save_for_backward(z, sub_codebooks, group, ids, ~scores.detach().isnan(), offsets)
 
 
-def _nearest_subcode_backward(
-    ctx: Any, grad: Tensor | None, _: None
-) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _nearest_subcode_backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None, None
     z, sub_codebooks, group, ids, found, offsets = ctx.saved_tensors
-    codes = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
+    rows = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
     flat = Grouping.of(sub_codebooks, offsets).join(torch.where(found, group, 0), ids)
     # Offsets on a GPU may hold anything: no row outside the table is read.
-    flat = torch.where(found, flat, 0).clamp(0, codes.shape[0] - 1)
-    grad_z, grad_codes = _score_gradients(ctx, grad, z, codes, flat, found)
-    return grad_z, None if grad_codes is None else grad_codes.view(sub_codebooks.shape), None, None, None
+    flat = torch.where(found, flat, 0).clamp(0, rows.shape[0] - 1)
+    grad_z, grad_rows = _score_gradients(ctx, grad, z, rows, flat, found)
+    return grad_z, None if grad_rows is None else grad_rows.view(sub_codebooks.shape), None, None, None
 
 
 def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:

@@ -100,7 +100,7 @@ class SemHiTok(nn.Module):
         Raises:
             ValueError: images of another shape or dtype, or no teacher.
         """
-        self._check_images(images)
+        self.check_images(images)
         z_sem = self.semantic_head(self.semantic_features(images))
         return self.quantizer(z_sem, self.encoder(images)).codes
 
@@ -143,7 +143,8 @@ class SemHiTok(nn.Module):
         Vocabulary(self.config.num_codes, self.config.num_sub_codes).check(codes)
         return Features(*self.quantizer.lookup(codes))
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError unless images are floating point [B, 3, H, W] of the tokenizer's size."""
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images: expected shape [B, 3, {size}, {size}], got {list(images.shape)}")

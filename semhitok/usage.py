@@ -94,6 +94,10 @@ class CodeUsage:
             },
         }
 
+    def figures(self) -> dict[str, float]:
+        """`summary` as one level: {"semantic_usage", "semantic_perplexity", "flat_usage", ...}."""
+        return {f"{view}_{key}": value for view, row in self.summary().items() for key, value in row.items()}
+
     def groups(self) -> GroupUsage:
         """What was counted, by semantic code."""
         counts = self.counts.double()

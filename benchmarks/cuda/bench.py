@@ -1,18 +1,18 @@
 """quantize_bench.py --device cuda: every search of nearest_code ("ip", fp32, unit vectors) beside what one would use
-instead, on a grid of shapes; then hier_quantize, a training step, and the figures that are promised.
+instead, on a grid of shapes; then hier_quantize, a training step, and the figures that must be reached.
 
 Times are microseconds on the device, each call by CUDA events with the L2 flushed before it (timing.py), medians
-of interleaved rounds; "graph" is a call in a CUDA graph of twenty, caches warm. "simt", "few", "mma", "wgmma" and
-"certified" are our searches, each forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
+of interleaved rounds; "graph" is a call in a CUDA graph of twenty, with warm caches. Each of our searches (PATHS) has a
+column and is forced there; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
 
 - torch: `(z @ codebook.T).argmax(1)`, TF32 off; tf32: on; bf16: inputs cast beforehand
 - compile: torch.compile of the same expression, TF32 off
 - triton, triton1: triton_search.py at three TF32 products a score (about fp32) and at one
 - vq: vector-quantize-pytorch's VectorQuantize in eval mode (does more, as for the CPU), where installed
 
-What builds N x K does so in ever smaller pieces where the device's memory does not suffice. The last four contestants
-run where K is 16,384 alone, unless --full. "-": missing, refused the shape, or failed, as said below the table. A
-search that crashed or hung on a shape when tried beforehand (preflight.py) is left out there.
+Contestants that build N x K split the tokens into smaller and smaller pieces if the device's memory is too small. The
+last four contestants run only where K is 16,384, unless --full. "-": missing, refused the shape, or failed; the reasons
+are below the table. A search that crashed or hung on a shape in the trial runs (preflight.py) is skipped there.
 
 "% floor" is the time of floor.py's model of the design in use, from ceilings measured on this card, over ours;
 "limit" is what limits that design. "wrong" counts ids whose float64 score is short of the best by more than 1e-6
@@ -326,7 +326,7 @@ def run_grid(report: Report, shapes: list[Shape], ran: dict[str, set[Shape]], fu
     for name, why in whys.items():
         report.say(f"- {name}: {why}")
     if late:
-        report.say(f"{late} shapes left out: the time allowed was over")
+        report.say(f"{late} shapes skipped: the time limit was reached")
 
 
 def run(shapes: list[Shape], full: bool, budget: float, ceilings_file: Path | None, out: Path | None) -> int:

@@ -1,12 +1,12 @@
-// What this GPU can do at most of each thing that limits the searches, as JSON on stdout: ceilings.py builds and
-// runs it, the benchmark computes its floors from it.
+// The most that this GPU can do of each thing that limits the searches, as JSON on stdout. ceilings.py builds and runs
+// this; the benchmark computes its floors from the output.
 //
 // - issue_per_sm_per_clock: instructions of one kind that the threads of an SM retire a clock, by the SM's own clock
 // - sm_clock_mhz: those clocks over the time of the launch, while it does arithmetic
 // - mma_tflops: tensor cores on random operands (zeros take less power and run faster), by events over a long launch
 // - l2_read_gb_s, hbm_read_gb_s, hbm_copy_gb_s: the last counts bytes read and bytes written
 //
-// The best of kRepeats launches each. null: this GPU, or the architecture compiled for, has no such instruction.
+// Each is the best of kRepeats launches. null: this GPU, or the compiled architecture, does not have the instruction.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -47,7 +47,7 @@ class Buffer {
   int64_t bytes_;
 };
 
-// Milliseconds of the fastest of kRepeats launches; one more goes first, to warm up.
+// Milliseconds of the fastest of kRepeats launches, after one to warm up.
 template <typename Launch>
 double fastest(Launch launch_once) {
   cudaEvent_t start, stop;
@@ -78,8 +78,8 @@ __host__ __device__ uint32_t hash(uint32_t x) {  // Wang's: operands that are no
 
 // ---- issue rates ----
 //
-// A thread has kChains values, and each step of an instruction reads three of them: results are needed twice, so that
-// nothing folds into a wider instruction, and 8 warps of 8 chains for each scheduler hide every latency.
+// A thread has kChains values, and each step of an instruction reads three of them. Results are needed twice, so that
+// nothing is folded into a wider instruction, and 8 warps of 8 chains for each scheduler hide every latency.
 
 constexpr int kChains = 8, kSweeps = 8, kIssueThreads = 1024;
 constexpr int64_t kWholeSM = 120 * 1024;  // bytes of shared memory that leave no room for a second block
@@ -199,13 +199,11 @@ __global__ void __launch_bounds__(kMmaThreads, 1) wgmma_kernel(int steps, uint32
 #ifdef SEMHITOK_HOPPER
   constexpr bool kInteger = std::is_same_v<T, int32_t>;
   char* const b = dynamic_shared();
-  const auto operand = [](uint32_t seed) {
-    return kInteger ? hash(seed) : 0x3c003c00u ^ (hash(seed) & 0x83ff83ffu);
-  };
+  const auto operand = [](uint32_t seed) { return kInteger ? hash(seed) : 0x3c003c00u ^ (hash(seed) & 0x83ff83ffu); };
   for (int i = threadIdx.x; i < kDepthSteps * kSliceBytes / 4; i += kMmaThreads) {
     reinterpret_cast<uint32_t*>(b)[i] = operand(static_cast<uint32_t>(i));
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what ordinary stores wrote
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // so that wgmma sees ordinary stores
   __syncthreads();
   T d[64];
 #pragma unroll
@@ -261,8 +259,8 @@ double wgmma_tflops(int sms) {
 
 constexpr int kReadThreads = 1024, kLoads = 4;
 
-__global__ void __launch_bounds__(kReadThreads) read_kernel(const uint4* from, int64_t count, int passes,
-                                                            uint32_t* sink) {
+__global__ void __launch_bounds__(kReadThreads)
+    read_kernel(const uint4* from, int64_t count, int passes, uint32_t* sink) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kReadThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kReadThreads + threadIdx.x;
   uint32_t seen = 0;
@@ -270,7 +268,7 @@ __global__ void __launch_bounds__(kReadThreads) read_kernel(const uint4* from, i
     for (int64_t i = first; i < count; i += kLoads * threads) {  // count is a multiple of kLoads * threads
       uint4 quad[kLoads];
 #pragma unroll
-      for (int load = 0; load < kLoads; ++load) {  // past L1; asm volatile: another pass is no copy of the first
+      for (int load = 0; load < kLoads; ++load) {  // bypasses L1; asm volatile: another pass is not a copy of the first
         asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(quad[load].x), "=r"(quad[load].y), "=r"(quad[load].z), "=r"(quad[load].w)
                      : "l"(from + i + load * threads));
@@ -289,9 +287,8 @@ double read_gb_s(int sms, int64_t wanted_bytes, int passes) {
   const Buffer<uint4> from(count);
   const Buffer<uint32_t> sink(1);
   CHECK(cudaMemset(from.data(), 1, static_cast<size_t>(from.bytes())));
-  const double ms = fastest([&] {
-    return launch(read_kernel, blocks, kReadThreads, 0, nullptr, from.data(), count, passes, sink.data());
-  });
+  const double ms = fastest(
+      [&] { return launch(read_kernel, blocks, kReadThreads, 0, nullptr, from.data(), count, passes, sink.data()); });
   return static_cast<double>(from.bytes()) * passes / ms / 1e6;
 }
 

@@ -1,4 +1,4 @@
-"""Builds cuda_ceilings.cu for this GPU and runs it: what the floors of the benchmark are computed from.
+"""Builds ceilings.cu for this GPU and runs it. The floors of the benchmark are computed from its output.
 
 python -m benchmarks.cuda.ceilings [--out ceilings.json]
 """
@@ -31,7 +31,7 @@ def compile_command(architecture: str, program: Path) -> list[str]:
 
 
 def architecture_of(major: int, minor: int) -> str:
-    return f"{major}{minor}" + ("a" if major == 9 else "")  # wgmma is in the code for 9.0a alone
+    return f"{major}{minor}" + ("a" if major == 9 else "")  # only code for 9.0a has wgmma
 
 
 def run(command: list[str]) -> str:
@@ -45,7 +45,7 @@ def run(command: list[str]) -> str:
 
 
 def measure() -> dict[str, Any]:
-    """RuntimeError says what failed."""
+    """Raises RuntimeError with what failed."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
 """exactness.py --device cuda: the same kinds of data through every search of the GPU.
 
 A wrong id is one whose float64 score is short of the best by more than 1e-6 (|z| max|c| + max|c|^2/2 for "l2"), more
-than fp32 sums explain, or one of equal codes that is not the first. "close" counts the op's ids that are not float64's
-and yet not wrong; "codes" is how many codes a token had scored exactly, "uncert" the percentage of tokens the certified
-search left to another. "op" is what nearest_code chooses; "-": that search refuses the shape or the dtype.
+than fp32 sums explain, or that of a code equal to an earlier one. "close" counts the op's ids that differ from
+float64's but are not wrong; "codes" is how many codes of a token were scored exactly, "uncert" the percentage of tokens
+that the certified search left to another. "op" is what nearest_code chooses; "-": the search refuses the shape or the
+dtype.
 
 Exit status 1 if one id is wrong, or the op failed.
 """
@@ -40,9 +41,9 @@ class Case(Protocol):
 
 def first_of_equals(codebook: Tensor) -> Tensor:
     """[K]: the lowest index of a code equal to each."""
-    group = codebook.float().unique(dim=0, return_inverse=True)[1]
+    kind = codebook.float().unique(dim=0, return_inverse=True)[1]
     places = torch.arange(len(codebook), device=codebook.device)
-    return torch.full_like(places, len(codebook)).scatter_reduce_(0, group, places, "amin")[group]
+    return torch.full_like(places, len(codebook)).scatter_reduce_(0, kind, places, "amin")[kind]
 
 
 def judge(z: Tensor, codebook: Tensor, metric: str, ids: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -1,15 +1,31 @@
 """The least time each search may take on this card, from what ceilings.py measured: the roofline of its design.
 
-A search keeps several units busy side by side: tensor cores or FMA pipes multiply, the integer and comparison units
-look for the greatest score, the codebook streams out of L2, tokens and ids cross HBM. The slowest of them is the floor,
-and names what limits the design; nothing is added for a start, an end, or waiting.
+A search keeps several units busy at once: tensor cores or FMA pipes multiply, the integer and comparison units look for
+the greatest score, the codebook streams from L2, tokens and ids cross HBM. The slowest of them is the floor and names
+what limits the design; nothing is added for the start, the end, or waiting.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-PATHS = ("simt", "few", "mma", "wgmma", "certified")  # nearest_code_probe's capabilities on CUDA, simplest first
+from semhitok import _C
+
+PATHS = tuple(_C.cuda_searches())  # nearest_code_probe's capabilities on CUDA, simplest first
+
+
+class Design(NamedTuple):
+    tokens_per_block: int  # these share one reading of the codebook from L2
+    instruction: str | None  # of the tensor cores; None: FMAs
+
+
+DESIGNS = {
+    "simt": Design(128, None),
+    "few": Design(256, "mma.sync f16 m16n8k16"),
+    "mma": Design(256, "mma.sync f16 m16n8k16"),
+    "wgmma": Design(192, "wgmma f16 m64n128k16"),
+    "certified": Design(256, "wgmma s8 m64n128k32"),
+}
 
 # certified: 16 three-way maxima for 32 scores, and 6 simpler instructions to keep what they find.
 THREE_WAY_PER_SCORE = 16 / 32
@@ -17,13 +33,6 @@ TWO_WAY_PER_SCORE = 6 / 32
 # The others, for a score: a comparison, and a select each for the score and for its id.
 INSTRUCTIONS_PER_SCORE = 3
 SPLIT_TERMS = 3  # fp16 products that together give an fp32 one
-TOKENS_PER_BLOCK = {
-    "simt": 128,
-    "few": 256,
-    "mma": 256,
-    "wgmma": 192,
-    "certified": 256,
-}  # share a reading of the codebook from L2
 FP16_STEP, INT8_STEP = 16, 32  # depth of one tensor-core instruction
 BYTES_OUT = 4 + 8  # a token's score and id
 
@@ -38,7 +47,7 @@ def padded(depth: int, step: int) -> int:
 
 
 def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor | None:
-    """None where the card lacks what the path needs, or the path is unknown."""
+    """None if the card lacks the instruction that the path needs, or the path is unknown."""
     per_clock, mma = ceilings["issue_per_sm_per_clock"], ceilings["mma_tflops"]
     a_second = ceilings["sms"] * ceilings["sm_clock_mhz"] * 1e6
     scores = n * k
@@ -49,14 +58,10 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
     def tensor(instruction: str, products: int) -> float:
         return 2 * scores * products / (mma[instruction] * 1e12)
 
-    instruction = {
-        "few": "mma.sync f16 m16n8k16",
-        "mma": "mma.sync f16 m16n8k16",
-        "wgmma": "wgmma f16 m64n128k16",
-        "certified": "wgmma s8 m64n128k32",
-    }.get(path)
-    if path not in PATHS or (instruction is not None and mma[instruction] is None):
+    design = DESIGNS.get(path)
+    if design is None or (design.instruction is not None and mma[design.instruction] is None):
         return None
+    instruction = design.instruction
     if instruction is None:
         times, row_bytes = {"FMA": issue("FFMA", d), "compare": issue("VIMNMX", INSTRUCTIONS_PER_SCORE)}, 4 * d
     elif path == "certified":
@@ -69,7 +74,7 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
         times = {
             "MMA": tensor(instruction, SPLIT_TERMS * depth), "compare": issue("VIMNMX", INSTRUCTIONS_PER_SCORE)
         }  # fmt: skip
-    times["L2"] = -(-n // TOKENS_PER_BLOCK[path]) * k * row_bytes / (ceilings["l2_read_gb_s"] * 1e9)
+    times["L2"] = -(-n // design.tokens_per_block) * k * row_bytes / (ceilings["l2_read_gb_s"] * 1e9)
     times["HBM"] = (4 * d * (n + k) + BYTES_OUT * n) / (ceilings["hbm_read_gb_s"] * 1e9)
     limit = max(times, key=lambda name: times[name])
     return Floor(1e6 * times[limit], limit)

@@ -1,5 +1,5 @@
-"""Which searches run on which shapes: every pair tried in a process of its own, as a kernel that crashes or hangs takes
-its process with it and must not take the benchmark.
+"""Which searches run on which shapes. Each search is tried in a process of its own, so that a kernel that crashes or
+hangs does not stop the benchmark.
 
     python -m benchmarks.cuda.preflight PATH NxKxD...      ("op": what nearest_code itself chooses)
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from benchmarks.processes import environment
 
-LIMIT = 45  # seconds for all paths, which run side by side
+LIMIT = 45  # seconds for all paths, which run in parallel
 OP = "op"  # the path that the op itself chooses
 
 Shape = tuple[int, int, int]  # N, K, D
@@ -58,7 +58,7 @@ def outcome(printed: str, named: dict[str, Shape]) -> tuple[set[Shape], str]:
     ran = {named[name] for name, _, rest in (line.partition(" ") for line in lines) if rest == "ok" and name in named}
     complaints = [line for line in lines if not line.endswith(" ok")]
     refused = [line for line in complaints if line.partition(" ")[0] in named]
-    return ran, (refused or complaints[-1:] or ["stopped without a word"])[0]
+    return ran, (refused or complaints[-1:] or ["stopped without output"])[0]
 
 
 def main() -> None:

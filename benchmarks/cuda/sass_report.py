@@ -1,10 +1,10 @@
-"""What the compiler made of every CUDA kernel: registers, memory and the instructions that decide its speed.
+"""Registers, memory and the decisive instructions of every compiled CUDA kernel.
 
     python -m benchmarks.cuda.sass_report [semhitok/_C....so | kernel.cubin | program]
 
-Reads the machine code out of the binary (the installed semhitok._C unless another is named) with cuobjdump: that of
-$CUOBJDUMP, the PATH or Triton's package. A line for each kernel and architecture. Exit status 1 when a kernel of ours
-uses local memory (a stack, LDL, STL) or lacks an instruction that PROMISES names.
+Reads the machine code from the binary (by default the installed semhitok._C) with cuobjdump: from $CUOBJDUMP, the PATH
+or Triton's package. Prints a line for each kernel and architecture. Exit status 1 if a kernel of ours uses local memory
+(a stack, LDL, STL) or lacks an instruction that PROMISES names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# What makes a kernel fast, by a part of its demangled name and the architecture: instructions (an opcode's beginning)
-# that must be in its code. A kernel that is not in the binary breaks its promise too, where its architecture is there.
+# The instructions (an opcode's beginning) that make a kernel fast and must be in its code, by a part of its demangled
+# name and the architecture. A kernel that is missing in a binary with its architecture breaks its promise, too.
 PROMISES: dict[tuple[str, str], tuple[str, ...]] = {
     ("search_few_kernel", "sm_80"): ("HMMA",),
     ("search_mma_kernel", "sm_80"): ("HMMA",),
@@ -74,7 +74,7 @@ class Kernel:
         return NAMESPACE in self.name
 
     def loops(self) -> list[Counter[str]]:
-        """The opcodes of each loop: what lies between a branch backwards and where it goes."""
+        """The opcodes of each loop: those between a backward branch and its target."""
         found = []
         for address, _, target in self.code:
             if target is not None and target < address:
@@ -115,7 +115,7 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def parse(sass: str, resources: str) -> list[Kernel]:
-    """What cuobjdump prints with -sass and with --dump-resource-usage, of one binary -> its kernels, in that order."""
+    """Output of cuobjdump with -sass and with --dump-resource-usage for one binary -> its kernels, in that order."""
     kernels: dict[tuple[str, str], Kernel] = {}
     architecture, kernel = "", None
     for line in sass.splitlines():
@@ -132,7 +132,7 @@ def parse(sass: str, resources: str) -> list[Kernel]:
             architecture = match[1]
         elif match := FUNCTION.match(line):
             kernel = kernels.get((match[1], architecture))
-            # Of a lone .cubin this part is printed without its architecture.
+            # For a lone .cubin this part is printed without its architecture.
             kernel = kernel or next((k for k in kernels.values() if k.mangled == match[1] and not architecture), None)
         elif kernel and (match := RESOURCES.search(line)):
             kernel.registers, stack, kernel.shared, local = map(int, match.groups())
@@ -144,7 +144,7 @@ def parse(sass: str, resources: str) -> list[Kernel]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """By c++filt where there is one; otherwise names as they are."""
+    """With c++filt if it is available; otherwise the names as they are."""
     tool = shutil.which("c++filt") or find_tool("cu++filt")
     if tool is None or not names:
         return names
@@ -174,7 +174,7 @@ def read(binary: Path) -> list[Kernel]:
 
 
 def broken_promises(kernels: list[Kernel]) -> list[str]:
-    """A sentence for each: kernels of ours that use local memory, and promised instructions that are not there."""
+    """A sentence for each kernel of ours that uses local memory, and for each promised instruction that is missing."""
     broken = [
         f"{short(k.name)} ({k.architecture}) uses local memory: {k.stack} bytes of stack, {k.count('LDL/STL')} LDL/STL"
         for k in kernels

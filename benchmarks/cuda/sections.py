@@ -1,5 +1,5 @@
-"""What bench.py measures beside the grid: hier_quantize, a training step of the quantisers, and whether the
-figures that are promised were reached."""
+"""What bench.py measures besides the grid: hier_quantize, a training step of the quantisers, and whether the required
+figures were reached."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TRAINING_TOKENS = 16384
 STEPS, TURNS = 10, 5
 DECAY = 0.99
 
-# ---- the quantisers as one would write them in PyTorch, with an N x K and an N x m x Dp matrix ----
+# ---- the quantisers in plain PyTorch, with an N x K and an N x m x Dp matrix ----
 
 
 class PlainSemantic(nn.Module):
-    """SemanticQuantizer again: forward and norm-EMA."""
+    """A plain SemanticQuantizer: forward and norm-EMA."""
 
     codebook: Tensor
 
@@ -50,7 +50,7 @@ class PlainSemantic(nn.Module):
 
 
 class PlainHierarchical(nn.Module):
-    """HierarchicalQuantizer again: forward and EMA of the sub-codes."""
+    """A plain HierarchicalQuantizer: forward and EMA of the sub-codes."""
 
     codebook: Tensor
     pix_codebook: Tensor
@@ -105,7 +105,7 @@ def hierarchical_step(quantizer: nn.Module, z_sem: Tensor, z_pix: Tensor) -> Ste
 def training_pairs(
     n: int, k: int, m: int, d: int, device: str
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """kind of quantiser -> a step of ours, and one of the plain module that starts from the same codes and tokens."""
+    """kind of quantiser -> a step of ours, and one of the plain module with the same codes and tokens."""
     torch.manual_seed(0)
     semantic = SemanticQuantizer(k, d, decay=DECAY).to(device)
     hierarchical = HierarchicalQuantizer(k, m, d, d, decay=DECAY).to(device)
@@ -127,7 +127,7 @@ def training_pairs(
 
 
 def step_ms(steps: tuple[Step, ...]) -> list[float]:
-    """Wall milliseconds of a step of each, as a training loop sees it: the host's work counts. Medians of turns."""
+    """Wall-clock milliseconds of a step of each, as in a training loop: the host's work counts. Medians over turns."""
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
     for turn in range(1 + TURNS):  # the first warms up
@@ -194,13 +194,13 @@ def run_hier(report: Any, timer: Timer) -> None:
         )
 
 
-# ---- what is promised ----
+# ---- required figures ----
 
 Line = tuple[str, Any, str, Callable[[Any], bool]]  # what, figure, bar, whether it is reached
 
 
 def acceptance(content: dict[str, Any]) -> list[Line]:
-    """Of what bench.py's results.json holds; a figure that was not measured is None."""
+    """From the content of bench.py's results.json; a figure that was not measured is None."""
     records = {(r["N"], r["K"], r["D"]): r for r in content.get("results", [])}
     lines: list[Line] = []
 

@@ -1,8 +1,8 @@
 """Times on a GPU: CUDA events around each call, contestants interleaved in random order, medians.
 
 Before every timed call the L2 is flushed by writing a buffer of twice its size, and the device is kept waiting while
-the host queues the call: both outside the events. So every contestant finds its inputs in HBM, and the time is the
-device's, without the host's overhead, unless the call itself makes the host wait.
+the host queues the call; both happen outside the events. So every contestant finds its inputs in HBM, and the time is
+that of the device, without the host's overhead, unless the call itself makes the host wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Timer = Callable[[Call], float]
 
 HEAD_START = 300_000  # clocks the device waits: some 150 us for the host to queue a call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
-OVERHEAD_US = 300.0  # of a timed call beside itself: flush and head start
+OVERHEAD_US = 300.0  # around a timed call: flush and head start
 GRAPH_CALLS = 20  # in one graph
 MIB = 2**20
 
@@ -51,7 +51,7 @@ def warm_up(calls: dict[str, Call], timer: Timer) -> tuple[dict[str, float], dic
         try:
             timer(call)
             ran[name] = timer(call)
-        except Exception as error:  # whatever it is, it is that contestant's alone
+        except Exception as error:  # it must not stop the other contestants
             failed[name] = reason(error)
     return ran, failed
 
@@ -110,7 +110,7 @@ def graph_us(call: Call) -> float:
 
 
 def extra_mib(call: Callable[[], Sequence[Tensor]]) -> float:
-    """Peak MiB beyond what was there before and what is returned."""
+    """Peak MiB beyond what was allocated before and what is returned."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -121,7 +121,7 @@ def extra_mib(call: Callable[[], Sequence[Tensor]]) -> float:
 
 
 def in_chunks(search: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """search(z) -> ids, on ever smaller pieces of z when the N x K of a piece does not fit the device."""
+    """search(z) -> ids, on smaller and smaller pieces of z until the N x K of a piece fits in the device's memory."""
     pieces = 1
     while True:
         try:

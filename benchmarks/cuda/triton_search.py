@@ -1,11 +1,11 @@
-"""A contestant of the benchmark: the nearest code by inner product, fused in Triton as one would write it today.
+"""A contestant of the benchmark: the nearest code by inner product, as a fused Triton kernel.
 
-A program holds a tile of tokens and walks over tiles of codes: `tl.dot`, then the tile's best score and its lowest id,
-then the running best of each token. No N x K. Few tokens leave SMs idle, so the codes are split over programs as well
-and a second, small reduction picks the best split. Sizes are tuned for each depth and number of tokens.
+A program holds a tile of tokens and goes through tiles of codes: `tl.dot`, then the tile's best score and its lowest
+id, then the running best of each token. No N x K. Few tokens leave SMs idle, so the codes are split over programs as
+well and a second, small reduction picks the best split. Sizes are tuned for each depth and number of tokens.
 
-precision "tf32x3" gives scores to about fp32, "tf32" Triton's default to about 1e-3; "ieee" is fp32 without the tensor
-cores.
+precision: "tf32x3" gives scores to about fp32, "tf32", Triton's default, to about 1e-3; "ieee" is fp32 without the
+tensor cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264  # wanted at least: two for each SM of an H200
+PROGRAMS = 264  # at least: two for each SM of an H200
 MOST_SPLITS = 64
 SMALLEST_TILE = 64  # of tokens
 
@@ -64,7 +64,7 @@ def splits_for(n: int) -> int:
 
 
 def codes_per_split(k: int, splits: int) -> int:
-    """A multiple of every tile of codes, so that no tile reaches into the next split's."""
+    """A multiple of every tile of codes, so that no tile crosses a split."""
     largest = max(config.kwargs["CODES"] for config in CONFIGS)
     return -(-k // (splits * largest)) * largest
 

@@ -1,6 +1,6 @@
-// The CPU backend: its ops, which instruction set they use, and what the drivers (nearest_code.cpp,
+// The CPU backend: its ops, the choice of the instruction set, and what the drivers (nearest_code.cpp,
 // nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: searches by blocks of tokens,
-// scratch, threads.
+// threads.
 #pragma once
 
 #include <atomic>
@@ -10,10 +10,12 @@
 
 #include "../problem.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace semhitok::cpu {
 
-// What this build holds, what this machine could run of it, and what is used (SEMHITOK_CPU_CAPABILITY may lower it).
+// The instruction sets in this build, and whether this machine supports them. The best one is used, or the one that
+// SEMHITOK_CPU_CAPABILITY names.
 struct Capability {
   const char* name;
   bool supported;
@@ -22,30 +24,19 @@ struct Capability {
 constexpr int kMaxCapabilities = 5;
 int capabilities(Capability out[kMaxCapabilities]);  // best first; returns how many
 const Kernels& kernels();                            // throws std::runtime_error on a bad SEMHITOK_CPU_CAPABILITY
-const Kernels& kernels_named(const char* name);      // of this machine's, or throws std::runtime_error
+const Kernels& kernels_named(const char* name);      // throws std::runtime_error if this machine has none
 
 class Codebook;
-
-struct FreeAligned {
-  void operator()(void* p) const;
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], FreeAligned>;
-void* allocate_aligned(int64_t bytes);  // 64-byte aligned; throws std::bad_alloc
-template <typename T>
-Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(allocate_aligned(count * static_cast<int64_t>(sizeof(T)))));
-}
 
 // Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
 class CodeSearch {
  public:
   explicit CodeSearch(const NearestCode& problem);
-  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
+  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
   ~CodeSearch();
-  int64_t block() const { return block_; }  // tokens a call of run takes at most
+  int64_t block() const { return block_; }  // the most tokens a call of run takes
   int64_t blocks() const;                   // blocks of the whole problem
-  int64_t grain() const;                    // blocks worth a thread of their own
+  int64_t grain() const;                    // blocks that are worth a thread
   Buffer<char> scratch() const;             // for the calls of run by one thread
   // scores (float, or double when wide) and ids point at the block's first token.
   void run(int64_t first, int64_t count, const RowsAhead& ahead, char* scratch, void* scores, int64_t* ids) const;
@@ -53,7 +44,7 @@ class CodeSearch {
  private:
   NearestCode problem_;
   const Kernels* kernels_;
-  SearchProbe probe_;
+  SearchOptions options_;
   int64_t block_;
   std::shared_ptr<const Codebook> codebook_;
   Buffer<double> wide_codes_, wide_bias_;
@@ -63,20 +54,20 @@ int64_t subcode_scratch(const NearestSubcode& problem);  // bytes
 void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
                  void* scores, int64_t* ids);
 
-// groups [count]: of the tokens first .. first + count; null: found from their codes.
+// groups [count]: those of the tokens first .. first + count, or null to find them from the codes.
 void lookup_rows(const HierLookup& problem, int64_t first, int64_t count, const int64_t* groups);
 
 // The ops.
 void nearest_code(const NearestCode& problem);
-void nearest_code_probe(const NearestCode& problem, const Kernels& kernels, const SearchProbe& probe);
-// The ids in the order they are packed in, which is that of a probe's groups; the padding repeats some.
+void nearest_code(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
+// The ids in the order in which they are packed, panel by panel; the padding repeats some.
 std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels);
 void nearest_subcode(const NearestSubcode& problem);
 void hier_quantize(const HierQuantize& problem);
 void hier_lookup(const HierLookup& problem);
 void segment_sum(const SegmentSum& problem);
 
-// PyTorch's own thread pool; implemented in ops.cpp so that kernels stay free of its headers.
+// PyTorch's own thread pool; implemented in threads.cpp, so that the kernels stay free of its headers.
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_range(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 int64_t thread_count();
@@ -88,8 +79,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Blocks 0 .. blocks, each taken by whichever thread is free: a core that other work holds up delays one block, not its
-// share of all. worker(next) runs once a thread; next() gives the next block, or -1 after the last.
+// Blocks 0 .. blocks - 1, each taken by the next free thread, so that a core that is busy with other work delays one
+// block only. worker(next) runs once a thread; next() gives the next block, or -1 after the last.
 template <typename F>
 void parallel_blocks(int64_t blocks, int64_t grain, const F& worker) {
   std::atomic<int64_t> taken{0};

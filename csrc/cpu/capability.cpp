@@ -37,7 +37,8 @@ int capabilities(Capability out[kMaxCapabilities]) {
 
 namespace {
 
-// The kernels of that name, the best for none; null, and what there is, when this machine or build has no such.
+// The kernels with that name, or the best without one. Null, with the names that are supported, if this machine or
+// build does not have them.
 const Kernels* find(const char* wanted, std::string* supported) {
   Capability all[kMaxCapabilities];
   const int count = capabilities(all);

@@ -1,14 +1,9 @@
-// Packs a codebook for the search and keeps it while its bytes stay the same.
+// Packs a codebook for the search.
 //
-// What identifies a codebook is what it holds: a 128-bit digest of all its bytes, taken at every call, beside shape and
-// dtype. So an in-place update, an optimiser step, a loaded state or another storage can never be answered from an old
-// one, whoever did it and however; and a codebook computed anew to the same values (normalised in every forward pass)
-// is found again. The digest reads the codebook once, at memory speed: tens of microseconds at 16,384 x 32.
-//
-// Packing: one pass finds unusable and repeated codes, one the mean and the range, one writes (codebook_simd.cpp), each
-// in parallel. Only codes that can win are kept: a code with NaN or Inf cannot, nor can a copy of an earlier one. Codes
-// of very different distance from the mean, or in a few tight clusters, become segments, each with a mean and scale of
-// its own: one scale for all would leave nothing of what tells the close ones apart.
+// One pass finds unusable and repeated codes, one the mean and the range, and one writes (codebook_simd.cpp), each in
+// parallel. Only codes that can win are kept: not a code with NaN or Inf, and not a copy of an earlier one. Codes whose
+// distances from the mean differ widely, or that form a few tight clusters, are divided into parts, each with its own
+// mean and scale: a single scale would round away the differences between close codes.
 #include "codebook.h"
 
 #include <algorithm>
@@ -23,41 +18,13 @@
 namespace semhitok::cpu {
 namespace {
 
-constexpr int64_t kDigestBytes = 1 << 16;     // digested by one thread at a time
-constexpr int64_t kMeasureCodes = 1024;       // measured by one thread at a time
-constexpr size_t kKeptCodebooks = 8;
-constexpr int64_t kKeptBytes = 256 << 20;     // of all of them together
-constexpr double kInflate = 1.0 + 1e-6;       // more than rounding takes from a norm
+constexpr int64_t kMeasureCodes = 1024;  // measured by one thread at a time
+constexpr double kInflate = 1.0 + 1e-6;  // more than rounding takes from a norm
 constexpr int64_t kCodeMax = 127;
-constexpr double kSegmentRatio = 8.0;         // between the largest distances from the mean of two segments
-constexpr size_t kClusterSample = 256;         // codes looked at before all are
-constexpr int64_t kSegmentShare = 32;         // a segment, but the first, has at least this part of the codes
-constexpr int64_t kSegmentBlocks = 8;         // and a codebook of fewer superblocks has one segment
-
-struct Key {
-  uint64_t digest[2];
-  int64_t count, depth;
-  Dtype dtype;
-  const Kernels* kernels;
-  bool operator==(const Key& o) const {
-    return digest[0] == o.digest[0] && digest[1] == o.digest[1] && count == o.count && depth == o.depth &&
-           dtype == o.dtype && kernels == o.kernels;
-  }
-};
-
-Key key_of(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels) {
-  const int64_t bytes = count * depth * element_size(codes.dtype), blocks = ceil_div(bytes, kDigestBytes);
-  std::vector<uint64_t> digests(2 * blocks);
-  parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      kernels.digest(static_cast<const char*>(codes.data) + b * kDigestBytes,
-                     std::min(kDigestBytes, bytes - b * kDigestBytes), &digests[2 * b]);
-    }
-  });
-  Key key{{}, count, depth, codes.dtype, &kernels};
-  kernels.digest(digests.data(), 16 * blocks, key.digest);
-  return key;
-}
+constexpr double kPartRatio = 8.0;      // between the largest distances from the mean of two parts
+constexpr size_t kClusterSample = 256;  // codes looked at before all are
+constexpr int64_t kPartShare = 32;      // every part but the first has at least 1/kPartShare of the codes
+constexpr int64_t kMinSuperblocks = 8;  // a codebook of fewer superblocks is one part
 
 }  // namespace
 
@@ -65,21 +32,21 @@ template <typename T>
 T* Codebook::take(int64_t count) {
   const int64_t bytes = std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T));
   bytes_ += bytes;
-  const auto fits = [&](const Piece& piece) { return piece.bytes == bytes; };
-  const auto old = std::find_if(spare_.begin(), spare_.end(), fits);
-  if (old != spare_.end()) {
-    pieces_.push_back(std::move(*old));
-    spare_.erase(old);
+  const auto fits = [&](const Array& array) { return array.bytes == bytes; };
+  const auto reused = std::find_if(spare_.begin(), spare_.end(), fits);
+  if (reused != spare_.end()) {
+    arrays_.push_back(std::move(*reused));
+    spare_.erase(reused);
   } else {
-    pieces_.push_back({allocate<char>(bytes), bytes});
+    arrays_.push_back({allocate<char>(bytes), bytes});
   }
-  return reinterpret_cast<T*>(pieces_.back().memory.get());
+  return reinterpret_cast<T*>(arrays_.back().memory.get());
 }
 
 Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels,
-                   std::shared_ptr<Codebook> old)
+                   std::shared_ptr<Codebook> former)
     : kernels_(kernels), depth_(depth) {
-  if (old != nullptr) spare_ = std::move(old->pieces_);
+  if (former != nullptr) spare_ = std::move(former->arrays_);
   Buffer<float> converted;
   const float* rows = static_cast<const float*>(codes.data);
   if (codes.dtype != Dtype::kFloat32) {
@@ -93,47 +60,43 @@ Codebook::Codebook(const Rows& codes, int64_t count, int64_t depth, const Kernel
   rows_ = rows;
   const Ids ids = list_codes(count);
   if (!ids.empty()) {
-    const Buffer<double> norms = add_segment(ids);
+    const Buffer<double> norms = add_part(ids);
     const std::vector<Ids> parts = split(ids, norms.get());
     if (parts.size() > 1) {
-      std::move(pieces_.begin(), pieces_.end(), std::back_inserter(spare_));
-      pieces_.clear(), segments_.clear(), bytes_ = 0;
-      for (const Ids& part : parts) add_segment(part);
+      std::move(arrays_.begin(), arrays_.end(), std::back_inserter(spare_));
+      arrays_.clear(), parts_.clear(), bytes_ = 0;
+      for (const Ids& part : parts) add_part(part);
     }
   }
   spare_.clear();
   rows_ = nullptr;
 }
 
-int64_t Codebook::groups() const {
-  return segments_.empty() ? 0 : segments_.back().first_group + segments_.back().padded / kGroupCodes;
-}
-
-// The ids in parts to be searched apart: bands of distance from the mean, farthest first, or a few tight clusters; one
-// part where codes are alike. norms: -distance^2/2 of each id, null without an int8 pass.
+// Divides the ids into the parts to be searched one by one: bands of distance from the mean, farthest first, or a few
+// tight clusters; one part if the codes are alike. norms: -distance^2/2 of each id, null without an int8 pass.
 std::vector<Codebook::Ids> Codebook::split(const Ids& ids, const double* norms) const {
   const int64_t count = static_cast<int64_t>(ids.size());
-  if (norms == nullptr || count < kSegmentBlocks * kernels_.superblock) return {ids};
+  if (norms == nullptr || count < kMinSuperblocks * kernels_.superblock) return {ids};
   const double most = -*std::min_element(norms, norms + count);
   const auto band_of = [&](double norm) {
     const double ratio = std::sqrt(most / std::max(-norm, most * 1e-30));
-    return std::min<int64_t>(static_cast<int64_t>(std::log(ratio) / std::log(kSegmentRatio)), kMaxSegments - 1);
+    return std::min<int64_t>(static_cast<int64_t>(std::log(ratio) / std::log(kPartRatio)), kMaxParts - 1);
   };
-  int64_t counts[kMaxSegments] = {}, part_of[kMaxSegments] = {};
+  int64_t counts[kMaxParts] = {}, part_of[kMaxParts] = {};
   for (int64_t n = 0; n < count; ++n) {
-    if (-norms[n] * kSegmentRatio * kSegmentRatio < most) ++counts[band_of(norms[n])];
+    if (-norms[n] * kPartRatio * kPartRatio < most) ++counts[band_of(norms[n])];
   }
-  for (int64_t band = 1; band < kMaxSegments; ++band) {
-    part_of[band] = part_of[band - 1] + (counts[band] * kSegmentShare >= count);
+  for (int64_t band = 1; band < kMaxParts; ++band) {
+    part_of[band] = part_of[band - 1] + (counts[band] * kPartShare >= count);
   }
-  if (part_of[kMaxSegments - 1] == 0) return clusters(ids, std::sqrt(2.0 * most) / kSegmentRatio);
-  std::vector<Ids> parts(part_of[kMaxSegments - 1] + 1);
+  if (part_of[kMaxParts - 1] == 0) return clusters(ids, std::sqrt(2.0 * most) / kPartRatio);
+  std::vector<Ids> parts(part_of[kMaxParts - 1] + 1);
   for (int64_t n = 0; n < count; ++n) parts[part_of[band_of(norms[n])]].push_back(ids[n]);
   return parts;
 }
 
-// At most kMaxSegments clusters with every code within `radius` of its cluster's centre, or all ids. Centres are chosen
-// farthest first from a sample, which costs next to nothing where there are no such clusters.
+// At most kMaxParts clusters with every code within `radius` of its cluster's centre, or else all ids in one. Centres
+// are chosen farthest first from a sample, which costs next to nothing if there are no such clusters.
 std::vector<Codebook::Ids> Codebook::clusters(const Ids& ids, double radius) const {
   const auto distance2 = [&](int32_t a, int32_t b) {
     double total = 0.0;
@@ -153,7 +116,7 @@ std::vector<Codebook::Ids> Codebook::clusters(const Ids& ids, double radius) con
     }
     const auto farthest = std::max_element(nearest.begin(), nearest.end());
     if (*farthest <= radius * radius) break;
-    if (centres.size() == kMaxSegments) return {ids};
+    if (centres.size() == kMaxParts) return {ids};
     centres.push_back(sample[farthest - nearest.begin()]);
   }
   std::vector<Ids> parts(centres.size());
@@ -177,9 +140,8 @@ Codebook::Ids Codebook::list_codes(int64_t count) const {
   const float* rows = rows_;
   const size_t row_bytes = static_cast<size_t>(depth) * sizeof(float);
   std::vector<uint64_t> hashes(count);  // 0: unusable
-  parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32), [&](int64_t begin, int64_t end) {
-    kernels_.hash_rows(rows, depth, begin, end - begin, hashes.data());
-  });
+  parallel_for(0, count, ceil_div(kInlineWork, depth * 4 + 32),
+               [&](int64_t begin, int64_t end) { kernels_.hash_rows(rows, depth, begin, end - begin, hashes.data()); });
 
   uint64_t slots = 16;
   while (slots < 2 * static_cast<uint64_t>(count)) slots *= 2;
@@ -200,81 +162,81 @@ Codebook::Ids Codebook::list_codes(int64_t count) const {
   return ids;
 }
 
-// The mean and the scale.
-void Codebook::measure(PackedCodebook* segment, const Ids& ids) {
-  const int64_t depth = depth_, count = segment->codes, parts = ceil_div(count, kMeasureCodes);
-  std::vector<double> sums(parts * depth);
-  std::vector<float> lows(parts * depth), highs(parts * depth);
-  parallel_for(0, parts, ceil_div(kInlineWork, kMeasureCodes * depth * 2), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      kernels_.measure(rows_, depth, &ids[p * kMeasureCodes], std::min(kMeasureCodes, count - p * kMeasureCodes),
-                      &sums[p * depth], &lows[p * depth], &highs[p * depth]);
+// Sets the mean and the scale.
+void Codebook::measure(PackedCodebook* part, const Ids& ids) {
+  const int64_t depth = depth_, count = part->num_codes, chunks = ceil_div(count, kMeasureCodes);
+  std::vector<double> sums(chunks * depth);
+  std::vector<float> lows(chunks * depth), highs(chunks * depth);
+  parallel_for(0, chunks, ceil_div(kInlineWork, kMeasureCodes * depth * 2), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      kernels_.measure(rows_, depth, &ids[c * kMeasureCodes], std::min(kMeasureCodes, count - c * kMeasureCodes),
+                       &sums[c * depth], &lows[c * depth], &highs[c * depth]);
     }
   });
 
   const int64_t padded = round_up(depth, kVectorDoubles);
-  segment->mean = take<double>(padded);
-  std::fill_n(segment->mean, padded, 0.0);
+  part->mean = take<double>(padded);
+  std::fill_n(part->mean, padded, 0.0);
   double reach = 0.0, norm = 0.0;
   for (int64_t d = 0; d < depth; ++d) {
     double sum = 0.0, low = lows[d], high = highs[d];
-    for (int64_t p = 0; p < parts; ++p) {
-      sum += sums[p * depth + d];
-      low = std::min<double>(low, lows[p * depth + d]), high = std::max<double>(high, highs[p * depth + d]);
+    for (int64_t c = 0; c < chunks; ++c) {
+      sum += sums[c * depth + d];
+      low = std::min<double>(low, lows[c * depth + d]), high = std::max<double>(high, highs[c * depth + d]);
     }
     const double mean = sum / static_cast<double>(count);
-    segment->mean[d] = mean;
+    part->mean[d] = mean;
     norm += mean * mean;
     reach = std::max({reach, high - mean, mean - low});
   }
-  segment->mean_norm = std::sqrt(norm);
-  segment->scale = reach > 0.0 ? reach / kCodeMax : 1.0;
+  part->mean_norm = std::sqrt(norm);
+  part->scale = reach > 0.0 ? reach / kCodeMax : 1.0;
 }
 
-// Packs the codes of these ids as the next segment; returns -|r|^2/2 of each, null without an int8 pass.
-Buffer<double> Codebook::add_segment(const Ids& ids) {
+// Packs the codes with these ids as the next part; returns -|r|^2/2 of each, null without an int8 pass.
+Buffer<double> Codebook::add_part(const Ids& ids) {
   PackedCodebook p{};
   p.depth = depth_;
-  p.codes = static_cast<int64_t>(ids.size());
-  p.first_group = groups();
+  p.num_codes = static_cast<int64_t>(ids.size());
+  if (!parts_.empty()) p.first_panel = parts_.back().first_panel + parts_.back().padded / kPanelCodes;
   p.int8 = kernels_.step > 0 && depth_ <= kMaxInt8Depth;
   measure(&p, ids);
-  const int64_t depth = p.depth, superblocks = ceil_div(p.codes, kernels_.superblock);
+  const int64_t depth = p.depth, superblocks = ceil_div(p.num_codes, kernels_.superblock);
   p.padded = superblocks * kernels_.superblock;
-  const int64_t groups = p.padded / kGroupCodes;
+  const int64_t panels = p.padded / kPanelCodes;
   p.ids = take<int32_t>(p.padded);
-  for (int64_t n = 0; n < p.padded; ++n) p.ids[n] = ids[std::min(n, p.codes - 1)];
+  for (int64_t n = 0; n < p.padded; ++n) p.ids[n] = ids[std::min(n, p.num_codes - 1)];
   p.rows = take<float>(p.padded * depth);
   p.half_norm = take<float>(p.padded);
   p.half_norm64 = take<double>(p.padded);
   Buffer<double> dots, norms;
-  PackedParts parts{};
+  BiasTerms terms{};
   if (p.int8) {
     p.steps = ceil_div(depth, kernels_.step);
     p.quantised = take<int8_t>(p.padded * p.steps * kernels_.step);
     p.offset = take<int32_t>(p.padded);
-    p.mean_part = take<float>(p.padded);
-    p.norm_part = take<float>(p.padded);
-    p.group_residual = take<float>(groups);
-    p.group_norm = take<float>(groups);
+    p.mean_term = take<float>(p.padded);
+    p.norm_term = take<float>(p.padded);
+    p.panel_residual = take<float>(panels);
+    p.panel_norm = take<float>(panels);
     dots = allocate<double>(p.padded), norms = allocate<double>(p.padded);
-    parts = {dots.get(), norms.get()};
+    terms = {dots.get(), norms.get()};
   }
 
   std::vector<double> largest(superblocks);
   const int64_t grain = ceil_div(kInlineWork, kernels_.superblock * depth * 8);
   parallel_for(0, superblocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) kernels_.pack(p, s, rows_, parts, &largest[s]);
+    for (int64_t s = begin; s < end; ++s) kernels_.pack(p, s, rows_, terms, &largest[s]);
   });
   p.max_norm = std::sqrt(-2.0 * *std::min_element(p.half_norm64, p.half_norm64 + p.padded)) * kInflate;
   if (!p.int8) {
-    segments_.push_back(p);
+    parts_.push_back(p);
     return norms;
   }
 
   p.max_quantised = std::sqrt(*std::max_element(largest.begin(), largest.end())) * kInflate;
-  p.residual = *std::max_element(p.group_residual, p.group_residual + groups);
-  p.norm = *std::max_element(p.group_norm, p.group_norm + groups);
+  p.residual = *std::max_element(p.panel_residual, p.panel_residual + panels);
+  p.norm = *std::max_element(p.panel_norm, p.panel_norm + panels);
   double dot = 0.0;
   const auto [least, most] = std::minmax_element(norms.get(), norms.get() + p.padded);
   for (int64_t n = 0; n < p.padded; ++n) dot = std::max(dot, std::fabs(dots[n]));
@@ -282,75 +244,10 @@ Buffer<double> Codebook::add_segment(const Ids& ids) {
   p.norm_middle = 0.5 * (*least + *most);
   p.norm_size = 0.5 * (*most - *least) * kInflate / p.scale;
   parallel_for(0, superblocks, ceil_div(kInlineWork, kernels_.superblock * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) kernels_.pack_parts(p, s, parts);
+    for (int64_t s = begin; s < end; ++s) kernels_.pack_terms(p, s, terms);
   });
-  segments_.push_back(p);
+  parts_.push_back(p);
   return norms;
-}
-
-// ---- the ones kept ----
-
-namespace {
-
-struct Kept {
-  Key key;
-  const void* data;  // where its codes were: the next version of the same codebook takes its place
-  std::shared_ptr<Codebook> codebook;
-};
-
-// Most recently used last. Nobody waits for the lock: who does not get it packs for itself, so that a process forked
-// while another thread held it still works.
-struct Shelf {
-  std::mutex mutex;
-  std::vector<Kept> kept;
-};
-
-Shelf& shelf() {
-  static Shelf* const one = new Shelf;  // never destroyed: threads may outlive static destruction
-  return *one;
-}
-
-}  // namespace
-
-std::shared_ptr<const Codebook> prepare(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels) {
-  const Key key = key_of(codes, count, depth, kernels);
-  std::shared_ptr<Codebook> old;
-  {
-    std::unique_lock<std::mutex> lock(shelf().mutex, std::try_to_lock);
-    if (lock.owns_lock()) {
-      auto& kept = shelf().kept;
-      const auto found = std::find_if(kept.begin(), kept.end(), [&](const Kept& k) { return k.key == key; });
-      if (found != kept.end()) {
-        std::rotate(found, found + 1, kept.end());
-        return kept.back().codebook;
-      }
-      // Its former version is of no more use: its memory is, unless a search of another thread still reads it.
-      const auto former = std::find_if(kept.begin(), kept.end(), [&](const Kept& k) {
-        return k.data == codes.data && k.key.count == count && k.key.depth == depth && k.key.kernels == &kernels;
-      });
-      if (former != kept.end()) {
-        if (former->codebook.use_count() == 1) old = std::move(former->codebook);
-        kept.erase(former);
-      }
-    }
-  }
-
-  auto packed = std::make_shared<Codebook>(codes, count, depth, kernels, std::move(old));
-  if (packed->bytes() > kKeptBytes) return packed;
-  std::vector<Kept> dropped;  // freed after the lock
-  std::unique_lock<std::mutex> lock(shelf().mutex, std::try_to_lock);
-  if (!lock.owns_lock()) return packed;
-  auto& kept = shelf().kept;
-  kept.push_back({key, codes.data, packed});
-  int64_t total = 0;
-  for (const Kept& k : kept) total += k.codebook->bytes();
-  while (kept.size() > kKeptCodebooks || total > kKeptBytes) {
-    total -= kept.front().codebook->bytes();
-    dropped.push_back(std::move(kept.front()));
-    kept.erase(kept.begin());
-  }
-  lock.unlock();
-  return packed;
 }
 
 }  // namespace semhitok::cpu

@@ -1,17 +1,17 @@
-// Packing a codebook and digesting its bytes, one instruction set.
+// Packing a codebook and digesting its bytes, for one instruction set.
 //
-// A code is usable when it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
-// rows transposed by groups of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that
-// bound what rounding loses, all measured in fp64 and rounded up. Codes sit in lanes there, so no sum is horizontal.
-// half_norm64 enters exact scores, so its order of summation is the same everywhere: ascending depth, even and odd
-// apart. Products of two fp32 numbers are exact in fp64, so FMA or not makes no difference.
+// A code is usable if it is finite; only listed codes are measured and packed. pack writes one superblock: the fp32
+// rows transposed by panels of 16 codes, and, for the int8 pass, q = round((c - mean) / scale) with the norms that
+// bound the rounding, all measured in fp64 and rounded up. Each code has a lane, so no sum is horizontal. half_norm64
+// is part of exact scores, so its order of summation is the same everywhere: ascending depth, even and odd apart.
+// Products of two fp32 numbers are exact in fp64, so it makes no difference whether FMAs are used.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
 #include "passes.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int kCodes = static_cast<int>(kGroupCodes);
+constexpr int kCodes = static_cast<int>(kPanelCodes);
 constexpr int kDoubleVectors = kCodes / kDoubles;
 constexpr float kInflate = 1.0f + 0x1p-20f;  // more than rounding a norm to fp32 can lose
 
@@ -42,7 +42,7 @@ inline Words first_key() {
   return key;
 }
 
-// The 16 rows of a group, transposed: out [depth][16].
+// The 16 rows of a panel, transposed: out [depth][16].
 inline void transpose(const float* const rows[kCodes], int64_t depth, float* out) {
   int64_t d = 0;
 #if defined(__SSE2__)
@@ -63,11 +63,11 @@ inline void transpose(const float* const rows[kCodes], int64_t depth, float* out
   }
 }
 
-// -|c|^2/2 of a group's codes.
-inline void half_norms(const float* group, int64_t depth, double* out) {
+// -|c|^2/2 of a panel's codes.
+inline void half_norms(const float* panel, int64_t depth, double* out) {
   for (int v = 0; v < kDoubleVectors; ++v) {
     DoubleVec even{}, odd{};
-    const float* c = group + v * kDoubles;
+    const float* c = panel + v * kDoubles;
     for (int64_t d = 0; d < depth; d += 2) {
       const DoubleVec a = widen(c + d * kCodes);
       even += a * a;
@@ -79,9 +79,9 @@ inline void half_norms(const float* group, int64_t depth, double* out) {
   }
 }
 
-// Quantises the group in lane `lane` of superblock s, whose transposed rows are `group`.
-inline double quantise_group(const PackedCodebook& book, int64_t s, int64_t lane, const float* group,
-                             const PackedParts& parts) {
+// Quantises the panel in lane `lane` of superblock s, whose transposed rows are `panel`.
+inline double quantise_panel(const PackedCodebook& book, int64_t s, int64_t lane, const float* panel,
+                             const BiasTerms& terms) {
   const int64_t depth = book.depth, index = s * kSuperblock / kCodes + lane;
   const double inverse = 1.0 / book.scale;
   DoubleVec lost[kDoubleVectors] = {}, size[kDoubleVectors] = {}, total[kDoubleVectors] = {};
@@ -95,7 +95,7 @@ inline double quantise_group(const PackedCodebook& book, int64_t s, int64_t lane
       const double mean = book.mean[d];
       double q[kCodes];
       for (int v = 0; v < kDoubleVectors; ++v) {
-        const DoubleVec r = widen(group + d * kCodes + v * kDoubles) - mean;
+        const DoubleVec r = widen(panel + d * kCodes + v * kDoubles) - mean;
         const DoubleVec whole = nearest(r * inverse), rest = r - whole * book.scale;
         lost[v] += rest * rest;
         size[v] += whole * whole;
@@ -113,8 +113,8 @@ inline double quantise_group(const PackedCodebook& book, int64_t s, int64_t lane
 
   double lost_most = 0.0, size_most = 0.0;
   for (int v = 0; v < kDoubleVectors; ++v) {
-    store(parts.mean_dot + index * kCodes + v * kDoubles, dot[v]);
-    store(parts.half_residual_norm + index * kCodes + v * kDoubles, -0.5 * own[v]);
+    store(terms.mean_dot + index * kCodes + v * kDoubles, dot[v]);
+    store(terms.half_residual_norm + index * kCodes + v * kDoubles, -0.5 * own[v]);
     const double a = greatest(lost[v]), b = greatest(size[v]);
     lost_most = a > lost_most ? a : lost_most;
     size_most = b > size_most ? b : size_most;
@@ -124,14 +124,14 @@ inline double quantise_group(const PackedCodebook& book, int64_t s, int64_t lane
           static_cast<Acc>(-kTokenOffset * static_cast<int32_t>(total[v][l]));
     }
   }
-  book.group_residual[index] = static_cast<float>(__builtin_sqrt(lost_most)) * kInflate;
-  book.group_norm[index] = static_cast<float>(__builtin_sqrt(size_most) * book.scale) * kInflate;
+  book.panel_residual[index] = static_cast<float>(__builtin_sqrt(lost_most)) * kInflate;
+  book.panel_norm[index] = static_cast<float>(__builtin_sqrt(size_most) * book.scale) * kInflate;
   return size_most;
 }
 
 }  // namespace
 
-// hashes[n] of rows first .. first + count: equal rows have equal ones, others rarely; 0 for a row with NaN or Inf.
+// hashes[n] of rows first .. first + count: equal rows have equal hashes, others rarely; 0 for a row with NaN or Inf.
 void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes) {
   const Words start = first_key();
   for (int64_t n = first; n < first + count; ++n) {
@@ -185,37 +185,38 @@ void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count
   }
 }
 
-void pack(const PackedCodebook& book, int64_t s, const float* rows, const PackedParts& parts, double* max_quantised) {
+void pack(const PackedCodebook& book, int64_t s, const float* rows, const BiasTerms& terms, double* max_quantised) {
   *max_quantised = 0.0;
   for (int64_t lane = 0; lane < kSuperblock / kCodes; ++lane) {
     const int64_t first = s * kSuperblock + lane * kCodes;
     const float* codes[kCodes];
     for (int n = 0; n < kCodes; ++n) codes[n] = rows + book.ids[first + n] * book.depth;
-    float* group = book.rows + first * book.depth;
-    transpose(codes, book.depth, group);
-    half_norms(group, book.depth, book.half_norm64 + first);
+    float* panel = book.rows + first * book.depth;
+    transpose(codes, book.depth, panel);
+    half_norms(panel, book.depth, book.half_norm64 + first);
     for (int n = 0; n < kCodes; ++n) book.half_norm[first + n] = static_cast<float>(book.half_norm64[first + n]);
     if (!book.int8) continue;
-    const double size = quantise_group(book, s, lane, group, parts);
+    const double size = quantise_panel(book, s, lane, panel, terms);
     *max_quantised = size > *max_quantised ? size : *max_quantised;
   }
 }
 
-void pack_parts(const PackedCodebook& book, int64_t s, const PackedParts& parts) {
+void pack_terms(const PackedCodebook& book, int64_t s, const BiasTerms& terms) {
   const int64_t first = s * kSuperblock;
   const double mean_factor = book.mean_size > 0.0 ? 1.0 / (book.mean_size * book.scale) : 0.0;
   const double norm_factor = book.norm_size > 0.0 ? 1.0 / (book.norm_size * book.scale) : 0.0;
   for (int64_t v = 0; v < kSuperVectors; ++v) {
     for (int64_t l = 0; l < kAccLanes; ++l) {
-      const int64_t to = first + v * kAccLanes + l, from = first + l * kGroupCodes + v;
-      book.mean_part[to] = static_cast<float>(parts.mean_dot[from] * mean_factor);
-      book.norm_part[to] = static_cast<float>((parts.half_residual_norm[from] - book.norm_middle) * norm_factor);
+      const int64_t to = first + v * kAccLanes + l, from = first + l * kPanelCodes + v;
+      book.mean_term[to] = static_cast<float>(terms.mean_dot[from] * mean_factor);
+      book.norm_term[to] = static_cast<float>((terms.half_residual_norm[from] - book.norm_middle) * norm_factor);
     }
   }
 }
 
-// Every word is keyed by its place, its halves are multiplied, and the word itself is added to the accumulator beside,
-// so that a product that happens to be zero hides nothing. The lanes are then mixed with 128-bit products.
+// Every word is combined with a key for its place and its halves are multiplied. The word itself is added to the
+// neighbouring accumulator, so that a product that happens to be zero hides nothing. In the end the lanes are mixed
+// with 128-bit products.
 void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   constexpr int kStripes = 4;  // independent accumulators
   constexpr int64_t kStripeBytes = static_cast<int64_t>(kStripes) * kVectorBytes;

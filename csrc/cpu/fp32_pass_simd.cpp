@@ -1,11 +1,11 @@
-// The fp32 first pass, one instruction set: fp32 scores of every token with every code, kept as lane-wise maxima of
-// units of 128 codes. It serves where there is no int8 pass, beyond its depth, and for the tokens it cannot settle.
+// The fp32 first pass, for one instruction set: fp32 scores of every token with every code, kept as lane-wise maxima of
+// units of 128 codes. It is used if there is no int8 pass, beyond its depth, and for the tokens it cannot settle.
 //
 // Contract: the score of code k is half_norm[k] (l2) or 0, plus the products in ascending depth, one FMA (or multiply
 // and add) a step: within (depth + 2) 2^-24 (sum |x c| + |half_norm|) of the exact one while nothing overflows.
 //
-// Plan. Codes sit in lanes, 16 of a group side by side; the tile of kTileTokens x 2 vectors lives in registers, two max
-// instructions a token end it. A unit is 16 KB at depth 32: it stays in L1 while all tiles pass over it.
+// Plan. Each code has a lane, the 16 of a panel side by side. The tile of kTileTokens x 2 vectors is in registers; two
+// max instructions a token end it. A unit is 16 KB at depth 32: it stays in L1 for all tiles of tokens.
 // Cost: tokens * padded * depth FMAs.
 #include "passes.h"
 
@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kTile = kTileTokens;
 constexpr int kUnitVectors = static_cast<int>(kUnitCodes) / kLanes;
-constexpr int kGroupVectors = static_cast<int>(kGroupCodes) / kLanes;
-static_assert(kGroupVectors * kLanes == kGroupCodes && kUnitVectors % 2 == 0, "a unit is pairs of whole vectors");
+constexpr int kPanelVectors = static_cast<int>(kPanelCodes) / kLanes;
+static_assert(kPanelVectors * kLanes == kPanelCodes && kUnitVectors % 2 == 0, "a unit is pairs of whole vectors");
 
 inline const float* vector_of(const float* unit, int v, int64_t depth) {
-  return unit + (v / kGroupVectors) * kGroupCodes * depth + (v % kGroupVectors) * kLanes;
+  return unit + (v / kPanelVectors) * kPanelCodes * depth + (v % kPanelVectors) * kLanes;
 }
 
 inline void unit_maxima(const float* __restrict x, const float* __restrict unit, const float* __restrict bias,
@@ -30,7 +30,7 @@ inline void unit_maxima(const float* __restrict x, const float* __restrict unit,
     const float* a = vector_of(unit, v, depth);
     const float* b = vector_of(unit, v + 1, depth);
     const float* xd = x;
-    for (int64_t d = 0; d < depth; ++d, a += kGroupCodes, b += kGroupCodes, xd += kTile) {
+    for (int64_t d = 0; d < depth; ++d, a += kPanelCodes, b += kPanelCodes, xd += kTile) {
       const Vec c0 = load(a), c1 = load(b);
       for (int r = 0; r < kTile; ++r) {
         acc0[r] += xd[r] * c0;

@@ -1,7 +1,7 @@
 // Code rows by flat id on the CPU: copies of bytes, whatever the dtype, tokens in parallel.
 // An id outside [0, total) gives rows of NaN in the codebook's dtype.
 // Cost: every row read once and written once; rows of tokens ahead are prefetched, because their addresses are random.
-// Where sub-codebooks have sizes of their own, a binary search among the offsets finds the semantic code of an id.
+// If sub-codebooks have their own sizes, a binary search in the offsets finds the semantic code of an id.
 #include <cstring>
 #include <limits>
 
@@ -28,7 +28,7 @@ void fill_nan(void* row, int64_t depth, Dtype dtype) {
   }
 }
 
-// Always inline: GCC 12 takes a function that only prefetches for one without effect and drops its calls.
+// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
 __attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes && b < kPrefetchBytes; b += kLineBytes) __builtin_prefetch(row + b);
 }

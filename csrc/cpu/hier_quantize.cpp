@@ -1,12 +1,12 @@
-// Hierarchical quantisation on the CPU, both stages and the gather fused per block of tokens.
+// Hierarchical quantisation on the CPU: both stages and the gather, fused for each block of tokens.
 //
 // codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
 // sub-codebook i; q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x
 // depth exists.
 //
-// Plan. The sub-codebooks are a table of megabytes read at random. So a block's second stage waits until the semantic
-// search of the next block is done, which brings the block's sub-codebooks into the cache while it computes; the rows
-// are gathered while they are still there.
+// Plan. The sub-codebooks are a table of megabytes, read at random. So a block's second stage runs after the semantic
+// search of the next block, which prefetches the first block's sub-codebooks while it computes. The rows are gathered
+// while they are still in the cache.
 // Cost: that of nearest_code + nearest_subcode, the packed semantic codebook as scratch.
 #include <algorithm>
 #include <utility>
@@ -16,7 +16,7 @@
 namespace semhitok::cpu {
 namespace {
 
-constexpr int64_t kMostAhead = 4096;  // bytes of a row worth bringing in before it is needed
+constexpr int64_t kMostAhead = 4096;  // bytes of a row that are worth prefetching
 
 }  // namespace
 
@@ -31,7 +31,7 @@ void hier_quantize(const HierQuantize& problem) {
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
     const auto search_scratch = search.scratch();
     const auto sub_scratch = allocate<char>(subcode_scratch(problem.pix));
-    const auto scores = allocate<double>(block);  // float or double; nobody reads them
+    const auto scores = allocate<double>(block);  // float or double; not used
     auto groups = allocate<int64_t>(block), searched = allocate<int64_t>(block);
     int64_t waiting = -1;  // the block whose groups are known
     for (int64_t b = next(); b >= 0 || waiting >= 0; waiting = b, b = b >= 0 ? next() : -1) {

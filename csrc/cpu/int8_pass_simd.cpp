@@ -1,13 +1,13 @@
-// The int8 first pass, one instruction set: integer dot products of every token with every code, kept as the maximum
-// of each group of 16.
+// The int8 first pass, for one instruction set: integer dot products of every token with every code, kept as the
+// maximum of each panel of 16.
 //
-// Contract: maxima[t][g] = max over the 16 codes k of group g of I(t, k) = sum_d q(t, d) q(k, d) + bias(t, k), exact in
-// the accumulator type. The token comes as u = q + kTokenOffset, unsigned, as the instructions want one such side; the
-// codes' `offset` takes that back out and starts the accumulators, so it costs no instruction. The 16-bit accumulator
-// may wrap on the way: wrapping sums are exact as soon as the final value fits, which the caller sees to.
+// Contract: maxima[t][g] = max over the 16 codes k of panel g of I(t, k) = sum_d q(t, d) q(k, d) + bias(t, k), exact in
+// the accumulator type. The token is given as u = q + kTokenOffset, because the instructions need one unsigned operand;
+// the codes' `offset` corrects this and initialises the accumulators, so it costs no instruction. The 16-bit
+// accumulator may wrap on the way: wrapping sums are exact if the final value fits, which the caller ensures.
 //
 // Layout of the codes: [superblock][vector pair][step][2][lane][kStepDims]. Lane l of the 16 vectors of a superblock
-// holds 16 consecutive codes, so the lane-wise maximum over its vectors is the maximum of a group: one max instruction
+// holds 16 consecutive codes, so the lane-wise maximum over its vectors is the maximum of a panel: one max instruction
 // a vector of codes, no index and no horizontal step.
 //
 // Cost per token: padded * depth / kVectorBytes multiply instructions (twice as many, one half of them additions, with
@@ -54,8 +54,8 @@ inline Bytes broadcast(const uint8_t* p) {
 #endif
 }
 
-// acc + sum over a step of token (unsigned) * code (signed). The 32-bit instruction is spelled out because GCC's
-// builtin copies the accumulator around it; taking and returning it by value keeps the tile in registers.
+// acc + sum over a step of token (unsigned) * code (signed). The 32-bit instruction is inline assembly because
+// GCC's builtin copies the accumulator; taking and returning it by value keeps the tile in registers.
 inline AccVec dot(AccVec acc, Bytes token, Bytes code) {
 #if defined(__AVX512VNNI__)
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(token), "v"(code));
@@ -70,9 +70,9 @@ inline AccVec dot(AccVec acc, Bytes token, Bytes code) {
 #endif
 }
 
-// maxima[r * stride ..] = those of the superblock's groups for token r of the tile; top[r] follows. A function of its
-// own: inlined, GCC keeps the code vectors on the stack and loads them again for every token. kSteps: the number of
-// steps where it is known, 0 otherwise; known, short loops unroll.
+// maxima[r * stride ..] = those of the superblock's panels for token r of the tile; top[r] is updated. Not inlined, or
+// GCC would keep the code vectors on the stack and load them again for every token. kSteps: the number of steps if it
+// is known, so that short loops unroll, or 0.
 template <int kSteps>
 __attribute__((noinline)) void superblock_maxima(const uint8_t* __restrict x, const int8_t* __restrict codes,
                                                  const Acc* __restrict start, int64_t any_steps, Acc* __restrict maxima,
@@ -84,7 +84,7 @@ __attribute__((noinline)) void superblock_maxima(const uint8_t* __restrict x, co
     const AccVec start0 = load(start + v * kAccLanes), start1 = load(start + (v + 1) * kAccLanes);
     for (int r = 0; r < kTile; ++r) acc0[r] = start0, acc1[r] = start1;
     const uint8_t* xs = x;
-    if (kSteps > 0) __asm__("" : "+r"(xs));  // or all broadcasts are hoisted, and spill
+    if (kSteps > 0) __asm__("" : "+r"(xs));  // or all broadcasts would be hoisted, and spill
     for (int64_t s = 0; s < steps; ++s, codes += 2 * kVectorBytes, xs += kStepBytes) {
       const Bytes c0 = load_bytes(codes), c1 = load_bytes(codes + kVectorBytes);
       for (int r = 0; r < kTile; ++r) {
@@ -115,8 +115,8 @@ inline IntVec whole_bias(const float* mean, const float* norm, SpanBias bias) {
 inline void biased_start(const PackedCodebook& codebook, int64_t superblock, SpanBias bias, Acc* start) {
   const int64_t first = superblock * kSuperblock;
   const Acc* offset = static_cast<const Acc*>(codebook.offset) + first;
-  const float* mean = codebook.mean_part + first;
-  const float* norm = codebook.norm_part + first;
+  const float* mean = codebook.mean_term + first;
+  const float* norm = codebook.norm_term + first;
   for (int64_t n = 0; n < kSuperblock; n += kAccLanes) {
     AccVec whole;
     const IntVec low = whole_bias(mean + n, norm + n, bias);

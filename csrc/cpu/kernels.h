@@ -1,5 +1,5 @@
-// The functions each instruction set provides (the *_simd.cpp files) and what they work on. Those files include this
-// and no standard header with code in it: see simd.h.
+// The functions that each instruction set provides (the *_simd.cpp files) and their data. Those files include this
+// header and no standard header with code in it: see simd.h.
 #pragma once
 
 #include <cstdint>
@@ -11,65 +11,66 @@ namespace semhitok::cpu {
 [[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-static constexpr int64_t kGroupCodes = 16;      // codes that the int8 pass keeps or drops together
-static constexpr int64_t kUnitCodes = 128;      // codes that the fp32 pass keeps or drops together
-static constexpr int64_t kMaxInt8Depth = 512;   // deeper codes go to the fp32 pass at once
-static constexpr int64_t kMaxSegments = 4;
-static constexpr int64_t kVectorDoubles = 8;    // rows of doubles are padded to this many
+static constexpr int64_t kPanelCodes = 16;  // a panel: packed side by side, kept or dropped together by the int8 pass
+static constexpr int64_t kUnitCodes = 128;  // kept or dropped together by the fp32 pass
+static constexpr int64_t kMaxInt8Depth = 512;  // deeper codes go to the fp32 pass at once
+static constexpr int64_t kMaxParts = 4;
+static constexpr int64_t kVectorDoubles = 8;  // rows of doubles are padded to this many
 
-// A codebook ready to search, or one of the segments it is searched in. Only usable codes are in it, each distinct one
-// once, in ascending order of id: a code with NaN or Inf never wins, a duplicate never wins against its first. The tail
-// of the last superblock repeats the last code, id included. r = c - mean is what the int8 pass sees: codes lose a
-// common offset without a change of winner, as |r| bounds its rounding.
+// A codebook packed for the search, or one of the parts it is searched in. It has only usable codes, each distinct one
+// once, in ascending order of id: a code with NaN or Inf never wins, nor does a copy of an earlier one. The tail of the
+// last superblock repeats the last code and its id. The int8 pass sees r = c - mean: without the common offset, which
+// does not change the winner, |r| and with it the rounding is smaller.
 struct PackedCodebook {
-  int64_t codes;          // listed
-  int64_t first_group;    // of the groups of all segments, its first
-  int64_t padded;         // codes listed, in whole superblocks
-  int64_t depth, steps;   // steps: int8 vectors a code takes, ceil(depth / dimensions of a step)
-  bool int8;              // whether the int8 arrays below are there
-  int32_t* ids;           // [padded]
-  float* rows;            // [padded / 16][depth][16], as given
-  float* half_norm;       // [padded] -|c|^2/2, fp32
-  double* half_norm64;    // [padded] the same in fp64
-  double max_norm;        // largest |c|
+  int64_t num_codes;     // without the padding
+  int64_t first_panel;   // its first among the panels of all parts
+  int64_t padded;        // codes with the padding: whole superblocks
+  int64_t depth, steps;  // steps: of the int8 pass, ceil(depth / dimensions of a step)
+  bool int8;             // whether it has the int8 arrays below
+  int32_t* ids;          // [padded]
+  float* rows;           // [padded / 16][depth][16], as given
+  float* half_norm;      // [padded] -|c|^2/2, fp32
+  double* half_norm64;   // [padded] the same in fp64
+  double max_norm;       // largest |c|
 
   double* mean;           // [depth, zero-padded to kVectorDoubles]
   double mean_norm;       // |mean|
   double scale;           // r ~ scale * q
   double max_quantised;   // largest |q|
   double residual, norm;  // largest |r - scale q| and |scale q|
-  float* group_residual;  // [padded / 16] the same of a group
-  float* group_norm;
-  int8_t* quantised;      // q, in the first pass's order (int8_pass_simd.cpp)
-  void* offset;           // [padded] -(token offset) * sum of q, in that order, as the accumulator type
-  float* mean_part;       // [padded] (mean . r) / (mean_size * scale), in that order
-  float* norm_part;       // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
+  float* panel_residual;  // [padded / 16] the same of a panel
+  float* panel_norm;
+  int8_t* quantised;  // q, in the first pass's order (int8_pass_simd.cpp)
+  void* offset;       // [padded] -(token offset) * sum of q, in that order, as the accumulator type
+  float* mean_term;   // [padded] (mean . r) / (mean_size * scale), in that order
+  float* norm_term;   // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
   double mean_size, norm_size, norm_middle;
 };
 
-// What a packing kernel leaves to its driver, per code in ascending order: mean . r and -|r|^2/2, before scaling.
-struct PackedParts {
+// What a packing kernel returns to its driver for each code, in ascending order: mean . r and -|r|^2/2, not scaled.
+struct BiasTerms {
   double* mean_dot;
   double* half_residual_norm;
 };
 
-// What tests and benchmarks ask of a search beside its answer; every pointer may be null.
-struct SearchProbe {
-  double bound_scale;  // 1, or less to show that the bound is needed
-  bool fp32_first;     // skip the int8 pass
-  int64_t* rescored;   // [tokens] codes scored exactly
-  int64_t groups;      // of all segments
-  double* approximate; // [tokens][groups, or units] the greatest score of each as the first pass sees it
-  double* bound;       // [tokens][groups, or units] how far from the exact one that may be
+// What only tests and benchmarks set: a change to the search, and what it reports besides its answer.
+struct SearchOptions {
+  double bound_scale = 1.0;       // less shows that the bound is needed
+  bool fp32_first = false;        // skip the int8 pass
+  int64_t* rescored = nullptr;    // [tokens] codes scored exactly
+  int64_t panels = 0;             // of all parts
+  double* approximate = nullptr;  // [tokens][panels, or units] the greatest score of each as the first pass sees it
+  double* bound = nullptr;        // [tokens][panels, or units] how far from the exact score that may be
 };
 
-// What a search for sub-codes holds: a token in fp64 and kSubcodeRows codes in fp32, rows padded to kSubcodePadding.
+// The scratch of a search for sub-codes: a token in fp64 and kSubcodeRows codes in fp32, rows padded to
+// kSubcodePadding.
 [[maybe_unused]] static constexpr int64_t kSubcodePadding = 16, kSubcodeRows = 64;
 [[maybe_unused]] static constexpr int64_t subcode_floats(int64_t depth) {
   return (2 + kSubcodeRows) * round_up(depth, kSubcodePadding);
 }
 
-// Rows of a table to bring into the cache while a search computes: those the stage after it will read.
+// Rows of a table to load into the cache during a search: the next stage will read them.
 struct RowsAhead {
   const char* table;
   int64_t row_bytes;
@@ -78,25 +79,25 @@ struct RowsAhead {
 };
 
 struct Kernels {
-  int64_t token_block;  // most tokens a call of search takes
+  int64_t token_block;  // the most tokens a call of search takes
   int64_t superblock;   // codes are padded to a multiple of this
-  int64_t step;         // dimensions a step of the int8 pass takes; 0 when there is none
-  // A digest of bytes: equal for equal bytes; for others a chance of about 2^-64 each word.
+  int64_t step;         // dimensions of a step of the int8 pass; 0 without one
+  // A digest of bytes: equal bytes have equal digests, others with a chance of about 2^-64 a word.
   void (*digest)(const void* data, int64_t bytes, uint64_t out[2]);
-  // Of fp32 rows [][depth] first .. first + count: 0 for one with NaN or Inf; equal rows have equal hashes.
+  // hashes[n] of fp32 rows first .. first + count: 0 for a row with NaN or Inf; equal rows have equal hashes.
   void (*hash_rows)(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
   // Sum and range of rows ids[0 .. count), per dimension.
   void (*measure)(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
                   float* high);
-  // Fills the arrays of superblock s from the rows its ids name; max_quantised receives its largest |q|^2.
-  void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const PackedParts& parts,
+  // Writes superblock s from the rows that its ids name; max_quantised receives its largest |q|^2.
+  void (*pack)(const PackedCodebook& codebook, int64_t s, const float* rows, const BiasTerms& terms,
                double* max_quantised);
-  // Writes mean_part and norm_part of superblock s from parts.
-  void (*pack_parts)(const PackedCodebook& codebook, int64_t s, const PackedParts& parts);
+  // Writes mean_term and norm_term of superblock s from parts.
+  void (*pack_terms)(const PackedCodebook& codebook, int64_t s, const BiasTerms& terms);
   int64_t (*search_scratch)(int64_t depth);  // bytes, 64-byte aligned, the first 64 zero before the first search
   // Tokens first .. first + count of z, count <= token_block; scores and ids point at the first of them.
-  void (*search)(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
-                 int64_t count, const RowsAhead& ahead, const SearchProbe& probe, void* scratch, float* scores,
+  void (*search)(const PackedCodebook* parts, int64_t part_count, const Rows& z, Metric metric, int64_t first,
+                 int64_t count, const RowsAhead& ahead, const SearchOptions& options, void* scratch, float* scores,
                  int64_t* ids);
   // Tokens first .. first + count of problem; group, scores and ids point at the first of them.
   // scratch is subcode_floats(depth) floats.

@@ -1,32 +1,32 @@
-// Nearest code, one instruction set: the search of a block of tokens, exact by certificate.
+// Nearest code, for one instruction set: the search of a block of tokens, exact by certificate.
 //
 // Contract: score(t, k) = sum_d x_d c_d (+ half_norm of k for l2), products in fp64, even and odd d summed apart in
 // ascending order and then added; the answer is the lowest id of the greatest score, on every instruction set. A token
 // with NaN or Inf gets id 0 and score NaN.
 //
 // Plan. x.c = x.mean + alpha mean.r + x'.r with r = c - mean and x' = x - alpha mean (l2 subtracts |c|^2/2, expanded
-// about the mean too). A pass over the quantised x' and r gives every group of 16 codes an approximate maximum, off by
+// about the mean too). A pass over the quantised x' and r gives every panel of 16 codes an approximate maximum, off by
 // at most
 //     |x'| |r - r^| + |x' - x^| |r^| + fixed                  (Cauchy-Schwarz on x'.r - x^.r^; ^ = as quantised)
-// where fixed covers the bias' rounding and that of fp64. Only groups whose approximation plus bound reaches the best
+// where fixed covers the bias' rounding and that of fp64. Only panels whose approximation plus bound reaches the best
 // exact score found are scored exactly, the most promising first; every other code is proven to lose. mean.r and
-// -|r|^2/2 vary over codes and enter as a bias, which tokens of a span share, and with it one scale.
-// Tokens for which the int8 bound keeps too many groups go through the fp32 pass (bound: its rounding); those whose
-// fp32 scores could overflow are scored exactly throughout.
+// -|r|^2/2 vary by code and form a bias; tokens of a span share it, and therefore a scale.
+// Tokens for which the int8 bound keeps too many panels go through the fp32 pass (bound: its rounding). Tokens whose
+// fp32 scores could overflow are scored exactly with all codes.
 //
-// Cost: that of the first pass, 2 fp64 operations per token, code of a kept group and depth, and one look at the
-// maxima, padded / 16 of them a token. Scratch: the maxima of kTokenBlock tokens over a stretch of kSlots groups.
+// Cost: that of the first pass, 2 fp64 operations per token, code of a kept panel and depth, and one look at the
+// maxima, padded / 16 of them a token. Scratch: the maxima of kTokenBlock tokens over a stretch of kSlots panels.
 #include "convert.h"
 #include "search_simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kRetryBlocks = 15;      // blocks that a pass sits out
-constexpr double kLargest32 = 1e38;       // scores below this have no fp32 overflow on their way
+constexpr int64_t kRetryBlocks = 15;  // blocks that a pass skips
+constexpr double kLargest32 = 1e38;   // below this no intermediate fp32 value overflows
 constexpr int kExactTokens = 4;
 
-// Every code of the tokens left, a group and a few tokens at a time: its rows stay in the cache for all of them.
+// All codes for the remaining tokens, a panel and a few tokens at a time, so that its rows stay in the cache.
 void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
   const double* x[kTokenBlock];
@@ -35,7 +35,7 @@ void search_exact(const PackedCodebook& book, bool l2, int64_t count, const Scra
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind == Kind::kExact) x[searched] = scratch.x + t * padded, left[searched++] = tokens + t;
   }
-  for (int64_t g = 0; searched > 0 && g < ceil_div(book.codes, kGroupCodes); ++g) {
+  for (int64_t g = 0; searched > 0 && g < ceil_div(book.num_codes, kPanelCodes); ++g) {
     int64_t t = 0;
     for (; t + kExactTokens <= searched; t += kExactTokens) rescore<kExactTokens, 1>(book, l2, g, x + t, left + t);
     for (; t < searched; ++t) rescore(book, l2, g, x[t], left[t]);
@@ -62,12 +62,12 @@ void read_token(const Rows& z, int64_t index, int64_t depth, float* row, double*
   token->norm = __builtin_sqrt(sum(square));
 }
 
-// One segment, for all tokens not done. waiting: its two counters of blocks that a pass sits out, because it settled
-// less than half of an earlier one: the next ones are likely of the same kind.
-void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const RowsAhead& ahead,
-                    const SearchProbe& probe, const Scratch& scratch, int64_t* waiting, Token* tokens) {
-  const auto sits_out = [&](int pass) {
-    return probe.approximate == nullptr && waiting[pass] > 0 && --waiting[pass] >= 0;
+// Searches one part for all tokens that are not done. waiting: for each of the two passes, how many blocks it skips. A
+// pass that settles less than half of a block skips the next ones, which are likely of the same kind.
+void search_part(const PackedCodebook& book, bool l2, int64_t first, int64_t count, const RowsAhead& ahead,
+                 const SearchOptions& options, const Scratch& scratch, int64_t* waiting, Token* tokens) {
+  const auto skips = [&](int pass) {
+    return options.approximate == nullptr && waiting[pass] > 0 && --waiting[pass] >= 0;
   };
   const auto judge = [&](int pass, int64_t unsettled) {
     if (2 * unsettled > count) waiting[pass] = kRetryBlocks;
@@ -78,7 +78,7 @@ void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t 
     return of;
   };
 
-  const bool int8 = book.int8 && !probe.fp32_first && !sits_out(0);
+  const bool int8 = book.int8 && !options.fp32_first && !skips(0);
   for (int64_t t = 0; t < count; ++t) {
     if (tokens[t].kind != Kind::kDone) tokens[t].kind = int8 ? Kind::kInt8 : Kind::kFp32;
   }
@@ -86,17 +86,17 @@ void search_segment(const PackedCodebook& book, bool l2, int64_t first, int64_t 
   (void)ahead;
 #else
   if (int8) {
-    search_int8(book, l2, count, ahead, probe, first, scratch, tokens);
+    search_int8(book, l2, count, ahead, options, first, scratch, tokens);
     judge(0, count_of(Kind::kFp32));
   }
 #endif
-  const bool fp32 = count_of(Kind::kFp32) > 0 && !sits_out(1);
+  const bool fp32 = count_of(Kind::kFp32) > 0 && !skips(1);
   for (int64_t t = 0; t < count; ++t) {
     const double reach = tokens[t].norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
     if (tokens[t].kind == Kind::kFp32 && !(fp32 && reach < kLargest32)) tokens[t].kind = Kind::kExact;
   }
   if (fp32) {
-    search_fp32(book, l2, count, probe, first, scratch, tokens);
+    search_fp32(book, l2, count, options, first, scratch, tokens);
     judge(1, count_of(Kind::kExact));
   }
   search_exact(book, l2, count, scratch, tokens);
@@ -109,15 +109,14 @@ int64_t search_scratch(int64_t depth) {
   return lay_out(depth, nullptr, &scratch);
 }
 
-void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z, Metric metric, int64_t first,
-            int64_t count, const RowsAhead& ahead, const SearchProbe& probe, void* memory, float* scores,
-            int64_t* ids) {
+void search(const PackedCodebook* parts, int64_t part_count, const Rows& z, Metric metric, int64_t first, int64_t count,
+            const RowsAhead& ahead, const SearchOptions& options, void* memory, float* scores, int64_t* ids) {
   const bool l2 = metric == Metric::kL2;
-  const int64_t depth = segments[0].depth, padded = round_up(depth, kVectorDoubles);
+  const int64_t depth = parts[0].depth, padded = round_up(depth, kVectorDoubles);
   Scratch scratch;
   lay_out(depth, static_cast<char*>(memory), &scratch);
-  int32_t lowest = segments[0].ids[0];
-  for (int64_t s = 1; s < segment_count; ++s) lowest = segments[s].ids[0] < lowest ? segments[s].ids[0] : lowest;
+  int32_t lowest = parts[0].ids[0];
+  for (int64_t s = 1; s < part_count; ++s) lowest = parts[s].ids[0] < lowest ? parts[s].ids[0] : lowest;
 
   Token tokens[kTokenBlock];
   for (int64_t t = 0; t < count; ++t) {
@@ -126,21 +125,23 @@ void search(const PackedCodebook* segments, int64_t segment_count, const Rows& z
     token.kind = token.norm < kInfinity ? Kind::kInt8 : Kind::kDone;
     if (token.norm == 0.0 && !l2) token.kind = Kind::kDone, token.best = 0.0, token.id = lowest;  // all scores are 0
   }
-  for (int64_t s = 0; s < segment_count; ++s) {
-    search_segment(segments[s], l2, first, count, s == 0 ? ahead : RowsAhead{}, probe, scratch, scratch.waiting + 2 * s,
-                   tokens);
+  for (int64_t s = 0; s < part_count; ++s) {
+    search_part(parts[s], l2, first, count, s == 0 ? ahead : RowsAhead{}, options, scratch, scratch.waiting + 2 * s,
+                tokens);
   }
   for (int64_t t = 0; t < count; ++t) {
     const Token& token = tokens[t];
     const bool found = token.best > -kInfinity;
     scores[t] = found ? static_cast<float>(token.best) : __builtin_nanf("");
     ids[t] = found ? token.id : 0;
-    if (probe.rescored != nullptr) probe.rescored[first + t] = token.rescored;
+    if (options.rescored != nullptr) options.rescored[first + t] = token.rescored;
   }
 }
 
 extern const Kernels table;
-const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0, digest, hash_rows, measure, pack,
-                       pack_parts,  search_scratch, search, subcode};
+const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0,
+                       digest,      hash_rows,   measure,
+                       pack,        pack_terms,  search_scratch,
+                       search,      subcode};
 
 }  // namespace semhitok::cpu::SEMHITOK_ISA

@@ -1,17 +1,17 @@
-// Nearest sub-code, fp32, one instruction set: each token searches the one sub-codebook its group names.
+// Nearest sub-code in fp32, for one instruction set: each token searches the sub-codebook of its group.
 //
 // Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]], summed in fp64 and rounded to fp32 once; the
 // lowest j of the greatest score wins. id 0 and score NaN for a group out of range, a token with NaN or Inf, or no
 // score above -inf. Scores and ids have the same bits on every instruction set.
 //
-// Plan. No packing: a sub-codebook is one contiguous row of its sub-codes' values, read once. The sum over the depth
-// runs in kSumLanes lanes and ends in a fixed tree, whatever the registers hold. Products of two fp32 values are exact
-// in fp64, so it does not matter where they are fused into the sum; and no sum of finite ones overflows, so NaN or Inf
-// in the token or the code shows in the total and needs no test of its own. kTile sub-codes are summed together and
-// their lanes added by one transposition. Rows of tokens ahead are prefetched, into the second level: the first has too
-// few slots for lines on their way, and the addresses are random in a table larger than the caches.
-// Cost: tokens * subcodes * depth values read, converted to fp64 and multiplied once (ip) or twice (l2); of sub-codebooks
-// of different sizes, each token those of its own.
+// Plan. No packing: a sub-codebook is contiguous and read once. The sum over the depth runs in kSumLanes lanes and ends
+// in a fixed tree, whatever the size of the registers. Products of two fp32 values are exact in fp64, so it does not
+// matter whether they are fused into the sum. No sum of finite products overflows, so NaN or Inf in the token or the
+// code shows in the total and needs no test of its own. kTile sub-codes are summed together and their lanes added by
+// one transposition. Rows of tokens ahead are prefetched into the second-level cache: the first has too few slots for
+// lines in flight, and the addresses are random in a table larger than the caches.
+// Cost: tokens * subcodes * depth values read, converted to fp64 and multiplied once (ip) or twice (l2); with
+// sub-codebooks of different sizes, each token counts its own.
 #include "convert.h"
 #include "kernels.h"
 #include "simd.h"
@@ -34,7 +34,7 @@ constexpr int kParts = kSumLanes / kWide;
 constexpr int kTile = 4;
 constexpr int64_t kMostCodes = 1 << 30;  // a search counts sub-codes in 32 bits
 constexpr int64_t kPrefetchTokens = 8;
-constexpr int64_t kPrefetchBytes = 16384;  // a row's; what follows is long enough for the hardware's own prefetcher
+constexpr int64_t kPrefetchBytes = 16384;  // of a row; the hardware's prefetcher handles longer rows
 constexpr int64_t kLineBytes = 64;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
@@ -101,7 +101,7 @@ inline int32_t best_code(const double* x, const float* codes, int64_t stride, in
   TileIds best_id{}, id{0, 1, 2, 3};
   for (int32_t j = 0; j < count; j += kTile, id += kTile) {
     const float* code[kTile];
-    // Past the end the last code stands in: it comes later than itself, so it cannot win.
+    // Past the end the last code is repeated: an equal score later cannot win.
     for (int s = 0; s < kTile; ++s) code[s] = codes + (j + s < count ? j + s : count - 1) * stride;
     WideVec lanes[kParts][kTile];
     for (int part = 0; part < kParts; ++part) {
@@ -130,12 +130,12 @@ inline int32_t best_code(const double* x, const float* codes, int64_t stride, in
   return least[0] < least[1] ? least[0] : least[1];
 }
 
-// Always inline: GCC 12 takes a function that only prefetches for one without effect and drops its calls.
+// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
 __attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(row + b, 0, 2);
 }
 
-// rows[j] = sub-code first + j as fp32, `padded` values apart. Apart from the loop below, which it would swell.
+// rows[j] = sub-code first + j as fp32, `padded` values apart. Not inlined: it would bloat the loop below.
 __attribute__((noinline)) void read_codes(const NearestSubcode& p, int64_t first, int64_t count, int64_t padded,
                                           float* rows) {
   if (padded == p.depth) {

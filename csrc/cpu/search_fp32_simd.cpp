@@ -1,14 +1,15 @@
-// The fp32 stage of a search, one instruction set: for tokens without an int8 pass, or that it left. The bound is the
-// rounding of fp32; tokens for which even that keeps most of the codes are left to be scored exactly throughout.
+// The fp32 stage of a search, for one instruction set: for tokens without an int8 pass, or that it left. The bound is
+// the rounding of fp32. Tokens for which even this keeps most of the codes are left, to be scored exactly with all
+// codes.
 #include "search_simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kShortList = 48;  // slots that are no reason to give up, however few there are
+constexpr int64_t kShortList = 48;  // so few slots are scored, whatever their share of all
 constexpr double kEps32 = 0x1p-24;
 
-// The fp32 pass' bound: rounding of each of its steps, and results below the normal range.
+// The bound of the fp32 pass: the rounding of each step, and results below the normal range.
 inline double fp32_bound(const PackedCodebook& book, bool l2, const Token& token, double scale) {
   const double reach = token.norm * book.max_norm + (l2 ? 0.5 * book.max_norm * book.max_norm : 0.0);
   return scale * static_cast<double>(book.depth + 3) * (kEps32 * kRelative * reach + 0x1p-125);
@@ -21,7 +22,7 @@ void settle_fp32(const PackedCodebook& book, bool l2, const double* x, const flo
     return static_cast<float>(value - __builtin_fabs(value) * 0x1p-23 - 0x1p-140);
   };
   const auto rescore_unit = [&](int64_t unit) {
-    for (int64_t g = 0; g < kUnitGroups; ++g) rescore(book, l2, (first_unit + unit) * kUnitGroups + g, x, token);
+    for (int64_t g = 0; g < kUnitPanels; ++g) rescore(book, l2, (first_unit + unit) * kUnitPanels + g, x, token);
   };
   double low = most - 2.0 * bound;
   if (token->best - bound > low) low = token->best - bound;
@@ -45,7 +46,7 @@ void settle_fp32(const PackedCodebook& book, bool l2, const double* x, const flo
 
 }  // namespace
 
-void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
+void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchOptions& options, int64_t first,
                  const Scratch& scratch, Token* tokens) {
   const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
   int32_t order[kTokenBlock];
@@ -75,21 +76,21 @@ void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const Searc
     fp32_pass(book, l2, u, here, tiles, tile_count, maxima, kStride, top);
     for (int64_t t = 0; t < searched; ++t) {
       Token& token = tokens[order[t]];
-      const bool first_pass = probe.fp32_first || !book.int8;
-      if (probe.approximate != nullptr && first_pass) {
+      const bool first_pass = options.fp32_first || !book.int8;
+      if (options.approximate != nullptr && first_pass) {
         for (int64_t n = 0; n < here; ++n) {
-          const int64_t to = ((first + order[t]) * probe.groups + book.first_group) / kUnitGroups + u + n;
+          const int64_t to = ((first + order[t]) * options.panels + book.first_panel) / kUnitPanels + u + n;
           float most = kLeast;
           for (int l = 0; l < kLanes; ++l) {
             const float m = maxima[t * kStride + n * kLanes + l];
             most = m > most ? m : most;
           }
-          probe.approximate[to] = most, probe.bound[to] = fp32_bound(book, l2, token, 1.0);
+          options.approximate[to] = most, options.bound[to] = fp32_bound(book, l2, token, 1.0);
         }
       }
       if (token.kind != Kind::kFp32) continue;
       settle_fp32(book, l2, scratch.x + order[t] * padded, maxima + t * kStride, u, slots, greatest(top[t]),
-                  probe.bound_scale, scratch.list, &token);
+                  options.bound_scale, scratch.list, &token);
     }
   }
 }

@@ -1,9 +1,9 @@
-// The int8 stage of a search, one instruction set: quantises tokens, runs the pass, scores the groups its bound leaves.
-// What certifies the result is set down in nearest_code_simd.cpp.
+// The int8 stage of a search, for one instruction set: quantises tokens, runs the pass, scores the panels that its
+// bound leaves. nearest_code_simd.cpp explains the certificate.
 //
-// Tokens are sorted by size and go in spans of kSpan, which share a scale where there is a bias; a span's alpha is how
-// much of the codebook's mean its tokens hold. Maxima are kept for kSlots groups at a time: per stretch, a token's best
-// group is scored first, and whatever reaches its score after that.
+// Tokens are sorted by size and divided into spans of kSpan, which share a scale if there is a bias. A span's alpha is
+// how much of the codebook's mean its tokens contain. Maxima are kept for kSlots panels at a time: of each such
+// stretch, a token's best panel is scored first, and then the panels that can reach its score.
 #include "search_simd.h"
 
 #if SEMHITOK_INT8
@@ -11,13 +11,13 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int64_t kShortList = 48;  // slots kept without a second look
-constexpr int64_t kAhead = 3;       // tokens looked at before one is scored
+constexpr int64_t kShortList = 48;      // slots that are kept without a second scan
+constexpr int64_t kAhead = 3;           // tokens scanned before one is scored
 constexpr double kWorthShifting = 0.1;  // part of |x|^2 that must lie along the mean
 constexpr double kEps64 = 1e-15;
 constexpr int64_t kLineBytes = 64;
 
-// Quantises the tokens of a span (-1: none) into its tiles and sets what certifies them.
+// Quantises the tokens of a span (-1: none) into its tiles and sets their bounds.
 void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, Token* tokens, const Scratch& scratch,
                    uint8_t* tiles, SpanBias* bias) {
   const int64_t depth = book.depth, padded = round_up(depth, kVectorDoubles);
@@ -28,8 +28,9 @@ void quantise_span(const PackedCodebook& book, bool l2, const int32_t* members, 
     const Token& token = tokens[members[r]];
     along += token.along, size += token.norm * token.norm, ++count;
   }
-  // How much of the mean the span's tokens hold, where taking just that out is worth its bias. With plain = 0 (inner
-  // product) or 1 (l2) there is none for it; gain is what alpha takes from the sum of |x'|^2 compared with plain.
+  // alpha: how much of the mean the span's tokens contain, if removing it is worth the bias. With alpha = plain, 0
+  // (inner product) or 1 (l2), no bias is needed for it. gain: by how much alpha reduces the sum of |x'|^2 compared
+  // with plain.
   const double mean2 = book.mean_norm * book.mean_norm, plain = l2 ? 1.0 : 0.0;
   double alpha = mean2 > 0.0 && count > 0 ? along / (count * mean2) : plain;
   const double gain = count * mean2 * (alpha - plain) * (alpha - plain);
@@ -105,20 +106,20 @@ inline Acc threshold_of(double value) {
   return static_cast<Acc>(value < -kLeast - 1.0 ? __builtin_floor(value) : -kLeast - 1.0);
 }
 
-// What a look at a token's maxima over one stretch of groups found: the slots that may hold its best code.
+// What a scan of a token's maxima over one stretch of panels found: the slots that may hold its best code.
 struct Found {
-  Acc most;         // the greatest maximum
-  int32_t first;    // a slot that has it; -1: the stretch holds nothing for this token
-  int64_t count;    // how many may; beyond kShortList they are looked up again once the first is scored
+  Acc most;       // the greatest maximum
+  int32_t first;  // a slot that has it; -1: the stretch has nothing for this token
+  int64_t count;  // how many may; if more than kShortList, they are scanned again once the first is scored
   int32_t list[kShortList];
 };
 
-// The bound in units of the approximate scores, and one more for the rounding of the lines that use it.
+// The bound in units of the approximate scores, plus one for the rounding of the lines that use it.
 inline double margin_of(const PackedCodebook& book, const Token& token, double scale) {
   return bound_of(token, book.residual, book.norm, scale) / token.unit + 1.0;
 }
 
-void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_group, int64_t slots,
+void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int64_t first_panel, int64_t slots,
           Acc most, double scale, int32_t* list, Found* found) {
   const double margin = margin_of(book, token, scale);
   double low = most - 2.0 * margin;
@@ -132,45 +133,45 @@ void find(const PackedCodebook& book, const Token& token, const Acc* maxima, int
   int32_t first = list[0];
   for (int64_t i = 0; i < count; ++i) first = maxima[list[i]] > maxima[first] ? list[i] : first;
   found->first = first;
-  const int64_t row_lines = book.depth * kGroupCodes * 4;
+  const int64_t row_lines = book.depth * kPanelCodes * 4;
   for (int64_t i = 0; i < kept; ++i) {
     found->list[i] = list[i];
     if (maxima[list[i]] + margin < most) continue;
-    const char* rows = reinterpret_cast<const char*>(book.rows + (first_group + list[i]) * kGroupCodes * book.depth);
+    const char* rows = reinterpret_cast<const char*>(book.rows + (first_panel + list[i]) * kPanelCodes * book.depth);
     for (int64_t line = 0; line < row_lines; line += kLineBytes) __builtin_prefetch(rows + line);
   }
 }
 
-// Scores what was found. Leaves tokens that would need too many groups to the fp32 pass.
-void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_group,
-            int64_t groups, double scale, int32_t* long_list, const Found& found, Token* token) {
+// Scores what was found. Tokens that would need too many panels are left to the fp32 pass.
+void settle(const PackedCodebook& book, bool l2, const double* x, const Acc* maxima, int64_t first_panel,
+            int64_t panels, double scale, int32_t* long_list, const Found& found, Token* token) {
   const int32_t* list = found.list;
   int64_t count = found.count;
-  rescore(book, l2, first_group + found.first, x, token);
+  rescore(book, l2, first_panel + found.first, x, token);
   if (count == 1) return;
   const Acc threshold = threshold_of((token->best - token->base) / token->unit - margin_of(book, *token, scale));
   if (count > kShortList) {
-    count = scan(maxima, round_up(groups, 64), threshold, long_list);
+    count = scan(maxima, round_up(panels, 64), threshold, long_list);
     list = long_list;
-    if (count > kShortList && count > groups * 3 / 8) {
+    if (count > kShortList && count > panels * 3 / 8) {
       token->kind = Kind::kFp32;
       return;
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t slot = list[i], group = first_group + slot;
+    const int64_t slot = list[i], panel = first_panel + slot;
     if (slot == found.first || maxima[slot] < threshold) continue;
-    const double own = bound_of(*token, book.group_residual[group], book.group_norm[group], scale);
-    if (token->base + token->unit * maxima[slot] + own >= token->best) rescore(book, l2, group, x, token);
+    const double own = bound_of(*token, book.panel_residual[panel], book.panel_norm[panel], scale);
+    if (token->base + token->unit * maxima[slot] + own >= token->best) rescore(book, l2, panel, x, token);
   }
 }
 
 }  // namespace
 
-void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead, const SearchProbe& probe,
-                 int64_t first, const Scratch& scratch, Token* tokens) {
+void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
+                 const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens) {
   const int64_t padded = round_up(book.depth, kVectorDoubles);
-  // A span shares a scale when it has a bias: put tokens of one size together.
+  // A span shares a scale if it has a bias: put tokens of similar size together.
   int32_t order[kTokenBlock];
   int64_t searched = 0;
   const bool sorted = l2 || book.mean_norm > 0.0;
@@ -196,39 +197,39 @@ void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsA
   constexpr Acc kLeast = static_cast<Acc>(sizeof(Acc) == 4 ? INT32_MIN : INT16_MIN);
   const int64_t superblocks = book.padded / kSuperblock, stretch = kSlots / kAccLanes;
   for (int64_t s = 0; s < superblocks; s += stretch) {
-    const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, groups = here * kAccLanes;
+    const int64_t here = superblocks - s < stretch ? superblocks - s : stretch, panels = here * kAccLanes;
     for (int64_t t = 0; t < tile_count * kTile; ++t) top[t] = splat(kLeast);
     int8_pass(book, s, here, scratch.tiles, tile_count, bias, s == 0 ? ahead : RowsAhead{}, maxima, kStride, top);
-    const int64_t first_group = s * kAccLanes;
-    for (int64_t t = 0; probe.approximate != nullptr && t < searched; ++t) {
+    const int64_t first_panel = s * kAccLanes;
+    for (int64_t t = 0; options.approximate != nullptr && t < searched; ++t) {
       const Token& token = tokens[order[t]];
-      const int64_t row = (first + order[t]) * probe.groups + book.first_group + first_group;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t group = first_group + g;
-        probe.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
-        probe.bound[row + g] = bound_of(token, book.group_residual[group], book.group_norm[group], 1.0);
+      const int64_t row = (first + order[t]) * options.panels + book.first_panel + first_panel;
+      for (int64_t g = 0; g < panels; ++g) {
+        const int64_t panel = first_panel + g;
+        options.approximate[row + g] = token.base + token.unit * maxima[t * kStride + g];
+        options.bound[row + g] = bound_of(token, book.panel_residual[panel], book.panel_norm[panel], 1.0);
       }
     }
 
-    // Groups of nothing but the tail's copies have been seen where the last code stands.
-    const int64_t listed = ceil_div(book.codes, kGroupCodes) - first_group;
+    // Panels with only copies of the last code are covered by that code's own panel.
+    const int64_t listed = ceil_div(book.num_codes, kPanelCodes) - first_panel;
     for (int64_t t = 0; t < searched; ++t) {
-      for (int64_t g = listed; g < round_up(groups, 64); ++g) maxima[t * kStride + g] = kLeast;
+      for (int64_t g = listed; g < round_up(panels, 64); ++g) maxima[t * kStride + g] = kLeast;
     }
 
-    // Looking runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
+    // Scanning runs kAhead tokens ahead of scoring, so that the rows to score are in the cache by then.
     Found found[kAhead];
     for (int64_t t = 0; t < searched + kAhead; ++t) {
       if (t >= kAhead && found[t % kAhead].first >= 0) {
         const int64_t n = t - kAhead;
-        settle(book, l2, scratch.x + order[n] * padded, maxima + n * kStride, first_group, groups, probe.bound_scale,
+        settle(book, l2, scratch.x + order[n] * padded, maxima + n * kStride, first_panel, panels, options.bound_scale,
                scratch.list, found[t % kAhead], tokens + order[n]);
       }
       if (t >= searched) continue;
       found[t % kAhead].first = -1;
       if (tokens[order[t]].kind != Kind::kInt8) continue;
-      find(book, tokens[order[t]], maxima + t * kStride, first_group, round_up(groups, 64), greatest(top[t]),
-           probe.bound_scale, scratch.list, found + t % kAhead);
+      find(book, tokens[order[t]], maxima + t * kStride, first_panel, round_up(panels, 64), greatest(top[t]),
+           options.bound_scale, scratch.list, found + t % kAhead);
     }
   }
 }

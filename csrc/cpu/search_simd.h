@@ -1,5 +1,5 @@
-// What the stages of a search share, one instruction set: tokens and certificates, scratch, the look through maxima,
-// exact scores. The plan stands in nearest_code_simd.cpp.
+// What the stages of a search share, for one instruction set: tokens and certificates, scratch, the scan of maxima,
+// exact scores. nearest_code_simd.cpp has the plan.
 #pragma once
 
 #include "passes.h"
@@ -7,13 +7,13 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kSlots = 1024;         // maxima of a token kept at a time
-constexpr int64_t kStride = kSlots + 32; // apart, so that rows of maxima do not meet in one cache set
+constexpr int64_t kSlots = 1024;          // maxima of a token that are kept at a time
+constexpr int64_t kStride = kSlots + 32;  // with padding, so that rows of maxima do not share cache sets
 constexpr int kTile = kTileTokens;
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
-constexpr int64_t kUnitGroups = kUnitCodes / kGroupCodes;
-constexpr int kGroupVectors = static_cast<int>(kGroupCodes) / kDoubles;
+constexpr int64_t kUnitPanels = kUnitCodes / kPanelCodes;
+constexpr int kPanelVectors = static_cast<int>(kPanelCodes) / kDoubles;
 static_assert(kTokenBlock % kSpan == 0 && kSpan % kTile == 0 && 8 % kTile == 0, "a block of tokens is whole tiles");
 static_assert(kSlots % kAccLanes == 0 && kSlots % kLanes == 0 && kSlots % 64 == 0, "a stretch is whole vectors");
 static_assert(kSuperblock % kUnitCodes == 0, "a codebook padded to superblocks is whole units");
@@ -32,14 +32,14 @@ struct Token {
 };
 
 struct Scratch {
-  int64_t* waiting; // [kMaxSegments][2] blocks before a segment's int8 and fp32 pass are tried again
-  double* x;        // [kTokenBlock][padded depth]
-  double* shifted;  // [kSpan][padded depth]
-  float* row;       // [depth]
-  uint8_t* tiles;   // int8 or fp32 tiles
-  char* maxima;     // [kTokenBlock][kStride] of Acc or float
-  char* top;        // [kTokenBlock] vectors
-  int32_t* list;    // [kSlots]
+  int64_t* waiting;  // [kMaxParts][2] blocks that a part's int8 and fp32 pass still skip
+  double* x;         // [kTokenBlock][padded depth]
+  double* shifted;   // [kSpan][padded depth]
+  float* row;        // [depth]
+  uint8_t* tiles;    // int8 or fp32 tiles
+  char* maxima;      // [kTokenBlock][kStride] of Acc or float
+  char* top;         // [kTokenBlock] vectors
+  int32_t* list;     // [kSlots]
 };
 
 namespace {
@@ -53,7 +53,7 @@ namespace {
     at += round_up(bytes, 64);
     return p;
   };
-  out->waiting = reinterpret_cast<int64_t*>(take(kMaxSegments * 2 * 8));
+  out->waiting = reinterpret_cast<int64_t*>(take(kMaxParts * 2 * 8));
   out->x = reinterpret_cast<double*>(take(kTokenBlock * padded * 8));
   out->shifted = reinterpret_cast<double*>(take(kSpan * padded * 8));
   out->row = reinterpret_cast<float*>(take(padded * 4));
@@ -64,7 +64,7 @@ namespace {
   return at;
 }
 
-// ---- looking through maxima ----
+// ---- scanning maxima ----
 
 // Bit i: values[i] >= threshold, for 64 of them.
 inline uint64_t reaching(const float* values, float threshold) {
@@ -165,25 +165,24 @@ inline int64_t scan(const T* maxima, int64_t slots, T threshold, int32_t* list) 
 
 // ---- exact scores ----
 
-// Scores the 16 codes of a group for kTokens tokens and keeps each one's greatest, the lowest id where equal. kAtOnce:
-// how many of the group's vectors the registers hold sums for.
+// Scores the 16 codes of a panel for kTokens tokens and keeps the greatest of each, the lowest id if equal. kAtOnce:
+// how many of the panel's vectors have their sums in registers at once.
 template <int kTokens, int kAtOnce>
-inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* const x[kTokens],
+inline void rescore(const PackedCodebook& book, bool l2, int64_t panel, const double* const x[kTokens],
                     Token* const tokens[kTokens]) {
-  static_assert(kGroupVectors % kAtOnce == 0, "whole vectors");
-  DoubleVec scores[kTokens][kGroupVectors];
-  for (int first = 0; first < kGroupVectors; first += kAtOnce) {
-    const float* c = book.rows + group * kGroupCodes * book.depth + first * kDoubles;
+  static_assert(kPanelVectors % kAtOnce == 0, "whole vectors");
+  DoubleVec scores[kTokens][kPanelVectors];
+  for (int first = 0; first < kPanelVectors; first += kAtOnce) {
+    const float* c = book.rows + panel * kPanelCodes * book.depth + first * kDoubles;
     DoubleVec even[kTokens][kAtOnce], odd[kTokens][kAtOnce];
     for (int v = 0; v < kAtOnce; ++v) {
-      const DoubleVec start =
-          l2 ? load(book.half_norm64 + group * kGroupCodes + (first + v) * kDoubles) : DoubleVec{};
+      const DoubleVec start = l2 ? load(book.half_norm64 + panel * kPanelCodes + (first + v) * kDoubles) : DoubleVec{};
       for (int r = 0; r < kTokens; ++r) even[r][v] = start, odd[r][v] = DoubleVec{};
     }
     int64_t d = 0;
-    for (; d + 2 <= book.depth; d += 2, c += 2 * kGroupCodes) {
+    for (; d + 2 <= book.depth; d += 2, c += 2 * kPanelCodes) {
       for (int v = 0; v < kAtOnce; ++v) {
-        const DoubleVec a = widen(c + v * kDoubles), b = widen(c + kGroupCodes + v * kDoubles);
+        const DoubleVec a = widen(c + v * kDoubles), b = widen(c + kPanelCodes + v * kDoubles);
         for (int r = 0; r < kTokens; ++r) {
           even[r][v] += x[r][d] * a;
           odd[r][v] += x[r][d + 1] * b;
@@ -197,27 +196,27 @@ inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const do
       for (int r = 0; r < kTokens; ++r) scores[r][first + v] = even[r][v] + odd[r][v];
     }
   }
-  const int32_t* ids = book.ids + group * kGroupCodes;
+  const int32_t* ids = book.ids + panel * kPanelCodes;
   for (int r = 0; r < kTokens; ++r) {
     Token* token = tokens[r];
-    token->rescored += kGroupCodes;
+    token->rescored += kPanelCodes;
     uint32_t bits = 0;
-    for (int v = 0; v < kGroupVectors; ++v) {
+    for (int v = 0; v < kPanelVectors; ++v) {
       bits |= beating(scores[r][v], token->best, ids[0] < token->id) << (v * kDoubles);
     }
     if (bits == 0) continue;
     DoubleVec most = scores[r][0];
-    for (int v = 1; v < kGroupVectors; ++v) most = larger(most, scores[r][v]);
+    for (int v = 1; v < kPanelVectors; ++v) most = larger(most, scores[r][v]);
     const double best = greatest(most);
     uint32_t winners = 0;
-    for (int v = 0; v < kGroupVectors; ++v) winners |= beating(scores[r][v], best, true) << (v * kDoubles);
-    const int32_t id = ids[__builtin_ctz(winners)];  // ids ascend within a group
+    for (int v = 0; v < kPanelVectors; ++v) winners |= beating(scores[r][v], best, true) << (v * kDoubles);
+    const int32_t id = ids[__builtin_ctz(winners)];  // ids ascend within a panel
     if (best > token->best || id < token->id) token->best = best, token->id = id;
   }
 }
 
-inline void rescore(const PackedCodebook& book, bool l2, int64_t group, const double* x, Token* token) {
-  rescore<1, kGroupVectors>(book, l2, group, &x, &token);
+inline void rescore(const PackedCodebook& book, bool l2, int64_t panel, const double* x, Token* token) {
+  rescore<1, kPanelVectors>(book, l2, panel, &x, &token);
 }
 
 inline double bound_of(const Token& token, double residual, double norm, double scale) {
@@ -226,10 +225,11 @@ inline double bound_of(const Token& token, double residual, double norm, double 
 
 }  // namespace
 
-// The int8 and the fp32 pass for the tokens of their kind, each settled or left to the next kind; first is the block's.
-void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead, const SearchProbe& probe,
-                 int64_t first, const Scratch& scratch, Token* tokens);
-void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchProbe& probe, int64_t first,
+// The int8 and the fp32 pass for the tokens of their kind; each token is settled or passed on to the next kind. first:
+// that of the block.
+void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
+                 const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens);
+void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchOptions& options, int64_t first,
                  const Scratch& scratch, Token* tokens);
 
 }  // namespace semhitok::cpu::SEMHITOK_ISA

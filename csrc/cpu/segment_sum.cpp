@@ -1,8 +1,8 @@
 // Sums of rows by segment on the CPU.
 //
 // sums[s] = sum of values[r] over the rows r with ids[r] == s, counts[s] their number; rows with an id outside
-// [0, segments) are left out. Every element is added up in ascending row order, in fp64, and rounded once: the bits
-// depend on nothing but the input.
+// [0, segments) are skipped. Every element is added up in ascending row order, in fp64, and rounded once: the bits
+// depend only on the input.
 //
 // Plan. A stable counting sort orders the rows: chunks of rows are counted and placed in parallel, a segment's rows of
 // one chunk after those of the chunks before. Blocks of about equally many rows are then summed in parallel, whole
@@ -21,8 +21,8 @@ namespace {
 constexpr int64_t kChunkRows = 1 << 15;    // rows worth a thread of their own in the sort
 constexpr int64_t kElementWork = 8;        // adding up a value costs about as much as this many multiply-adds
 constexpr int64_t kLongSegment = 1 << 16;  // rows
-constexpr int64_t kSliceColumns = 32;      // of a long segment: the two cache lines of fp32 that memory gives at once
-constexpr int64_t kGroup = 4;              // rows added at a time, so that totals are loaded and stored less often
+constexpr int64_t kSliceColumns = 32;      // of a long segment: two cache lines of fp32, which memory delivers together
+constexpr int64_t kBatch = 4;              // rows added at a time, so that totals are loaded and stored less often
 constexpr int64_t kPrefetchRows = 32, kPrefetchBytes = 1024, kLineBytes = 64;
 
 struct Float16 {
@@ -80,11 +80,11 @@ Order sort(const SegmentSum& p) {
   int32_t* rows = order.rows.get();
   for_each_row([rows](int32_t* places, int64_t id, int64_t row) { rows[places[id]++] = static_cast<int32_t>(row); });
   std::fill_n(rows + position, kPrefetchRows, 0);
-  order.ends = places_of(chunks - 1);  // the last chunk's places have moved on to the ends
+  order.ends = places_of(chunks - 1);  // the last chunk's places have advanced to the ends
   return order;
 }
 
-// Always inline: GCC 12 takes a function that only prefetches for one without effect and drops its calls.
+// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
 __attribute__((always_inline)) inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
@@ -97,8 +97,8 @@ void add_rows(const T* values, int64_t depth, int64_t width, const int32_t* rows
   const auto row = [&](int64_t i) { return values + rows[i] * depth; };
   std::fill_n(total, width, 0.0);
   int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    for (int64_t k = 0; k < kGroup; ++k) prefetch_row(row(i + k + kPrefetchRows), bytes);
+  for (; i + kBatch <= count; i += kBatch) {
+    for (int64_t k = 0; k < kBatch; ++k) prefetch_row(row(i + k + kPrefetchRows), bytes);
     const T *r0 = row(i), *r1 = row(i + 1), *r2 = row(i + 2), *r3 = row(i + 3);
     for (int64_t d = 0; d < width; ++d) {
       total[d] = total[d] + widened(r0[d]) + widened(r1[d]) + widened(r2[d]) + widened(r3[d]);

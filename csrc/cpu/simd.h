@@ -1,7 +1,7 @@
-// The instruction set a *_simd.cpp file is compiled for: its vector types, register tiles and few special instructions.
+// The instruction set that a *_simd.cpp file is compiled for: vector types, register tiles, a few special instructions.
 //
-// The build compiles each of those files once per instruction set with SEMHITOK_ISA naming it (CMakeLists.txt).
-// They keep everything in namespace SEMHITOK_ISA, use no standard templates and no shared inline functions.
+// The build compiles each of those files once for each instruction set, with its name in SEMHITOK_ISA (CMakeLists.txt).
+// They keep everything in namespace SEMHITOK_ISA and use no standard templates and no shared inline functions.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 // fp32: kTileTokens x 2 vectors of accumulators, kTileTokens running maxima, two code vectors and a broadcast must fit
-// the registers: 32 of them with AVX-512 and on ARM, 16 otherwise.
+// in the registers: 32 with AVX-512 and on ARM, 16 otherwise.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kTileTokens = 8, kRegisters = 32;
 #elif defined(__AVX2__)
@@ -46,7 +46,7 @@ constexpr double kAccLimit = 1 << 28;  // room for the bias: products stay far b
 #define SEMHITOK_INT8 1
 typedef int16_t Acc;
 constexpr int kStepDims = 2, kTokenMax = 63, kTokenOffset = 64;
-constexpr double kAccLimit = 32700;  // for everything: final sums must fit, those on the way may wrap
+constexpr double kAccLimit = 32700;  // for everything: final sums must fit, intermediate ones may wrap
 #else
 #define SEMHITOK_INT8 0
 typedef int32_t Acc;
@@ -56,7 +56,7 @@ constexpr double kAccLimit = 0;
 constexpr int kCodeMax = 127;
 constexpr int kVectorBytes = kLanes * 4;
 constexpr int kAccLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
-constexpr int kSuperVectors = 16;  // vectors of a superblock: lane l of all of them is one group
+constexpr int kSuperVectors = 16;  // vectors of a superblock: its lanes l are one panel
 constexpr int kSuperblock = SEMHITOK_INT8 ? kSuperVectors * kAccLanes : 128;
 typedef Acc AccVec __attribute__((vector_size(kVectorBytes)));
 
@@ -82,7 +82,7 @@ inline DoubleVec splat(double x) { return DoubleVec{} + x; }
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 // To the nearest integer, ties to even; for magnitudes below 2^51.
 inline DoubleVec nearest(DoubleVec v) { return (v + 0x1.8p52) - 0x1.8p52; }
-// Reductions over lanes halve the vector: no chain of as many steps as lanes.
+// Reductions over lanes halve the vector, instead of a chain with a step for every lane.
 inline double sum(DoubleVec v) {
   double lanes[kDoubles];
   store(lanes, v);

@@ -1,13 +1,14 @@
 // The second pass of the certified search (int8_codebook.cuh): from the kept slices to exact ids.
 //
 // Contract: id and score of every token, the score an fp64 sum rounded once, the lowest id among equal fp64 scores; or
-// the token goes to the list of those without a certificate. rescored counts the codes scored in fp64, -1 in the list.
+// the token goes on the list of those without a certificate. rescored: how many codes were scored in fp64, -1 for a
+// token on the list.
 //
-// Plan. Eight lanes a token, so that a warp has four chains of loads under way. The best slice is scored again in int8,
-// four codes a lane; its greatest A gives an exact score, that a threshold for A. If the last key of every lane is below
-// it, every code at or above it, in any kept slice, is scored in fp64.
-// Cost a token at D = 32: about 1.7 slices of 1 KiB and 1.7 codes of 128 bytes from L2; 150 MB at N = 65,536, K = 16,384,
-// 27 us at 5.5 TB/s.
+// Plan. Eight lanes a token, so that a warp has four chains of loads in flight. The best slice is scored again in int8,
+// four codes a lane. Its greatest A gives an exact score, and this a threshold for A. If the last key of every lane is
+// below the threshold, all codes at or above it, in any kept slice, are scored in fp64.
+// Cost a token at D = 32: about 1.7 slices of 1 KiB and 1.7 codes of 128 bytes from L2; 150 MB at N = 65,536, K =
+// 16,384, 27 us at 5.5 TB/s.
 #include <climits>
 #include <cmath>
 
@@ -19,7 +20,7 @@ namespace {
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kBlocksPerMultiprocessor = 2;  // three would spill
 constexpr int kCodesPerLane = kSliceCodes / kTeam;
-constexpr double kExactRounding = 1e-12;  // of fp64 sums, far beyond what they can be off by, times |x||c|
+constexpr double kExactRounding = 1e-12;  // of fp64 sums, times |x||c|: far more than their rounding
 constexpr double kMostThreshold = 1 << 30;
 static_assert(kSliceCodes % kTeam == 0, "every lane has as many codes");
 
@@ -59,8 +60,7 @@ __device__ __forceinline__ void score_slice(const CertifiedScratch& scratch, con
 #pragma unroll
     for (int i = 0; i < kCodesPerLane; ++i) {
       const int4 c = *reinterpret_cast<const int4*>(tile + column * kTileColumnBytes +
-                                                    slice_column(slice.lane, team_lane() + kTeam * i) *
-                                                        kColumnBytes);
+                                                    slice_column(slice.lane, team_lane() + kTeam * i) * kColumnBytes);
       scores[i] = __dp4a(x.x, c.x, __dp4a(x.y, c.y, __dp4a(x.z, c.z, __dp4a(x.w, c.w, scores[i]))));
     }
   }
@@ -78,8 +78,9 @@ __device__ __forceinline__ double exact_score(const NearestCode& p, int64_t toke
   return team_sum(dot) + bias_of(p.metric, team_sum(squared)) + team_sum(poison);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_kernel(NearestCode p, CertifiedScratch scratch, int steps,
-                                                           double root_depth, double bound_scale, int64_t* rescored) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    certify_kernel(NearestCode p, CertifiedScratch scratch, int steps, double root_depth, double bound_scale,
+                   int64_t* rescored) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam;
   if (token >= p.tokens) return;
   const int lane = team_lane(), bits = key_tile_bits(steps);
@@ -118,14 +119,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_ke
 #pragma unroll
     for (int i = 0; i < kCodesPerLane; ++i) {
       const int64_t k = slice.tile * kTileCodes + slice_column(slice.lane, lane + kTeam * i);
-      if (k < p.codes) top = max(top, int64_t{scores[i]} * (int64_t{1} << 32) + (INT_MAX - k));
+      if (k < p.num_codes) top = max(top, int64_t{scores[i]} * (int64_t{1} << 32) + (INT_MAX - k));
     }
     top = team_max(top);
     if (top != INT64_MIN) consider(INT_MAX - (top & 0xFFFFFFFF));
     const double longest = stats.largest * root_depth;  // no code is longer; nor is the mean, nor x beyond y and mean
     const double size = (info.norm + (p.metric == Metric::kL2 ? longest : 0.0)) * longest;
     const double bound = bound_scale * (double{info.norm} * stats.residual + double{info.residual} * stats.norm +
-                                        stats.bias_residual + info.dropped_bias) + kExactRounding * size;
+                                        stats.bias_residual + info.dropped_bias) +
+                         kExactRounding * size;
     const double lowest = floor((best - info.offset - bound) * info.inverse_scale);
     const int32_t threshold = static_cast<int32_t>(max(min(lowest, kMostThreshold), -kMostThreshold));
     bool dropped = !(best > -infinity(double()));  // nothing to compare with
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_ke
       for (int i = 0; i < kCodesPerLane; ++i) able |= team_vote(scores[i] >= threshold) << (kTeam * i);
       for (; able != 0; able &= able - 1) {
         const int64_t k = current.tile * kTileCodes + slice_column(current.lane, __ffs(able) - 1);
-        if (k < p.codes && k != seen) consider(k);
+        if (k < p.num_codes && k != seen) consider(k);
       }
       while (votes == 0 && (base += kTeam) < entries) {
         const int e = base + lane;
@@ -173,11 +175,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) certify_ke
 
 }  // namespace
 
-cudaError_t certify(const NearestCode& p, const CertifiedScratch& scratch, double bound_scale, int64_t* rescored,
+cudaError_t certify(const NearestCode& p, const CertifiedScratch& scratch, const SearchOptions& options,
                     cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kTeamsPerBlock));
   return launch(certify_kernel, blocks, kThreads, 0, stream, p, scratch, int8_steps(p),
-                std::sqrt(static_cast<double>(p.depth)), bound_scale, rescored);
+                std::sqrt(static_cast<double>(p.depth)), options.bound_scale, options.rescored);
 }
 
 }  // namespace semhitok::cuda

@@ -1,7 +1,7 @@
-// A codebook as the tensor cores read it, and what is known of it beforehand.
+// A codebook as the tensor cores read it, and its statistics.
 //
-// Packed codebook: tiles of kTileCodes codes; of a tile, columns of 16 bytes of all its codes one after another, so that
-// 8 codes of a column are one core matrix (ptx.cuh) and a tile is one contiguous copy.
+// Packed codebook: tiles of kTileCodes codes. A tile is stored column by column, a column being 16 bytes of each of its
+// codes, so that 8 codes of a column are one core matrix (ptx.cuh) and a tile is one contiguous copy.
 #pragma once
 
 #include "device.cuh"
@@ -13,7 +13,7 @@ constexpr int kColumnBytes = 16;
 constexpr int kTileColumnBytes = kTileCodes * kColumnBytes;  // from one column of a tile to the next
 constexpr int kCoreMatrixBytes = 8 * kColumnBytes;           // from 8 codes of a column to the next 8
 
-// Over the codes without NaN and Inf; the floats are not negative, so that their bits order as integers. All start at 0.
+// Over the codes without NaN and Inf. The floats are not negative, so their bits compare as integers. All start at 0.
 struct CodebookStats {
   float largest;         // max |c_d|
   float centred;         // max |c_d - mean_d|

@@ -1,8 +1,8 @@
-// What the packing of a codebook needs to know first: its mean and its largest entries, over codes without NaN and Inf.
+// What the packing of a codebook needs first: its mean and its largest entries, over the codes without NaN and Inf.
 //
-// Plan. Eight lanes a code. sums_kernel leaves kBlocks partial sums in fp64; extremes_kernel adds them in order, in every
-// block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring only
-// the second runs.
+// Plan. Eight lanes a code. sums_kernel leaves kBlocks partial sums in fp64; extremes_kernel adds them in order, in
+// every block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring
+// only the second runs.
 // Cost: the codebook read twice (L2: 2 x 2 MiB at K = 16,384, D = 32), two launches of about 2 us.
 #include "codebook.cuh"
 
@@ -15,7 +15,7 @@ constexpr int kPerLane = kMaxTensorDepth / kTeam;
 constexpr int kPartial = kMaxTensorDepth + 2;  // sums along the depth, of the bias, and the number of codes
 static_assert(kThreads >= kPartial, "a thread a sum");
 
-// Values of row k, lane l has those of depth l, l + 8, ...; false where the row has NaN or Inf.
+// Reads row k; lane l has the values at depth l, l + 8, ... False if the row has NaN or Inf.
 __device__ __forceinline__ bool read_row(const NearestCode& p, int64_t k, float (&c)[kPerLane]) {
   float poison = 0.0f;
 #pragma unroll
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* p
   if (blockIdx.x == 0 && threadIdx.x == 0) *stats = CodebookStats{};
   const int team = threadIdx.x / kTeam, lane = team_lane();
   double sum[kPerLane] = {}, bias = 0.0, count = 0.0;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team; k < p.codes;
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team; k < p.num_codes;
        k += static_cast<int64_t>(gridDim.x) * kTeamsPerBlock) {
     float c[kPerLane];
     if (!read_row(p, k, c)) continue;
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* p
   }
 }
 
-__global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool centre, const double* partial,
-                                                            CodebookStats* stats) {
+__global__ void __launch_bounds__(kThreads)
+    extremes_kernel(NearestCode p, bool centre, const double* partial, CodebookStats* stats) {
   __shared__ double mean[kPartial];
   if (threadIdx.x < kPartial) {
     double total = 0.0;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool 
   __syncthreads();
   double squared_mean = 0.0;
   for (int d = team_lane(); d < kMaxTensorDepth; d += kTeam) squared_mean += mean[d] * mean[d];
-  // The mean of -|c|^2/2 over the codes, made that of -|r|^2/2.
+  // From the mean of -|c|^2/2 over the codes to that of -|r|^2/2.
   const double mean_bias = mean[kMaxTensorDepth] - bias_of(p.metric, team_sum(squared_mean));
   if (blockIdx.x == 0) {
     if (threadIdx.x < kMaxTensorDepth) stats->mean[threadIdx.x] = mean[threadIdx.x];
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool 
   }
   float largest = 0.0f;
   double centred = 0.0, bias = 0.0;
-  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; k < p.codes;
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; k < p.num_codes;
        k += static_cast<int64_t>(gridDim.x) * kTeamsPerBlock) {
     float c[kPerLane];
     if (!read_row(p, k, c)) continue;
@@ -109,14 +109,16 @@ __global__ void __launch_bounds__(kThreads) extremes_kernel(NearestCode p, bool 
 
 }  // namespace
 
-int64_t stats_partial_bytes() { return static_cast<int64_t>(kBlocks) * kPartial * static_cast<int64_t>(sizeof(double)); }
+int64_t stats_partial_bytes() {
+  return static_cast<int64_t>(kBlocks) * kPartial * static_cast<int64_t>(sizeof(double));
+}
 
 cudaError_t codebook_stats(const NearestCode& p, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream) {
   const cudaError_t error = centre ? launch(sums_kernel, kBlocks, kThreads, 0, stream, p, partial, stats)
                                    : cudaMemsetAsync(stats, 0, sizeof(CodebookStats), stream);
   if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.codes, kTeamsPerBlock), 4 * kBlocks));
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.num_codes, kTeamsPerBlock), 4 * kBlocks));
   return launch(extremes_kernel, blocks, kThreads, 0, stream, p, centre, partial, stats);
 }
 

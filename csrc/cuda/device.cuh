@@ -1,7 +1,7 @@
-// What the kernels share: launching, reading any of the four dtypes, warp reductions, scratch cut into aligned pieces.
+// What the kernels share: launching, reading any of the four dtypes, warp reductions, scratch.
 //
-// SEMHITOK_EMULATED: the tests also compile the kernels for the CPU, to run them where there is no GPU; what CUDA's
-// compiler gives them then comes from tests/cuda.
+// SEMHITOK_EMULATED: the tests also compile the kernels for the CPU, to run them without a GPU. tests/cuda then
+// provides what CUDA's compiler would.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -47,15 +47,15 @@ __device__ __forceinline__ double infinity(double) { return __longlong_as_double
 __device__ __forceinline__ float nan_of(float) { return __int_as_float(0x7fc00000); }
 __device__ __forceinline__ double nan_of(double) { return __longlong_as_double(0x7ff8000000000000ll); }
 
-// Hands out pieces of one scratch allocation; run over a null base it measures.
-class Pieces {
+// Hands out aligned arrays from one scratch allocation. With a null base it only measures.
+class Arena {
  public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <typename T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    T* array = reinterpret_cast<T*>(base_ + used_);
     used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), kScratchAlignment) * kScratchAlignment;
-    return piece;
+    return array;
   }
   int64_t used() const { return used_; }
 
@@ -65,14 +65,14 @@ class Pieces {
 };
 
 #ifndef SEMHITOK_EMULATED
-// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), also where a block takes more than 48 KiB.
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), also with more than 48 KiB of shared memory a block.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(std::forward<Arguments>(arguments)...);
@@ -86,7 +86,7 @@ __device__ __forceinline__ char* dynamic_shared() {
 }
 #endif
 
-// Blocks for a kernel that gives a warp to each of count items.
+// Blocks of a kernel that has a warp for each of count items.
 inline unsigned warp_blocks(int64_t count) { return static_cast<unsigned>(ceil_div(count, kWarpsPerBlock)); }
 
 }  // namespace semhitok::cuda

@@ -1,7 +1,7 @@
-// The two ends of a search on fp16 products: packing the codebook, and merging what the splits found.
+// The start and the end of a search on fp16 products: packing the codebook, and merging the results of the splits.
 //
 // pack: eight lanes a code, a lane a column of eight values. Cost: K * D * 4 bytes read and as many written.
-// merge: eight lanes a token, which meet by (score descending, id ascending): arrival never decides.
+// merge: eight lanes a token, combined by (score descending, id ascending): the order of arrival never matters.
 #include "half_codebook.cuh"
 
 namespace semhitok::cuda {
@@ -10,15 +10,15 @@ namespace {
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kMergeBlocks = 8;  // a multiprocessor
 
-__global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats,
-                                                             int steps, char* codes) {
+__global__ void __launch_bounds__(kThreads)
+    pack_half_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats, int steps, char* codes) {
   if (token_count(p, tokens) == 0) return;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam;  // whole tiles of codes
   char* tile = codes + k / kTileCodes * half_tile_bytes(steps);
   const int row = static_cast<int>(k % kTileCodes);
   const int shift = half_shift(stats->largest), columns = steps * (kStepDepth / kColumnDepth);
   double squared = 0.0;
-  float poison = k < p.codes ? 0.0f : nan_of(float());
+  float poison = k < p.num_codes ? 0.0f : nan_of(float());
   for (int column = team_lane(); column < columns; column += kTeam) {
     HalfPair pairs[kColumnDepth / 2];
 #pragma unroll
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, Toke
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int64_t d = column * kColumnDepth + i + j;
-        c[j] = k < p.codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
+        c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
         squared += static_cast<double>(c[j]) * c[j];
         poison += c[j] * 0.0f;
       }
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) pack_half_kernel(NearestCode p, Toke
   }
 }
 
-__global__ void __launch_bounds__(kThreads) merge_half_kernel(NearestCode p, TokenList tokens, HalfResults results,
-                                                              int tile_tokens, int32_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    merge_half_kernel(NearestCode p, TokenList tokens, HalfResults results, int tile_tokens, int32_t blocks) {
   const int64_t count = token_count(p, tokens);
   const Shares shares = share(count, tile_tokens, code_tiles(p), blocks);
   for (int64_t place = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + threadIdx.x / kTeam; place < count;
@@ -74,22 +74,22 @@ __global__ void __launch_bounds__(kThreads) merge_half_kernel(NearestCode p, Tok
 
 HalfResults cut_results(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
   HalfResults results;
-  Pieces pieces(base);
+  Arena arena(base);
   const int64_t rows = most_shared_rows(p.tokens, tile_tokens, blocks);
-  results.scores = pieces.take<float>(rows);
-  results.ids = pieces.take<int32_t>(rows);
-  results.bytes = pieces.used();
+  results.scores = arena.take<float>(rows);
+  results.ids = arena.take<int32_t>(rows);
+  results.bytes = arena.used();
   return results;
 }
 
 HalfScratch cut_half(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
   HalfScratch s;
-  Pieces pieces(base);
-  s.stats = pieces.take<CodebookStats>(1);
-  s.codes = pieces.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
-  char* results = pieces.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
+  Arena arena(base);
+  s.stats = arena.take<CodebookStats>(1);
+  s.codes = arena.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
+  char* results = arena.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
   s.results = cut_results(p, tile_tokens, blocks, results);
-  s.bytes = pieces.used();
+  s.bytes = arena.used();
   return s;
 }
 
@@ -102,7 +102,8 @@ cudaError_t pack_half_codebook(const NearestCode& p, TokenList tokens, const Cod
 
 cudaError_t merge_half_results(const NearestCode& p, TokenList tokens, HalfResults results, int tile_tokens,
                                int32_t blocks, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kTeamsPerBlock), kMergeBlocks * int64_t{blocks}));
+  const auto grid =
+      static_cast<unsigned>(std::min<int64_t>(ceil_div(p.tokens, kTeamsPerBlock), kMergeBlocks * int64_t{blocks}));
   return launch(merge_half_kernel, grid, kThreads, 0, stream, p, tokens, results, tile_tokens, blocks);
 }
 

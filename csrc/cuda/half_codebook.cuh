@@ -1,8 +1,8 @@
 // fp32 products from fp16 tensor cores: x = (hi + lo) 2^-e with hi, lo in fp16, and x.c = hi.hi + hi.lo + lo.hi.
 //
-// e brings the largest entry (of the codebook, of a token) to [2^13, 2^14): hi and lo together hold 22 bits or more of
-// it, lo.lo is below fp32's rounding, and what is too small for fp16 is below 2^-37 of the largest. The scores are as
-// good as fp32's: an error of about 3e-7 |x||c|.
+// e brings the largest entry (of the codebook, of a token) to [2^13, 2^14). Then hi and lo together hold 22 bits or
+// more of it, lo.lo is below fp32's rounding, and what is too small for fp16 is below 2^-37 of the largest. The scores
+// are as exact as fp32's, with an error of about 3e-7 |x||c|.
 //
 // A packed tile: columns of hi, columns of lo, and bias[kTileCodes] in fp32, NaN for a code that must not win.
 #pragma once
@@ -20,13 +20,13 @@ __host__ __device__ constexpr int half_tile_bytes(int steps) {
   return 2 * steps * kStepBytes + kTileCodes * static_cast<int>(sizeof(float));
 }
 
-// Steps of MMA that a kernel exists for.
+// Steps of MMA, rounded up to a number for which there is a kernel.
 inline int half_steps(int64_t depth) {
   const int steps = static_cast<int>((depth + kStepDepth - 1) / kStepDepth);
   return steps <= 4 ? steps : 8;
 }
 
-// Calls kernel_of(std::integral_constant<int, steps>) for the steps of a problem.
+// Calls function(std::integral_constant<int, steps>) with the steps of a problem.
 template <typename F>
 auto with_half_steps(int64_t depth, F&& function) {
   switch (half_steps(depth)) {
@@ -57,13 +57,13 @@ __device__ __forceinline__ HalfPair split_halves(float a, float b) {
   return {pack(a_hi, b_hi), pack(a_lo, b_lo)};
 }
 
-// The A operands of 16 tokens for a warp, rows g = lane / 4 and g + 8, and what brings sums back to scores.
+// The A operands of 16 tokens for a warp, rows g = lane / 4 and g + 8, and the scale from sums to scores.
 template <int kSteps>
 struct HalfRows {
   uint32_t hi[kSteps][4], lo[kSteps][4];
   float scale[2];
 
-  // first, second: the tokens of the two rows, or -1. A token with NaN or Inf becomes all NaN, and no score beats it.
+  // first, second: the tokens of the two rows, or -1. A token with NaN or Inf becomes all NaN, so no score wins.
   __device__ __forceinline__ void load(const NearestCode& p, int64_t first, int64_t second, int codebook_shift) {
     constexpr int kLanesPerRow = 4;
     const int64_t tokens[2] = {first, second};
@@ -93,8 +93,8 @@ struct HalfRows {
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const HalfPair pair = split_halves(ldexpf(x[s][2 * half], shift) + poison,
-                                             ldexpf(x[s][2 * half + 1], shift) + poison);
+          const HalfPair pair =
+              split_halves(ldexpf(x[s][2 * half], shift) + poison, ldexpf(x[s][2 * half + 1], shift) + poison);
           hi[s][2 * half + r] = pair.hi;
           lo[s][2 * half + r] = pair.lo;
         }
@@ -103,7 +103,7 @@ struct HalfRows {
   }
 };
 
-// The best code of one row so far, seen in ascending order by one lane: the lowest id stays.
+// The best code of one row so far. A lane sees the codes in ascending order, so the lowest id stays.
 struct Best {
   float score;
   int32_t id;
@@ -122,7 +122,7 @@ struct Best {
   }
 };
 
-// What a search leaves of its tokens: [row_tiles * tile_tokens][splits].
+// The results of a search, split by split: [row_tiles * tile_tokens][splits].
 struct HalfResults {
   float* scores;
   int32_t* ids;
@@ -143,12 +143,12 @@ struct HalfScratch {
 };
 HalfScratch cut_half(const NearestCode& problem, int tile_tokens, int32_t blocks, void* base);
 
-// The tokens a device works on, their number known there.
+// How many tokens there are, known on the device alone.
 __device__ __forceinline__ int64_t token_count(const NearestCode& p, const TokenList& tokens) {
   return tokens.list ? *tokens.count : p.tokens;
 }
 
-// Packs the codebook; does nothing where the list is empty.
+// Packs the codebook; does nothing if the list is empty.
 cudaError_t pack_half_codebook(const NearestCode& problem, TokenList tokens, const CodebookStats* stats, char* codes,
                                cudaStream_t stream);
 // From the results of all splits to the problem's scores and ids.

@@ -3,7 +3,7 @@
 //
 // Plan. A power of two of lanes a token, as many as its longer row has pieces of 16 bytes: at 32 fp32 values 4 tokens a
 // warp, each lane one piece of either row. Rows that are not whole pieces are copied value by value.
-// Where sub-codebooks have sizes of their own, a binary search finds the semantic code: log2(groups) dependent reads of
+// If sub-codebooks have their own sizes, a binary search finds the semantic code: log2(groups) dependent reads of
 // offsets, the same for all lanes of a token, from L1 or L2.
 // Cost: the rows read and written once: at 65,536 tokens and 2 x 32 fp32 values 17 MB each, 8 us on an H200.
 #include <algorithm>
@@ -32,7 +32,7 @@ __device__ __forceinline__ void fill_nan(Dtype dtype, void* out, int64_t token, 
   }
 }
 
-// group_of_row, without the many instructions of a division in 64 bits where 32 will do.
+// group_of_row, without the many instructions of a division in 64 bits if 32 are enough.
 __device__ __forceinline__ int64_t group_of(const HierLookup& p, int64_t code) {
   if (p.offsets == nullptr && ((code | p.subcodes) >> 32) == 0) {
     return static_cast<uint32_t>(code) / static_cast<uint32_t>(p.subcodes);
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads) lookup_kernel(HierLookup p, int lane
 
 }  // namespace
 
-int64_t hier_lookup_scratch(const HierLookup&) { return 0; }
+int64_t hier_lookup_scratch(const HierLookup&, const Device&) { return 0; }
 
-cudaError_t hier_lookup(const HierLookup& p, void*, cudaStream_t stream) {
+cudaError_t hier_lookup(const HierLookup& p, const Device&, void*, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   const CodePieces pieces = code_pieces(p);
   const int lanes = pieces.sem == 0 ? kWarp : lanes_for(std::max(pieces.sem, pieces.pix));

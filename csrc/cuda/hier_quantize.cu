@@ -1,11 +1,11 @@
-// Hierarchical quantisation: the semantic search, then one launch for all that follows from its winners.
+// Hierarchical quantisation: the semantic search, then one launch for everything that depends on its winners.
 //
 // codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
 // sub-codebook i; q_sem and q_pix are copies of the two rows.
 //
-// Plan. nearest_code, then the pixel stage (nearest_subcode.cu) behind it on the stream: it reads the ids, and writes
-// codes and rows. Nobody waits for the device in between. Scratch: 8 bytes a token for the ids and, in fp32, 4 for
-// scores that nobody reads; of the two stages the larger one's, as they do not run at the same time. Nothing of size
+// Plan. nearest_code, then on the same stream the pixel stage (nearest_subcode.cu), which reads the ids and writes
+// codes and rows. The host does not wait for the device in between. Scratch: 8 bytes a token for the ids, 4 (in fp32)
+// for scores that are not used, and that of the larger stage, as the two do not run at the same time. Nothing of size
 // tokens x codes.
 #include <algorithm>
 
@@ -23,27 +23,27 @@ struct Stages {
   int64_t bytes;
 };
 
-Stages cut(const HierQuantize& p, void* base) {
-  Pieces pieces(base);
+Stages cut(const HierQuantize& p, const Device& device, void* base) {
+  Arena arena(base);
   Stages s{p.sem, {p.pix, p.codes, p.lookup}, nullptr, 0};
-  s.sem.ids = pieces.take<int64_t>(p.sem.tokens);
-  s.sem.scores = p.sem.wide ? static_cast<void*>(pieces.take<double>(p.sem.tokens)) : pieces.take<float>(p.sem.tokens);
+  s.sem.ids = arena.take<int64_t>(p.sem.tokens);
+  s.sem.scores = p.sem.wide ? static_cast<void*>(arena.take<double>(p.sem.tokens)) : arena.take<float>(p.sem.tokens);
   s.pix.search.group = s.sem.ids;
   s.pix.search.scores = nullptr;
   s.pix.search.ids = nullptr;
-  s.scratch = pieces.take<char>(std::max(nearest_code_scratch(s.sem), pixel_stage_scratch(s.pix)));
-  s.bytes = pieces.used();
+  s.scratch = arena.take<char>(std::max(nearest_code_scratch(s.sem, device), pixel_stage_scratch(s.pix)));
+  s.bytes = arena.used();
   return s;
 }
 
 }  // namespace
 
-int64_t hier_quantize_scratch(const HierQuantize& p) { return cut(p, nullptr).bytes; }
+int64_t hier_quantize_scratch(const HierQuantize& p, const Device& device) { return cut(p, device, nullptr).bytes; }
 
-cudaError_t hier_quantize(const HierQuantize& p, void* scratch, cudaStream_t stream) {
+cudaError_t hier_quantize(const HierQuantize& p, const Device& device, void* scratch, cudaStream_t stream) {
   if (p.sem.tokens == 0) return cudaSuccess;
-  const Stages s = cut(p, scratch);
-  const cudaError_t error = nearest_code(s.sem, s.scratch, stream);
+  const Stages s = cut(p, device, scratch);
+  const cudaError_t error = nearest_code(s.sem, device, s.scratch, stream);
   return error == cudaSuccess ? pixel_stage(s.pix, s.scratch, stream) : error;
 }
 

@@ -5,14 +5,14 @@
 //   |x.r - x^.r^| <= |x| max|r - r^| + |x - x^| max|r^| = bound(x),
 // so that with any exact score L a code can win only if s_x s_c A >= L - x.mean - bound(x).
 //
-// "l2": x.c - |c|^2/2 = y.r + b + x.mean - |mean|^2/2 of y = x - mean and b = -|r|^2/2, so y takes the place of x. Columns
-// beyond the depth hold b: B = rint((b - mean b) / (tau s_c)) dealt out to `columns` of them, against n in each of a
-// token, whose s_x is tau / n. Their products add up to b - mean b but for half of tau s_c. A token too long for that
-// has n = 0 and all of b in its bound.
+// "l2": x.c - |c|^2/2 = y.r + b + x.mean - |mean|^2/2 with y = x - mean and b = -|r|^2/2, so y replaces x. Columns
+// beyond the depth hold b: B = rint((b - mean b) / (tau s_c)) is distributed over `columns` of them. A token has n in
+// each, and s_x = tau / n. The products add up to b - mean b, to within half of tau s_c. A token too long for that has
+// n = 0, and its bound covers all of b.
 //
 // The codes of a tile that one lane of wgmma sees for a token are a slice: 32 codes, 8j + 2t and 8j + 2t + 1 of lane t.
-// The search keeps the best kKeys slices of each lane by their greatest A; if the last kept cannot win, no slice that
-// was dropped can, and the token is certain once the codes of the others that can win are scored in fp64.
+// The search keeps the best kKeys slices of each lane by their greatest A. If the last one kept cannot win, no dropped
+// slice can, and the token is certain once the other kept codes that can win are scored in fp64.
 #pragma once
 
 #include <type_traits>
@@ -36,34 +36,32 @@ inline int int8_steps(const NearestCode& p) {
 }
 __host__ __device__ constexpr int int8_tile_bytes(int steps) { return steps * kInt8StepDepth * kTileCodes; }
 
-// A key is A * 2^bits + the tile's place in its split: as many bits as A leaves.
+// A key is A * 2^bits + the tile's place in its split, with all bits that A leaves free.
 __host__ __device__ constexpr int key_tile_bits(int steps) { return steps <= 2 ? 11 : steps <= 4 ? 10 : 9; }
-static_assert((int64_t{kMostInt8Steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1)
-                      << key_tile_bits(kMostInt8Steps) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
-static_assert((int64_t{4} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(4) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
-static_assert((int64_t{2} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(2) <= int64_t{1} << 31,
-              "a key fits into 32 bits");
+constexpr bool key_fits(int steps) {
+  return (int64_t{steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(steps) <= int64_t{1}
+                                                                                                            << 31;
+}
+static_assert(key_fits(2) && key_fits(4) && key_fits(kMostInt8Steps), "a key fits into 32 bits");
 
 enum class TokenState : int32_t { kCertifiable, kNoCertificate, kNotFinite };
 
 struct TokenInfo {
-  double offset;          // what A leaves out of a score: x.mean ("l2": - |mean|^2/2 + mean b)
-  double inverse_scale;   // 1 / (s_x s_c)
-  float norm, residual;   // |x| and |x - x^| ("l2": of y)
-  float dropped_bias;     // what the bound has for b where n = 0
+  double offset;         // the part of a score outside A: x.mean ("l2": - |mean|^2/2 + mean b)
+  double inverse_scale;  // 1 / (s_x s_c)
+  float norm, residual;  // |x| and |x - x^| ("l2": of y)
+  float dropped_bias;    // what the bound adds for b if n = 0
   TokenState state;
 };
 
 struct CertifiedScratch {
   CodebookStats* stats;
   double* partial;
-  char* codes;        // packed tiles
-  char* tokens;       // [row tiles * kInt8TileTokens][steps * kInt8StepDepth]
-  TokenInfo* info;    // [tokens]
-  int32_t* keys;      // [splits][row tiles * kInt8TileTokens][kSliceLanes][kKeys], descending
-  int32_t* list;      // [tokens]: those without a certificate, stats->uncertified of them
+  char* codes;      // packed tiles
+  char* tokens;     // [row tiles * kInt8TileTokens][steps * kInt8StepDepth]
+  TokenInfo* info;  // [tokens]
+  int32_t* keys;    // [splits][row tiles * kInt8TileTokens][kSliceLanes][kKeys], descending
+  int32_t* list;    // [tokens]: those without a certificate, stats->uncertified of them
   Shares shares;
   int32_t blocks;
   int64_t bytes;
@@ -74,7 +72,7 @@ cudaError_t pack_int8(const NearestCode& problem, const CertifiedScratch& scratc
 // From the int8 rows to the keys.
 cudaError_t search_int8(const NearestCode& problem, const CertifiedScratch& scratch, cudaStream_t stream);
 // From the keys to scores, ids and the list of tokens without a certificate.
-cudaError_t certify(const NearestCode& problem, const CertifiedScratch& scratch, double bound_scale, int64_t* rescored,
+cudaError_t certify(const NearestCode& problem, const CertifiedScratch& scratch, const SearchOptions& options,
                     cudaStream_t stream);
 
 }  // namespace semhitok::cuda

@@ -1,4 +1,4 @@
-// A packed tile of codes against a warp's tokens, by mma.sync: what the two searches on it share.
+// A packed tile of codes against a warp's tokens, by mma.sync: what its two searches share.
 #pragma once
 
 #include "half_codebook.cuh"
@@ -10,7 +10,7 @@ constexpr int kMmaWarps = 8;
 constexpr int kMmaThreads = kMmaWarps * kWarp;
 constexpr int kSetTokens = 16;  // of one A operand
 
-// A operands of two sets fit in registers up to so many steps.
+// Up to so many steps the A operands of two sets fit in registers.
 constexpr int kMostStepsOfTwo = 4;
 __host__ __device__ constexpr int row_sets(int steps) { return steps <= kMostStepsOfTwo ? 2 : 1; }
 __host__ __device__ constexpr int mma_tile_tokens(int steps) { return kMmaWarps * row_sets(steps) * kSetTokens; }
@@ -34,15 +34,15 @@ struct MmaTokens {
     }
   }
 
-  // tile: in shared memory. first_id: of its first code. factor: of all scores, beside each row's own.
+  // tile: in shared memory. first_id: of its first code. factor: scales all scores, on top of each row's scale.
   __device__ __forceinline__ void search(const char* tile, int first_id, float factor) {
-    constexpr int kGroupCodes = 8;   // of one B operand
-    constexpr int kMatrixLanes = 8;  // lanes that name the rows of one core matrix
+    constexpr int kOperandCodes = 8;  // of one B operand
+    constexpr int kMatrixLanes = 8;   // lanes that name the rows of one core matrix
     const int lane = threadIdx.x % kWarp;
-    // Of the four core matrices that one ldmatrix reads: depths 0 to 7 and 8 to 15 of hi, then of lo.
+    // One ldmatrix reads four core matrices: depths 0 to 7 and 8 to 15 of hi, then of lo.
     const int matrix = lane / kMatrixLanes;
-    const char* rows_of_lane = tile + matrix / 2 * kSteps * kStepBytes + matrix % 2 * kTileColumnBytes +
-                               lane % kMatrixLanes * kColumnBytes;
+    const char* rows_of_lane =
+        tile + matrix / 2 * kSteps * kStepBytes + matrix % 2 * kTileColumnBytes + lane % kMatrixLanes * kColumnBytes;
     const float* biases = reinterpret_cast<const float*>(tile + 2 * kSteps * kStepBytes);
     float scale[kSets][2];
 #pragma unroll
@@ -51,12 +51,12 @@ struct MmaTokens {
       scale[r][1] = rows[r].scale[1] * factor;
     }
 #pragma unroll 2
-    for (int group = 0; group < kTileCodes / kGroupCodes; ++group) {
+    for (int operand = 0; operand < kTileCodes / kOperandCodes; ++operand) {
       float scores[kSets][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
-        load_matrices(b, rows_of_lane + group * kCoreMatrixBytes + s * kStepBytes);
+        load_matrices(b, rows_of_lane + operand * kCoreMatrixBytes + s * kStepBytes);
 #pragma unroll
         for (int r = 0; r < kSets; ++r) {
           mma_f16(scores[r], rows[r].lo[s], b[0], b[1]);
@@ -64,7 +64,7 @@ struct MmaTokens {
           mma_f16(scores[r], rows[r].hi[s], b[0], b[1]);
         }
       }
-      const int column = group * kGroupCodes + 2 * (lane % 4);
+      const int column = operand * kOperandCodes + 2 * (lane % 4);
       const float2 bias = *reinterpret_cast<const float2*>(biases + column);
 #pragma unroll
       for (int r = 0; r < kSets; ++r) {

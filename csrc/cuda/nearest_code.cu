@@ -1,76 +1,67 @@
-// Nearest code: which of the searches runs.
+// Nearest code: the table of searches, and which of them runs.
 #include "search.h"
 
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kOldestMma = 8;    // compute capability of the first mma.sync used here
+constexpr int kOldestMma = 8;  // compute capability of the first mma.sync used here
 constexpr int kHopper = 9;
-constexpr int64_t kLittleWork = int64_t{1} << 30;  // multiply-adds that take less long than packing a codebook
+constexpr int64_t kLittleWork = int64_t{1} << 30;  // multiply-adds that take less time than packing a codebook
 
-bool can_run(Search search, const NearestCode& p, const Device& device) {
-  if (search == Search::kSimt) return true;
-  if (p.wide || p.depth > kMaxTensorDepth) return false;
-  if (search == Search::kFew) return device.major >= kOldestMma;
-  if (search == Search::kMma) return device.major >= kOldestMma && device.shared_bytes >= mma_shared_bytes(p);
-  return SEMHITOK_HAVE_SM90A && device.major == kHopper && device.minor == 0;  // code for 9.0a runs nowhere else
+bool runs_anywhere(const NearestCode&, const Device&) { return true; }
+
+bool has_mma(const NearestCode& p, const Device& device) {
+  return !p.wide && p.depth <= kMaxTensorDepth && device.major >= kOldestMma;
 }
 
-Search choose(const NearestCode& p, const Device& device) {
-  const bool little = p.tokens * p.codes * p.depth < kLittleWork;
-  for (const Search search : {Search::kCertified, Search::kMma, Search::kFew}) {
-    if ((!little || search == Search::kFew) && can_run(search, p, device)) return search;
-  }
-  return Search::kSimt;
+bool has_mma_stages(const NearestCode& p, const Device& device) {
+  return has_mma(p, device) && device.shared_bytes >= mma_shared_bytes(p);
+}
+
+bool has_wgmma(const NearestCode& p, const Device& device) {
+  const bool hopper = device.major == kHopper && device.minor == 0;  // code for 9.0a runs nowhere else
+  return SEMHITOK_HAVE_SM90A && hopper && has_mma(p, device);
 }
 
 }  // namespace
 
-Device current_device() {
-  Device device{};
-  int index = 0;
-  if (cudaGetDevice(&index) != cudaSuccess) return device;  // the launch will say why
-  (void)cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
-  (void)cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
-  (void)cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  (void)cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  return device;
+const std::vector<Search>& searches() {
+  static const std::vector<Search> table = {
+      {"simt", false, runs_anywhere, simt_search_scratch, simt_search},
+      {"few", false, has_mma, few_search_scratch, few_search},
+      {"mma", true, has_mma_stages, mma_search_scratch, mma_search},
+      {"wgmma", true, has_wgmma, wgmma_search_scratch, wgmma_search},
+      {"certified", true, has_wgmma, certified_search_scratch, certified_search},
+  };
+  return table;
 }
 
-Search chosen_search(const NearestCode& problem) { return choose(problem, current_device()); }
-
-bool search_can_run(Search search, const NearestCode& problem) { return can_run(search, problem, current_device()); }
-
-int64_t nearest_code_probe_scratch(const NearestCodeProbe& probe) {
-  const Device device = current_device();
-  switch (probe.search) {
-    case Search::kFew: return few_search_scratch(probe.problem, device);
-    case Search::kMma: return mma_search_scratch(probe.problem, device);
-    case Search::kWgmma: return wgmma_search_scratch(probe.problem, device);
-    case Search::kCertified: return certified_search_scratch(probe.problem, device);
-    default: return simt_search_scratch(probe.problem);
-  }
+const Search& chosen_search(const NearestCode& p, const Device& device) {
+  const bool little = p.tokens * p.num_codes * p.depth < kLittleWork;
+  const auto fits = [&](const Search& search) { return !(little && search.packs) && search.can_run(p, device); };
+  return *std::find_if(searches().rbegin(), searches().rend(), fits);  // the first in the table fits always
 }
 
-cudaError_t nearest_code_probe(const NearestCodeProbe& probe, void* scratch, cudaStream_t stream) {
-  const NearestCode& p = probe.problem;
-  if (p.tokens == 0) return cudaSuccess;
-  const Device device = current_device();
-  switch (probe.search) {
-    case Search::kFew: return few_search(p, device, scratch, stream);
-    case Search::kMma: return mma_search(p, device, scratch, stream);
-    case Search::kWgmma: return wgmma_search(p, device, {}, nullptr, scratch, stream);
-    case Search::kCertified: return certified_search(p, device, probe.bound_scale, probe.rescored, scratch, stream);
-    default: return simt_search(p, scratch, stream);
-  }
+cudaError_t run(const Search& search, const NearestCode& p, const Device& device, const SearchOptions& options,
+                void* scratch, cudaStream_t stream) {
+  return p.tokens == 0 ? cudaSuccess : search.run(p, device, options, scratch, stream);
 }
 
-int64_t nearest_code_scratch(const NearestCode& problem) {
-  return nearest_code_probe_scratch({problem, chosen_search(problem), 1.0, nullptr});
+int64_t nearest_code_scratch(const NearestCode& p, const Device& device) {
+  return chosen_search(p, device).scratch(p, device);
 }
 
-cudaError_t nearest_code(const NearestCode& problem, void* scratch, cudaStream_t stream) {
-  return nearest_code_probe({problem, chosen_search(problem), 1.0, nullptr}, scratch, stream);
+cudaError_t nearest_code(const NearestCode& p, const Device& device, void* scratch, cudaStream_t stream) {
+  return run(chosen_search(p, device), p, device, {}, scratch, stream);
+}
+
+cudaError_t get_device(int index, Device* device) {
+  const auto get = [&](int* value, cudaDeviceAttr name) { return cudaDeviceGetAttribute(value, name, index); };
+  cudaError_t error = get(&device->major, cudaDevAttrComputeCapabilityMajor);
+  if (error == cudaSuccess) error = get(&device->minor, cudaDevAttrComputeCapabilityMinor);
+  if (error == cudaSuccess) error = get(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
+  if (error == cudaSuccess) error = get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return error;
 }
 
 }  // namespace semhitok::cuda

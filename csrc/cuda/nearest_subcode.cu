@@ -1,36 +1,39 @@
-// The pixel stage: each token searches the one sub-codebook its group names; alone (nearest_subcode), or followed by
+// The pixel stage: each token searches the sub-codebook of its group, either alone (nearest_subcode) or followed by
 // what hier_quantize writes for the token. One kernel for both, so that they agree bit for bit.
 //
 // Contract: score(t, j) = z[t].c[j] + bias, c = sub_codebooks[group[t]]; the lowest j of the greatest score wins. id 0
 // and score NaN for a group out of range or without sub-codes, a token with NaN or Inf, or no score above -inf.
 //
 // Arithmetic. score = sum_d c_d (z_d + h c_d), h = -1/2 for l2 and 0 for ip: two FMAs a value and one sum, where a dot
-// product, a norm and a test for NaN and Inf would be three. (Named as FMAs, so that all kernels here give the same
+// product, a norm and a test for NaN and Inf would be three. (Written as FMAs, so that all kernels here give the same
 // bits.) z_d + h c_d is rounded once, so the error is that of the plain form: at most (depth + 2) eps/2 sum |c_d|
-// |z_d + h c_d|. An Inf or NaN in c makes the second factor NaN (ip) or
-// the product -Inf or NaN (l2), and the sum never +Inf: the code cannot win. fp64 would not be free: its conversions
-// alone take as long as a third of the reading below, and far longer on GPUs with few units for them.
+// |z_d + h c_d|. An Inf or NaN in c makes the second factor NaN (ip) or the product -Inf or NaN (l2), and the sum never
+// +Inf: the code cannot win. fp64 would not be free: its conversions alone take a third of the time of the reads below,
+// and far longer on GPUs with few fp64 units.
 //
-// Plan. A group of kLanes lanes a token, a lane holding 16 bytes of every code: 8 lanes, so 4 tokens a warp, at 32 fp32
-// values. kBatch codes at a time: kBatch loads in flight a lane, then a butterfly that halves the scores a lane holds
-// with every step, so that 4 codes cost 4 shuffles over 8 lanes instead of 12. Each lane keeps the best of the codes
-// that end with it; they meet once, by (score descending, id ascending). Tables whose rows are not whole pieces, of
-// more than 32 pieces, or of fp64, and all of fp64 arithmetic, are read value by value (Scalar), same plan.
+// Plan. kLanes lanes a token, a lane holding 16 bytes of every code: 8 lanes, so 4 tokens a warp, at 32 fp32 values.
+// kBatch codes at a time: kBatch loads in flight a lane, then a butterfly that halves the scores a lane holds with
+// every step, so that 4 codes cost 4 shuffles over 8 lanes instead of 12. Each lane keeps the best of the codes whose
+// sums end with it; the lanes are merged once, by (score descending, id ascending). Tables whose rows are not whole
+// pieces, have more than 32 pieces, or are fp64, and all fp64 arithmetic, are read value by value (Scalar), by the same
+// plan.
 //
-// Sub-codebooks of more than kLargeRow bytes are read by many tokens from beyond L2, and the tokens are taken in the
-// order of their groups: one group's are then in one warp, whose lanes' equal addresses are one read, and in one block
-// and its neighbours, which find them in L1 and L2. So a sub-codebook comes from memory once, however the tokens are
-// shared out among the groups, with no block that waits for the largest group.
+// A table of sub-codebooks of more than kLargeRow bytes is larger than L2, so the tokens are taken in the order of
+// their groups. Tokens of one group are then in one warp, where equal addresses are one read, and in one block and its
+// neighbours, which find the rows in L1 and L2. So a sub-codebook comes from memory once, however the tokens are
+// distributed over the groups, and no block waits for the largest group.
 //
-// Sub-codebooks of sizes of their own: the tokens of a warp go on together until the largest is searched, those that
-// are done repeating their last code, which cannot win against itself. For kLargeRow it is the mean size that counts:
-// the others nobody knows without waiting for the device.
+// Sub-codebooks with their own sizes: the tokens of a warp continue together until the largest is searched; those that
+// are done repeat their last code, which cannot win against itself. kLargeRow is compared with the mean size, because
+// the others are not known without waiting for the device.
 //
 // Cost, tokens 65,536, subcodes 12, depth 32, fp32, H200: reads 1.5 KiB of sub-codes a token from L2 (the table is 25
 // MB) = 100 MB, z 8 MB, winners' rows 8 to 16 MB, writes 17 MB: 24 us at 5.5 TB/s. Issue: about 500 instructions for 4
 // tokens (72 a batch of 4 codes), 9 us. In flight: 4 x 512 bytes a warp, 40 warps an SM: 80 KB, where 5.5 TB/s x 1 us
 // needs 42. With large sub-codebooks, subcodes 64, depth 64: the table of 268 MB read once 56 us, issue 40 us, sort 20
-// us, where tokens as they come would read 1.1 GB. Scratch: none, or 16 bytes a token and the sort's.
+// us; unsorted tokens would read 1.1 GB. Scratch: none, or 16 bytes a token and the sort's.
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels.h"
 #include "pixel_stage.h"
@@ -45,8 +48,8 @@ constexpr int kBatch = 4;
 constexpr int64_t kLargeRow = 8192;  // bytes of a sub-codebook
 constexpr int64_t kMostIds = (int64_t{1} << 31) - 1 - kBatch;
 
-// What a lane knows of its token, whose sub-codebook begins with row `code`, and its part of the scores. One piece of
-// 16 bytes of every code; kWhole: every lane has one, so that the codes of a batch lie at constant distances.
+// A lane's share of its token, whose sub-codebook begins with row `code`, and of the scores: one piece of 16 bytes of
+// every code. kWhole: every lane has one, so the codes of a batch are at constant distances.
 template <Dtype kDtype, int kLanes, bool kWhole>
 class Vector {
  public:
@@ -80,7 +83,7 @@ class Vector {
     return poison == 0.0f;
   }
 
-  // part[u] = start + this lane's share of the score of code j + u; past the last code that one stands in.
+  // part[u] = start + this lane's share of the score of code j + u; past the end the last code is repeated.
   __device__ void score(int32_t j, int32_t last, float start, float (&part)[kBatch]) const {
     const uint4* code = codes_ + j * pieces();
     uint4 piece[kBatch]{};
@@ -111,7 +114,7 @@ class Vector {
   float half_, z_[kValues];
 };
 
-// The same of any dtypes and depth, in fp32 or fp64.
+// The same for any dtypes and depth, in fp32 or fp64.
 template <typename T, int kLanes>
 class Scalar {
  public:
@@ -150,7 +153,7 @@ class Scalar {
   T half_;
 };
 
-// Adds up kBatch scores over kLanes lanes. What a lane holds at the end are the codes first .. first + kHeld - 1.
+// Adds up kBatch scores over kLanes lanes. At the end a lane holds the codes first .. first + kHeld - 1.
 template <int kLanes>
 constexpr int kHeld = kLanes >= kBatch ? 1 : kBatch / kLanes;
 
@@ -177,9 +180,12 @@ __device__ __forceinline__ int add_lanes(int lane, T (&part)[kBatch]) {
   return first;
 }
 
-// kOwnSizes: there are offsets. It takes registers, which sub-codebooks of one size have not to spare.
+// kOwnSizes: there are offsets. They take registers that sub-codebooks of one size do not have to spare.
+template <typename Lane, bool kOwnSizes>
+constexpr int kStageBlocks = kOwnSizes ? std::min(Lane::kBlocks, 4) : Lane::kBlocks;
+
 template <typename Lane, int kLanes, bool kOwnSizes>
-__global__ void __launch_bounds__(kThreads, kOwnSizes && Lane::kBlocks > 4 ? 4 : Lane::kBlocks)
+__global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
     stage_kernel(PixelStage p, const int32_t* order, CodePieces pieces) {
   using T = typename Lane::Score;
   using Id = typename Lane::Id;
@@ -196,8 +202,9 @@ __global__ void __launch_bounds__(kThreads, kOwnSizes && Lane::kBlocks > 4 ? 4 :
   const RowRange own = kOwnSizes ? rows_of_group(p.search, group) : RowRange{group * subcodes, subcodes};
 
   const Lane mine(p.search, token, own.first, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
-  constexpr unsigned kGroup = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
-  const unsigned bad = __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kGroup;
+  constexpr unsigned kTokenLanes = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
+  const unsigned bad =
+      __ballot_sync(kAllLanes, !mine.finite()) >> (threadIdx.x % kWarp / kLanes * kLanes) & kTokenLanes;
   const T start = known && bad == 0 && (!kOwnSizes || own.count > 0) ? T(0) : nan_of(T());
 
   T best = -infinity(T());
@@ -244,7 +251,8 @@ using Kernel = void (*)(PixelStage, const int32_t*, CodePieces);
 template <Dtype kDtype, int kLanes>
 Kernel with_lanes(bool whole, bool own_sizes) {
   constexpr bool kAlwaysWhole = kLanes <= 2;
-  if (own_sizes) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, true>;  // one for both: fewer kernels
+  // One kernel, whole or not, for sizes of their own: fewer kernels.
+  if (own_sizes) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, true>;
   if (!whole) return stage_kernel<Vector<kDtype, kLanes, kAlwaysWhole>, kLanes, false>;
   return stage_kernel<Vector<kDtype, kLanes, true>, kLanes, false>;
 }
@@ -284,7 +292,7 @@ Kernel choose(const NearestSubcode& p, int* lanes) {
   return with_dtype<Dtype::kBFloat16>(*lanes, whole, own_sizes);
 }
 
-// Fewer tokens than groups seldom share one: the sort would cost more than it saves.
+// Fewer tokens than groups rarely share one: the sort would cost more than it saves.
 bool by_group(const NearestSubcode& p) {
   return p.subcodes * p.depth * element_size(p.sub_codebooks.dtype) > kLargeRow && p.tokens >= p.groups;
 }
@@ -310,9 +318,11 @@ cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t str
   return launch(kernel, blocks, kThreads, 0, stream, stage, sorted.rows, pieces);
 }
 
-int64_t nearest_subcode_scratch(const NearestSubcode& p) { return pixel_stage_scratch({p, nullptr, {}}); }
+int64_t nearest_subcode_scratch(const NearestSubcode& p, const Device&) {
+  return pixel_stage_scratch({p, nullptr, {}});
+}
 
-cudaError_t nearest_subcode(const NearestSubcode& p, void* scratch, cudaStream_t stream) {
+cudaError_t nearest_subcode(const NearestSubcode& p, const Device&, void* scratch, cudaStream_t stream) {
   return pixel_stage({p, nullptr, {}}, scratch, stream);
 }
 

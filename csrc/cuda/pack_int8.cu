@@ -1,6 +1,6 @@
 // The int8 rows of the certified search (int8_codebook.cuh): the codes in packed tiles, the tokens row by row.
 //
-// Plan. Eight lanes a row, a lane four values at a time. All of one row's arithmetic is in fp64, but for the reading;
+// Plan. Eight lanes a row, a lane four values at a time. Rows are read as fp32, and all arithmetic is in fp64;
 // residuals and norms are measured, not estimated, and rounded up.
 // Cost: the codebook and the tokens read once (L2 or 4.8 TB/s), a quarter of their bytes written: 6 us at N = 65,536,
 // D = 32.
@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kWord = 4;  // values a lane packs at a time
+
 constexpr int kMostWords = kMostInt8Steps * kInt8StepDepth / kWord / kTeam;  // of a lane
 constexpr float kRoundUp = 1.000001f;
-constexpr double kLeastScale = 1e-30, kMostScale = 1e30;  // beyond, fp32 bounds would not hold: no certificate
+constexpr double kLeastScale = 1e-30, kMostScale = 1e30;  // outside, fp32 bounds would not hold: no certificate
 
 struct Scales {
   double code, bias;  // s_c, tau
@@ -32,7 +33,7 @@ __device__ __forceinline__ int clamp_int8(double value) {
   return static_cast<int>(min(max(rint(value), -static_cast<double>(kLargestInt8)), static_cast<double>(kLargestInt8)));
 }
 
-// What lane l of the team has of a row: value i of word w is that of depth 4 * (l + 8 * w) + i; zero beyond the depth.
+// Lane l of the team has value i of word w of a row at depth 4 * (l + 8 * w) + i; zero beyond the depth.
 __device__ __forceinline__ int depth_of(int w, int i) { return kWord * (team_lane() + kTeam * w) + i; }
 
 __device__ __forceinline__ void read_row(const Rows& rows, int64_t row, int64_t depth, int words,
@@ -52,12 +53,12 @@ __device__ __forceinline__ uint32_t pack_word(const int (&q)[kWord]) {
          static_cast<uint32_t>(q[2] & 0xFF) << 16 | static_cast<uint32_t>(q[3] & 0xFF) << 24;
 }
 
-// Codes that cannot win, and places beyond the codes, are all zero: no more than the mean of all, which never is best.
+// Codes that cannot win, and places beyond the codes, are all zero, like the mean of all codes, which is never best.
 __device__ __forceinline__ void pack_code(const NearestCode& p, const CertifiedScratch& scratch, int steps, int64_t k) {
   const Scales scales = scales_of(p, *scratch.stats, steps);
   const int words = steps * kInt8StepDepth / kWord / kTeam;
   float c[kMostWords][kWord] = {};
-  if (k < p.codes) read_row(p.codebook, k, p.depth, words, c);
+  if (k < p.num_codes) read_row(p.codebook, k, p.depth, words, c);
   float poison = 0.0f;
   double squared = 0.0;
 #pragma unroll
@@ -70,7 +71,7 @@ __device__ __forceinline__ void pack_code(const NearestCode& p, const CertifiedS
       squared += r * r;
     }
   }
-  const bool usable = team_sum(poison) == 0.0f && k < p.codes;
+  const bool usable = team_sum(poison) == 0.0f && k < p.num_codes;
   const double bias = bias_of(p.metric, team_sum(squared)) - scratch.stats->mean_bias;
   const double bias_step = scales.bias * scales.code, inverse = 1.0 / scales.code;
   const int dealt = usable && bias_step > 0.0 ? static_cast<int>(rint(bias / bias_step)) : 0;
@@ -117,7 +118,7 @@ __device__ __forceinline__ void pack_token(const NearestCode& p, const Certified
   const int words = steps * kInt8StepDepth / kWord / kTeam;
   float x[kMostWords][kWord] = {};
   if (token < p.tokens) read_row(p.z, token, p.depth, words, x);
-  const double moved = p.metric == Metric::kL2 ? 1.0 : 0.0;  // times the mean: where the token is measured from
+  const double moved = p.metric == Metric::kL2 ? 1.0 : 0.0;  // times the mean: the origin of the token
   float poison = 0.0f;
   double largest = 0.0, norm = 0.0, offset = 0.0;
 #pragma unroll
@@ -137,7 +138,7 @@ __device__ __forceinline__ void pack_token(const NearestCode& p, const Certified
   norm = team_sum(norm);
   offset = team_sum(offset);
 
-  int multiple = 0;  // of tau in s_x: what the bias columns hold
+  int multiple = 0;  // n: what the bias columns of the token hold
   if (scales.bias > 0.0) {
     const double most = kLargestInt8 * scales.bias / largest;  // infinite for a token of zeros
     multiple = most >= kLargestInt8 ? kLargestInt8 : static_cast<int>(most);
@@ -171,16 +172,14 @@ __device__ __forceinline__ void pack_token(const NearestCode& p, const Certified
     info.norm = static_cast<float>(sqrt(norm)) * kRoundUp;
     info.residual = static_cast<float>(sqrt(residual)) * kRoundUp;
     info.dropped_bias = multiple > 0 ? 0.0f : stats.bias;
-    info.state = !finite       ? TokenState::kNotFinite
-                 : certifiable ? TokenState::kCertifiable
-                               : TokenState::kNoCertificate;
+    info.state = !finite ? TokenState::kNotFinite : certifiable ? TokenState::kCertifiable : TokenState::kNoCertificate;
     scratch.info[token] = info;
   }
 }
 
 // The blocks of the codes come first.
-__global__ void __launch_bounds__(kThreads) pack_int8_kernel(NearestCode p, CertifiedScratch scratch, int steps,
-                                                             int64_t code_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    pack_int8_kernel(NearestCode p, CertifiedScratch scratch, int steps, int64_t code_blocks) {
   const int team = threadIdx.x / kTeam;
   if (blockIdx.x < code_blocks) {
     pack_code(p, scratch, steps, static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock + team);

@@ -1,4 +1,4 @@
-// What follows the semantic search: the best sub-code of each token's sub-codebook, and what is written for it.
+// What follows the semantic search: the best sub-code of each token's sub-codebook, and the outputs for it.
 #pragma once
 
 #include "kernels.h"
@@ -7,7 +7,7 @@ namespace semhitok::cuda {
 
 struct PixelStage {
   NearestSubcode search;  // scores and ids are written where they are not null
-  int64_t* codes;         // null: the search alone; else the group's first row + id, and the rows of lookup
+  int64_t* codes;         // null: the search alone; otherwise the group's first row + id, with the rows of lookup
   HierLookup lookup;
 };
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ T convert(Value value) {
 
 constexpr int kPiece = 16;  // bytes: what a lane loads or stores at once
 
-// A piece of 4 fp32 or of 8 fp16 or bf16 values, by the dtype of its table.
+// Values of a piece: 4 in fp32, 8 in fp16 and bf16.
 template <Dtype kDtype>
 constexpr int kPieceValues = kDtype == Dtype::kFloat32 ? 4 : 8;
 
@@ -49,7 +49,7 @@ inline bool in_pieces(const void* data, Dtype dtype, int64_t depth) {
   return in_pieces(data) && depth * element_size(dtype) % kPiece == 0;
 }
 
-// Pieces of a row of either codebook, or none where a row or its copy is not whole pieces.
+// Pieces of a row of either codebook; none if a row or its copy is not whole pieces.
 struct CodePieces {
   int64_t sem, pix;
 };
@@ -59,7 +59,7 @@ inline CodePieces code_pieces(const HierLookup& p) {
   return {p.sem_depth * element_size(p.sem_dtype) / kPiece, p.pix_depth * element_size(p.pix_dtype) / kPiece};
 }
 
-// The power of two of lanes, at most a warp, that copies or reads `pieces` in as few steps as can be.
+// The power of two of lanes, at most a warp, that copies or reads `pieces` in the fewest steps.
 inline int lanes_for(int64_t pieces) {
   int lanes = 1;
   while (lanes < pieces && lanes < kWarp) lanes *= 2;
@@ -83,8 +83,8 @@ __device__ __forceinline__ void copy_values(Dtype dtype, const void* table, int6
   }
 }
 
-// Row `group` of the semantic codebook and row `code` of the pixel one to a token's outputs, by `lanes` lanes. Both are
-// asked for before either is written: their latency is paid once.
+// Copies row `group` of the semantic codebook and row `code` of the pixel one to a token's outputs, with `lanes` lanes.
+// Both are read before either is written: their latency is paid once.
 __device__ __forceinline__ void copy_code(const HierLookup& p, const CodePieces& pieces, int64_t group, int64_t code,
                                           int64_t token, int lane, int lanes) {
   if (pieces.sem == 0) {

@@ -1,14 +1,14 @@
 // Nearest code for few tokens on the tensor cores of compute capability 8.0 and later: the arithmetic of search_mma.cu
-// in two launches, as each block makes the fp16 halves of its codes itself.
+// in two launches, as each block computes the fp16 halves of its codes itself.
 //
 // Contract: that of nearest_code; the lowest id among equal fp32 scores.
 //
 // Plan. As search_mma.cu, but a block reads its tile of codes as it is, finds its largest entry, and leaves the packed
-// tile in shared memory, scaled by a power of two of its own; the scores of different tiles meet in their true size.
-// Few tokens are split over the codes down to one tile a block; then a merge.
-// Cost: the codes are split once for every 256 tokens, about an eighth of the work, against three launches less. 256
-// tokens, 16,384 codes, depth 32 on an H200, 128 blocks of one tile: reading 1.5 us, splitting .5 us, 192 MMAs a warp
-// 1.5 us, merge 2 us: 6 us.
+// tile in shared memory, scaled by its own power of two; scores of different tiles are compared unscaled.
+// For few tokens the codes are split, down to one tile a block; then a merge.
+// Cost: the codes are split once for every 256 tokens, about an eighth of the work, but there are three launches fewer.
+// 256 tokens, 16,384 codes, depth 32 on an H200, 128 blocks of one tile: reading 1.5 us, splitting .5 us, 192 MMAs a
+// warp 1.5 us, merge 2 us: 6 us.
 #include <type_traits>
 
 #include "mma_tile.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ void read_piece(const NearestCode& p, int64_t k, int 
 #pragma unroll
   for (int j = 0; j < kColumnDepth; ++j) {
     const int64_t d = column * kColumnDepth + j;
-    c[j] = k < p.codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
+    c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
   }
 }
 #endif
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
         const int piece = i * kMmaThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
         float c[kColumnDepth];
         read_piece(p, first_code + row, column, c);
-        double squared = first_code + row < p.codes ? 0.0 : nan_of(double());
+        double squared = first_code + row < p.num_codes ? 0.0 : nan_of(double());
 #pragma unroll
         for (int j = 0; j < kColumnDepth; ++j) {
           squared += static_cast<double>(c[j]) * c[j];
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
 #pragma unroll
       for (int offset = kWarp / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
       if (lane == 0) largest[warp] = most;
-      __syncthreads();  // and all are done with the tile before
+      __syncthreads();  // and all threads are done with the previous tile
 #pragma unroll
       for (int w = 0; w < kMmaWarps; ++w) most = max(most, largest[w]);
       const int shift = half_shift(most);
 #pragma unroll 2
-      for (int i = 0; i < kPieces; ++i) {  // read again, now from L1: registers are short
+      for (int i = 0; i < kPieces; ++i) {  // read again, now from L1: registers are scarce
         const int piece = i * kMmaThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
         char* to = packed + column * kTileColumnBytes + row * kColumnBytes;
         float c[kColumnDepth];
@@ -111,7 +111,8 @@ int64_t few_search_scratch(const NearestCode& p, const Device& device) {
   return cut_results(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), nullptr).bytes;
 }
 
-cudaError_t few_search(const NearestCode& p, const Device& device, void* base, cudaStream_t stream) {
+cudaError_t few_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                       cudaStream_t stream) {
   const int32_t blocks = blocks_on(device);
   const int tokens = mma_tile_tokens(half_steps(p.depth));
   const HalfResults results = cut_results(p, tokens, blocks, base);

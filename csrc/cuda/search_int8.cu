@@ -3,13 +3,13 @@
 //
 // Contract: keys of every lane of every token and split, the kKeys slices of greatest A, descending.
 //
-// Plan. A block of four groups of four warps stays on its multiprocessor and goes over units of work. A group holds 64
-// tokens in registers, as A operands, and multiplies them with every tile of codes that passes (tile_ring.cuh). A
-// thread has 32 integer scores of each of two rows: 16 three-way maxima leave the slice's greatest, a shift and an add
-// make it a key, five maxima and minima put that in its place. The other groups' MMAs run meanwhile.
+// Plan. A block of four warpgroups stays on its multiprocessor and takes units of work. A warpgroup holds 64 tokens in
+// registers, as A operands, and multiplies them with every tile of codes in turn (tile_ring.cuh). A thread has 32
+// integer scores of each of two rows: 16 three-way maxima give the slice's greatest, a shift and an add turn it into a
+// key, five maxima and minima insert the key. The other warpgroups' MMAs run meanwhile.
 // Cost of a tile of 128 codes and 256 tokens on one multiprocessor: 256 cycles of tensor cores a step of 32 depths, and
 // 4 x 2 x 22 instructions a scheduler at 2 cycles = 352 cycles. At N = 65,536, K = 16,384: about 51 us (D <= 32: the
-// maxima), 75 us (D = 64: the tensor cores). The codebook comes from L2 once a 256 tokens: 134 MB at D = 32.
+// maxima), 75 us (D = 64: the tensor cores). The codebook comes from L2 once for every 256 tokens: 134 MB at D = 32.
 #include <climits>
 
 #include "int8_codebook.cuh"
@@ -18,9 +18,9 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kGroups = 4;  // of four warps; four let a thread have 128 registers
-constexpr int kGroupThreads = 128;
-constexpr int kThreads = kGroups * kGroupThreads;
+constexpr int kWarpgroups = 4;  // four leave 128 registers a thread
+constexpr int kWarpgroupThreads = 128;
+constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kWarpTokens = 16;
 constexpr int kStageBytes = 16 * 1024;
 constexpr int kStages = 8;
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, 1) search_int8_kernel(NearestCode p,
 
 template <int kSteps>
 cudaError_t run(const NearestCode& p, const CertifiedScratch& scratch, cudaStream_t stream) {
-  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kThreads,
-                Ring<kSteps>::kSharedBytes, stream, p, scratch);
+  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kThreads, Ring<kSteps>::kSharedBytes,
+                stream, p, scratch);
 }
 
 }  // namespace

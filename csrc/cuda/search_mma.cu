@@ -3,12 +3,12 @@
 //
 // Contract: that of nearest_code; the lowest id among equal fp32 scores.
 //
-// Plan. A block of eight warps goes over units of work (search.h). A warp holds one or two x 16 tokens in registers as A
-// operands; all warps multiply them with each packed tile of codes, which cp.async brings while the one before is used.
-// One ldmatrix reads hi and lo of 8 codes and 16 depths for 3 or 6 MMAs; their scores are compared at once, in
-// ascending order of the codes. Four lanes share a row and meet once a unit.
+// Plan. A block of eight warps takes units of work (search.h). A warp holds one or two x 16 tokens in registers as A
+// operands; all warps multiply them with each packed tile of codes, which cp.async loads while the previous one is
+// used. One ldmatrix reads hi and lo of 8 codes and 16 depths for 3 or 6 MMAs; their scores are compared at once, in
+// ascending order of the codes. Four lanes share a row and are merged once a unit.
 // Cost of 8 codes x 16 tokens: 3 * steps MMAs; 4 scores a thread at an FMA, a compare and two selects. At N = 65,536,
-// K = 16,384, D = 32 on an A100: 660 us of MMAs, 330 us of the rest beside them.
+// K = 16,384, D = 32 on an A100: 660 us of MMAs, 330 us of everything else at the same time.
 #include <type_traits>
 
 #include "mma_tile.cuh"
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMmaThreads, kBlocksPerMultiprocessor)
       if (tile + 1 < end) {
         bring_tile<kSteps>(stages + (tile + 1 - first) % kStages * kTileBytes, codes + int64_t{tile + 1} * kTileBytes);
       }
-      copy_async_commit();  // empty at the end, so that there are always kStages of them
+      copy_async_commit();  // empty at the end, so that kStages are always pending
       copy_async_wait<kStages - 1>();
       __syncthreads();
       tokens.search(shared, tile * kTileCodes, 1.0f);
@@ -75,7 +75,8 @@ int64_t mma_search_scratch(const NearestCode& p, const Device& device) {
   return cut_half(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), nullptr).bytes;
 }
 
-cudaError_t mma_search(const NearestCode& p, const Device& device, void* base, cudaStream_t stream) {
+cudaError_t mma_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                       cudaStream_t stream) {
   const int32_t blocks = blocks_on(device);
   const int tokens = mma_tile_tokens(half_steps(p.depth));
   const HalfScratch scratch = cut_half(p, tokens, blocks, base);

@@ -1,15 +1,15 @@
-// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU, any depth; the oracle of the faster kernels.
+// Nearest code, plain SIMT: fp32, or fp64 when the problem is wide. Any GPU, any depth; oracle of the faster kernels.
 //
 // Contract: score(t, k) = bias[k] + sum_d z[t][d] c[k][d], the sum in ascending d with one FMA a step from zero, then
 // the bias; the lowest k of the greatest score wins; NaN never does. A token with NaN or Inf, or without any score
 // above -inf: id 0, score NaN.
 //
-// Plan. A block of 256 threads holds a tile of tokens and walks over the tiles of its split of the codes: kDepth
+// Plan. A block of 256 threads holds a tile of tokens and goes through the tiles of its split of the codes: kDepth
 // columns of both in shared memory, kPerThread x kPerThread scores a thread in registers, and the running best of each
-// of its tokens. A thread for every code of the tile adds up its bias from the same shared memory: no launch and no
-// scratch for it. Tokens of one depth tile are read once a block. Threads meet only at the end, by (score descending,
-// id ascending); few tokens are split over the codes so that the device is full, and the splits are merged by a warp a
-// token in the same order: arrival never decides.
+// of its tokens. A thread for every code of the tile adds up its bias from the same shared memory, without a launch or
+// scratch of its own. Tokens of one depth tile are read once a block. Threads merge only at the end, by (score
+// descending, id ascending). For few tokens the codes are split so that the device is full, and a warp a token merges
+// the splits in the same way: the order of arrival never matters.
 //
 // Cost: tokens * codes * depth FMAs; z read once a split and the codebook once a tile of tokens; no score leaves the
 // block. A depth step of a warp is 64 FMAs, 16 cycles of an SM, against 4 reads of 16 bytes a lane from shared memory,
@@ -65,7 +65,7 @@ struct Scratch {
   int64_t splits, tiles_per_split, bytes;
 };
 
-// As many splits as make the last wave of blocks end soonest; a block also costs about a tile to start.
+// The number of splits with which the last wave of blocks ends soonest; starting a block costs about a tile.
 int64_t splits_for(int64_t token_tiles, int64_t code_tiles) {
   int64_t best = 1, least = INT64_MAX;
   for (int64_t splits = 1; splits <= std::min(code_tiles, kWantedBlocks); ++splits) {
@@ -77,14 +77,14 @@ int64_t splits_for(int64_t token_tiles, int64_t code_tiles) {
 
 template <typename T>
 Scratch<T> cut(const NearestCode& p, void* base) {
-  const int64_t code_tiles = ceil_div(p.codes, kTile<T>);
+  const int64_t code_tiles = ceil_div(p.num_codes, kTile<T>);
   Scratch<T> s;
   s.tiles_per_split = ceil_div(code_tiles, splits_for(ceil_div(p.tokens, kTile<T>), code_tiles));
   s.splits = ceil_div(code_tiles, s.tiles_per_split);
-  Pieces pieces(base);
-  s.scores = pieces.take<T>(s.splits * p.tokens);
-  s.ids = pieces.take<int32_t>(s.splits * p.tokens);
-  s.bytes = pieces.used();
+  Arena arena(base);
+  s.scores = arena.take<T>(s.splits * p.tokens);
+  s.ids = arena.take<int32_t>(s.splits * p.tokens);
+  s.bytes = arena.used();
   return s;
 }
 
@@ -100,8 +100,8 @@ __device__ __forceinline__ void load_values(const void* data, int64_t start, int
   }
 }
 
-// tile[d][r] = rows[first + r][depth_first + d], zero beyond either end. kVector: fp32 rows of whole
-// pieces of 16 bytes.
+// tile[d][r] = rows[first + r][depth_first + d], zero beyond either end. kVector: fp32 rows of whole pieces of 16
+// bytes.
 template <typename T, bool kVector>
 __device__ __forceinline__ void load_tile(const Rows& rows, int64_t first, int64_t count, int64_t depth,
                                           int64_t depth_first, Tile<T> tile) {
@@ -134,14 +134,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
   constexpr int kPerThread = Shape<T>::kPerThread, kQuads = kPerThread / kQuad, kStride = kSide * kQuad;
   static_assert(kPerThread % kQuad == 0, "a thread reads whole quads");
   static_assert(kTile<T> <= kThreads, "a thread a bias");
-  static_assert((2 * kDepth * (kTile<T> + kPad) + kTile<T>) * sizeof(T) <= 48 * 1024, "static shared memory");
+  static_assert(sizeof(T) * (2 * kDepth * (kTile<T> + kPad) + kTile<T>) <= 48 * 1024, "static shared memory");
   __shared__ __align__(16) T z_tile[kDepth][kTile<T> + kPad];
   __shared__ __align__(16) T c_tile[kDepth][kTile<T> + kPad];
   __shared__ __align__(16) T biases[kTile<T>];
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTile<T>;
   const int64_t first_tile = blockIdx.y * scratch.tiles_per_split;
-  const int64_t end_tile = min(first_tile + scratch.tiles_per_split, (p.codes + kTile<T> - 1) / kTile<T>);
+  const int64_t end_tile = min(first_tile + scratch.tiles_per_split, (p.num_codes + kTile<T> - 1) / kTile<T>);
   const T half = p.metric == Metric::kL2 ? T(-0.5) : T(0);
 
   T best[kPerThread];
@@ -163,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
       if (p.depth > kDepth || tile == first_tile) {
         load_tile<T, kVector>(p.z, first_token, p.tokens, p.depth, depth, z_tile);
       }
-      load_tile<T, kVector>(p.codebook, first_code, p.codes, p.depth, depth, c_tile);
+      load_tile<T, kVector>(p.codebook, first_code, p.num_codes, p.depth, depth, c_tile);
       __syncthreads();
       if (threadIdx.x < kTile<T>) {
-        T bias = depth > 0 ? biases[threadIdx.x] : first_code + threadIdx.x < p.codes ? T(0) : -infinity(T());
+        T bias = depth > 0 ? biases[threadIdx.x] : first_code + threadIdx.x < p.num_codes ? T(0) : -infinity(T());
 #pragma unroll 4
         for (int d = 0; d < steps; ++d) {
           const T c = c_tile[d][threadIdx.x];
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
     for (int j = 0; j < kPerThread; ++j) {  // ascending codes, strictly greater: the lowest id stays
       const int column = (j / kQuad) * kStride + tx * kQuad + j % kQuad;
       const int32_t k = static_cast<int32_t>(first_code + column);
-      const T added = biases[column];  // written again only behind the next tile's barrier
+      const T added = biases[column];  // not written again before the next tile's barrier
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const T score = acc[i][j] + added;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
   }
 }
 
-// A warp a token: is it finite, and which split has its winner.
+// A warp a token: whether it is finite, and which split has its winner.
 template <typename T>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) merge_kernel(NearestCode p, Scratch<T> scratch) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
@@ -257,7 +257,6 @@ bool whole_pieces(const Rows& rows, int64_t depth) {
 
 template <typename T>
 cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
-  if (p.tokens == 0) return cudaSuccess;
   const Scratch<T> scratch = cut<T>(p, base);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, kTile<T>)), static_cast<unsigned>(scratch.splits));
   auto kernel = search_kernel<T, false>;
@@ -271,11 +270,12 @@ cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t simt_search_scratch(const NearestCode& problem) {
+int64_t simt_search_scratch(const NearestCode& problem, const Device&) {
   return problem.wide ? cut<double>(problem, nullptr).bytes : cut<float>(problem, nullptr).bytes;
 }
 
-cudaError_t simt_search(const NearestCode& problem, void* scratch, cudaStream_t stream) {
+cudaError_t simt_search(const NearestCode& problem, const Device&, const SearchOptions&, void* scratch,
+                        cudaStream_t stream) {
   return problem.wide ? run<double>(problem, scratch, stream) : run<float>(problem, scratch, stream);
 }
 

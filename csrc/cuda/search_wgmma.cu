@@ -1,15 +1,15 @@
 // Nearest code on Hopper's tensor cores, as exact as fp32: three fp16 products (half_codebook.cuh). Compute capability
 // 9.0 only.
 //
-// Contract: that of nearest_code; the lowest id among equal fp32 scores. Also the search of the tokens for which the
-// certified one has no proof, whose number only the device knows.
+// Contract: that of nearest_code; the lowest id among equal fp32 scores. It also searches the tokens for which the
+// certified search has no proof, whose number is known only on the device.
 //
-// Plan. A block of three groups of four warps stays on its multiprocessor and goes over units of work (search.h). A
-// group holds 64 tokens in registers, as A operands, and multiplies them with every tile of codes that passes
-// (tile_ring.cuh): 64 scores a thread, of two rows, compared where they are. Four lanes share a row and meet once a unit.
+// Plan. A block of three warpgroups stays on its multiprocessor and takes units of work (search.h). A warpgroup holds
+// 64 tokens in registers, as A operands, and multiplies them with every tile of codes in turn (tile_ring.cuh): 64
+// scores a thread, of two rows, compared in registers. Four lanes share a row and are merged once a unit.
 // Cost a tile of 128 codes and 64 tokens: 3 * steps MMAs of 64 cycles; 64 scores a thread at an FMA, a compare and two
-// selects, which overlap with the MMAs of the other groups. At N = 65,536, K = 16,384: 217 us (D = 32), 435 us (D = 64);
-// the codebook comes from L2 once a 192 tokens: 0.7 GB and 1.4 GB.
+// selects, which overlap with the MMAs of the other warpgroups. At N = 65,536, K = 16,384: 217 us (D = 32), 435 us (D =
+// 64); the codebook comes from L2 once for every 192 tokens: 0.7 GB and 1.4 GB.
 #include <type_traits>
 
 #include "half_codebook.cuh"
@@ -18,11 +18,11 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kGroups = 3;  // of four warps; three let a thread have 168 registers
-constexpr int kGroupThreads = 128;
-constexpr int kGroupTokens = 64;
-constexpr int kTileTokens = kGroups * kGroupTokens;
-constexpr int kThreads = kGroups * kGroupThreads;
+constexpr int kWarpgroups = 3;  // three leave 168 registers a thread
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupTokens = 64;
+constexpr int kTileTokens = kWarpgroups * kWarpgroupTokens;
+constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kRingBytes = 200 * 1024;
 constexpr int kMostStages = 8;
 static_assert(kTileCodes == 128, "wgmma_f16 is 128 codes wide");
@@ -107,8 +107,13 @@ int64_t wgmma_search_scratch(const NearestCode& p, const Device& device) {
   return cut_half(p, kTileTokens, device.multiprocessors, nullptr).bytes;
 }
 
-cudaError_t wgmma_search(const NearestCode& p, const Device& device, TokenList tokens, const CodebookStats* stats,
-                         void* base, cudaStream_t stream) {
+cudaError_t wgmma_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
+                         cudaStream_t stream) {
+  return wgmma_search_tokens(p, device, {}, nullptr, base, stream);
+}
+
+cudaError_t wgmma_search_tokens(const NearestCode& p, const Device& device, TokenList tokens,
+                                const CodebookStats* stats, void* base, cudaStream_t stream) {
   const int32_t blocks = device.multiprocessors;
   const HalfScratch scratch = cut_half(p, kTileTokens, blocks, base);
   cudaError_t error = cudaSuccess;
@@ -120,9 +125,8 @@ cudaError_t wgmma_search(const NearestCode& p, const Device& device, TokenList t
   if (error != cudaSuccess) return error;
   error = with_half_steps(p.depth, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads,
-                  Ring<kSteps>::kSharedBytes, stream, p, tokens, stats, scratch.codes, scratch.results,
-                  blocks);
+    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads, Ring<kSteps>::kSharedBytes,
+                  stream, p, tokens, stats, scratch.codes, scratch.results, blocks);
   });
   if (error != cudaSuccess) return error;
   return merge_half_results(p, tokens, scratch.results, kTileTokens, blocks, stream);

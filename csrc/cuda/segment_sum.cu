@@ -1,18 +1,18 @@
-// Sums of rows by segment, deterministic and balanced however the rows are shared out among the segments.
+// Sums of rows by segment, deterministic, and balanced however the rows are distributed over the segments.
 //
 // sums[s] = sum of values[r] over the rows r with ids[r] == s, counts[s] their number; rows with an id outside [0,
-// segments) are left out. Sums are in fp64 in a fixed order, rounded once: no atomics, so the bits depend on nothing
-// but the input.
+// segments) are skipped. Sums are in fp64 in a fixed order, rounded once, without atomics: the bits depend only on the
+// input.
 //
 // Plan. sort_rows orders the rows by id, and zeroes the outputs on the way: most segments may be empty. The sorted rows
-// are cut into chunks of a fixed number of rows. A group of lanes adds up a chunk, a lane a column, in ascending order;
-// a run of one segment that begins and ends in its chunk is done. Where a run goes on, its parts stay in fp64, the one
-// that ends a chunk as `tail`, those that begin one as `head`; a block of the last launch then adds a run's parts,
-// every kSlots-th by one group of lanes, and those in ascending order. Cost: the sort; values read once, in rows; sums
-// written once, and once with zeros; 16 bytes of parts for every `chunk` values. At 16,384 rows of 32 fp32 values and
-// 196,608 segments on an H200: 25 MB of zeros 6 us, sort 15 us, one wave of 512 warps that take 32 rows each, 8 loads
-// at a time, 3 us, parts 2 us. One segment with all of 65,536 rows: 1,024 warps of 64 rows, 5 us, then one block with
-// 128 parts a lane, 8 loads at a time, 7 us.
+// are cut into chunks of a fixed number of rows. A team of lanes adds up a chunk, a lane a column, in ascending order;
+// a run of one segment that begins and ends in its chunk is done. The sums of a longer run stay in fp64, that at the
+// end of a chunk as `tail`, those at the start of one as `head`; a block of the last launch then adds up a run's sums,
+// every kSlots-th by one team, and the teams' results in ascending order. Cost: the sort; values read once, in rows;
+// sums written once, and once with zeros; 16 bytes of heads and tails for every `chunk` values. At 16,384 rows of 32
+// fp32 values and 196,608 segments on an H200: 25 MB of zeros 6 us, sort 15 us, one wave of 512 warps that take 32 rows
+// each, 8 loads at a time, 3 us, joining 2 us. One segment with all of 65,536 rows: 1,024 warps of 64 rows, 5 us, then
+// one block with 128 sums a lane, 8 loads at a time, 7 us.
 #include "device.cuh"
 #include "kernels.h"
 #include "rows.cuh"
@@ -28,7 +28,7 @@ constexpr int64_t kChunksPerRow = 16;  // a chunk of c rows for up to 16 c^2 of 
 static_assert(kLeastChunk % kAhead == 0, "a full chunk is whole batches of loads");
 
 struct Scratch {
-  double *head, *tail;  // [chunks][depth]: sums of the first run, if it began before, and of the last, if it goes on
+  double *head, *tail;  // [chunks][depth]: sums of a first run that began earlier, and of a last run that continues
   char* sort;
   int64_t chunk, chunks, bytes;
 };
@@ -38,18 +38,18 @@ Scratch cut(const SegmentSum& p, void* base) {
   s.chunk = kLeastChunk;
   while (s.chunk * s.chunk * kChunksPerRow < p.rows) s.chunk *= 2;
   s.chunks = ceil_div(p.rows, s.chunk);
-  Pieces pieces(base);
-  s.head = pieces.take<double>(s.chunks * p.depth);
-  s.tail = pieces.take<double>(s.chunks * p.depth);
-  s.sort = pieces.take<char>(sort_rows_scratch(p.rows, p.segments));
-  s.bytes = pieces.used();
+  Arena arena(base);
+  s.head = arena.take<double>(s.chunks * p.depth);
+  s.tail = arena.take<double>(s.chunks * p.depth);
+  s.sort = arena.take<char>(sort_rows_scratch(p.rows, p.segments));
+  s.bytes = arena.used();
   return s;
 }
 
 template <typename Value>
 using Sum = std::conditional_t<sizeof(Value) == 8, double, float>;
 
-// Lanes, a power of two, that share a chunk: one a column, at most a warp of them.
+// Lanes that share a chunk: a power of two, one a column, at most a warp.
 int lanes_of(int64_t depth) { return lanes_for(depth); }
 
 template <typename Value>
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(SegmentSum p, SortedRow
   }
 }
 
-// First position from low on, before high, whose key is not below key.
+// The first position in [low, high) whose key is not below `key`.
 __device__ __forceinline__ int64_t lower_bound(const int32_t* keys, int64_t low, int64_t high, int32_t key) {
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -112,15 +112,15 @@ __device__ __forceinline__ int64_t lower_bound(const int32_t* keys, int64_t low,
   return low;
 }
 
-// A block a chunk: the run that begins in it and goes on, if there is one.
+// A block a chunk: the run that begins in it and continues, if there is one.
 template <typename Value>
 __global__ void __launch_bounds__(kThreads) parts_kernel(SegmentSum p, SortedRows sorted, Scratch s, int lanes) {
   __shared__ double shared[kThreads];
-  const int64_t chunk = blockIdx.x, end = (chunk + 1) * s.chunk;  // not the last chunk: nothing goes on from there
+  const int64_t chunk = blockIdx.x, end = (chunk + 1) * s.chunk;  // not the last chunk: no run continues there
   const int32_t key = sorted.keys[end - 1];
   if (key >= p.segments || sorted.keys[end] != key) return;
   const int64_t begin = lower_bound(sorted.keys, chunk * s.chunk, end, key);
-  if (begin == chunk * s.chunk && begin > 0 && sorted.keys[begin - 1] == key) return;  // began before
+  if (begin == chunk * s.chunk && begin > 0 && sorted.keys[begin - 1] == key) return;  // began earlier
   const int64_t stop = lower_bound(sorted.keys, end, p.rows, key + 1);
   const int64_t last = (stop - 1) / s.chunk;  // the chunk that the run ends in
 
@@ -161,9 +161,9 @@ cudaError_t add_up(const SegmentSum& p, const SortedRows& sorted, const Scratch&
 
 }  // namespace
 
-int64_t segment_sum_scratch(const SegmentSum& problem) { return cut(problem, nullptr).bytes; }
+int64_t segment_sum_scratch(const SegmentSum& problem, const Device&) { return cut(problem, nullptr).bytes; }
 
-cudaError_t segment_sum(const SegmentSum& p, void* base, cudaStream_t stream) {
+cudaError_t segment_sum(const SegmentSum& p, const Device&, void* base, cudaStream_t stream) {
   if (p.segments == 0) return cudaSuccess;
   const Scratch s = cut(p, base);
   const bool wide = p.values.dtype == Dtype::kFloat64;

@@ -1,10 +1,9 @@
 // Rows ordered by id, with cub's radix sort: see sort.h.
-#include "sort.h"
-
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 
 #include "device.cuh"
+#include "sort.h"
 
 namespace semhitok::cuda {
 namespace {
@@ -31,16 +30,16 @@ cudaError_t sort(Scratch& s, int64_t count, int64_t segments, cudaStream_t strea
 }
 
 cudaError_t cut(int64_t count, int64_t segments, void* base, Scratch* s) {
-  Pieces pieces(base);
-  s->keys = pieces.take<int32_t>(count);
-  s->sorted_keys = pieces.take<int32_t>(count);
-  s->rows = pieces.take<int32_t>(count);
-  s->sorted_rows = pieces.take<int32_t>(count);
+  Arena arena(base);
+  s->keys = arena.take<int32_t>(count);
+  s->sorted_keys = arena.take<int32_t>(count);
+  s->rows = arena.take<int32_t>(count);
+  s->sorted_rows = arena.take<int32_t>(count);
   s->sort = nullptr;  // asks only for the size
   s->sort_bytes = 0;
   const cudaError_t error = count == 0 ? cudaSuccess : sort(*s, count, segments, nullptr);
-  s->sort = pieces.take<char>(static_cast<int64_t>(s->sort_bytes));
-  s->bytes = pieces.used();
+  s->sort = arena.take<char>(static_cast<int64_t>(s->sort_bytes));
+  s->bytes = arena.used();
   return error;
 }
 

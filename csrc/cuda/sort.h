@@ -2,7 +2,7 @@
 //
 // keys[i] ascend from 0 to `segments`, the last for the rows whose id is outside [0, segments); rows of one key ascend.
 // Cost: 16 bytes of scratch a row and what cub asks for; one launch for the pairs and those of cub: one for a few
-// thousand rows, else three and one more for every 8 bits.
+// thousand rows, otherwise three and one more for every 8 bits.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ struct SortedRows {
   const int32_t *keys, *rows;  // [count]
 };
 
-int64_t sort_rows_scratch(int64_t count, int64_t segments);  // bytes; an error comes again, and is returned, below
+int64_t sort_rows_scratch(int64_t count, int64_t segments);  // bytes; sort_rows returns the error, if there is one
 
 // zeroed: memory that the same launch sets to zero, in whole elements of 4 bytes each; or null.
 struct Zeroed {

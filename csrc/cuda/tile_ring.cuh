@@ -1,9 +1,9 @@
-// The tiles of a packed codebook on their way through shared memory, for the wgmma searches.
+// Streams the tiles of a packed codebook through shared memory, for the wgmma searches.
 //
-// A block goes over its units of work (search.h: unit = blockIdx.x, + blocks, ...), and every warp of it over all tiles
-// of each. Thread 0 brings them, kStageTiles at a time, into a ring of kStages stages by bulk copies; kLag stages are
-// left between what is brought and what is used, so that it hardly ever waits for the slowest warp. A warp for the
-// copies alone would take registers from all others.
+// A block takes units of work (search.h: unit = blockIdx.x, + blocks, ...), and each of its warps reads all tiles of a
+// unit. Thread 0 loads them, kStageTiles at a time, into a ring of kStages stages by bulk copies. It stays kLag stages
+// short of filling the ring, so it hardly ever waits for the slowest warp. A warp only for the copies would take
+// registers from all others.
 #pragma once
 
 #include "codebook.cuh"
@@ -13,7 +13,7 @@ namespace semhitok::cuda {
 
 template <int kTileBytes, int kStageTiles, int kStages>
 class TileRing {
-  static_assert(kStages >= 2, "a stage is brought while another is used");
+  static_assert(kStages >= 2, "a stage is loaded while another is used");
   static_assert(kTileBytes % kCoreMatrixBytes == 0, "every tile begins at a core matrix");
   static constexpr int kStageBytes = kTileBytes * kStageTiles;
   static constexpr int kLag = kStages / 2;
@@ -24,7 +24,7 @@ class TileRing {
     uint64_t full[kStages], empty[kStages];
   };
 
-  // By all threads of the block, whose number of warps is `warps`.
+  // Called by all threads of the block, which has `warps` warps.
   __device__ __forceinline__ TileRing(Barriers& barriers, const char* codes, const Shares& shares, int tiles,
                                       int blocks, int warps)
       : barriers_(barriers), stages_(dynamic_shared()), codes_(codes), shares_(shares), tiles_(tiles), blocks_(blocks) {
@@ -36,22 +36,22 @@ class TileRing {
       barrier_init_fence();
     }
     __syncthreads();
-    coming_unit_ = static_cast<int>(blockIdx.x) - blocks_;
-    coming_tile_ = coming_end_ = 0;
+    next_unit_ = static_cast<int>(blockIdx.x) - blocks_;
+    next_tile_ = next_end_ = 0;
     if (threadIdx.x == 0) {
-      for (int s = 0; s < kStages - kLag; ++s) bring();
+      for (int s = 0; s < kStages - kLag; ++s) load_next();
     }
   }
 
-  // By whole warps: the next stage's tiles are at the address returned.
+  // Called by whole warps: returns the address of the next stage's tiles.
   __device__ __forceinline__ const char* wait() {
-    if (threadIdx.x == 0) bring();
+    if (threadIdx.x == 0) load_next();
     __syncwarp();
     barrier_wait(&barriers_.full[stage_], round_);
     return stages_ + stage_ * kStageBytes;
   }
 
-  // By whole warps: done with the stage that wait() gave.
+  // Called by whole warps when they are done with the stage from wait().
   __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(&barriers_.empty[stage_]);
@@ -59,23 +59,23 @@ class TileRing {
   }
 
  private:
-  __device__ __forceinline__ void bring() {
-    if (coming_tile_ == coming_end_) {
-      coming_unit_ += blocks_;
-      if (coming_unit_ >= shares_.row_tiles * shares_.splits) {
-        coming_unit_ -= blocks_;  // and stays at the end
+  __device__ __forceinline__ void load_next() {
+    if (next_tile_ == next_end_) {
+      next_unit_ += blocks_;
+      if (next_unit_ >= shares_.row_tiles * shares_.splits) {
+        next_unit_ -= blocks_;  // stays at the end
         return;
       }
-      coming_tile_ = coming_unit_ % shares_.splits * shares_.tiles_per_split;
-      coming_end_ = min(coming_tile_ + shares_.tiles_per_split, tiles_);
+      next_tile_ = next_unit_ % shares_.splits * shares_.tiles_per_split;
+      next_end_ = min(next_tile_ + shares_.tiles_per_split, tiles_);
     }
-    const int count = min(kStageTiles, coming_end_ - coming_tile_);
-    barrier_wait(&barriers_.empty[coming_stage_], coming_round_ ^ 1);  // the first time round there is no wait
-    barrier_arrive_expect(&barriers_.full[coming_stage_], count * kTileBytes);
-    copy_bulk(stages_ + coming_stage_ * kStageBytes, codes_ + static_cast<int64_t>(coming_tile_) * kTileBytes,
-              count * kTileBytes, &barriers_.full[coming_stage_]);
-    coming_tile_ += count;
-    if (++coming_stage_ == kStages) coming_stage_ = 0, coming_round_ ^= 1;
+    const int count = min(kStageTiles, next_end_ - next_tile_);
+    barrier_wait(&barriers_.empty[next_stage_], next_round_ ^ 1);  // no wait in the first round
+    barrier_arrive_expect(&barriers_.full[next_stage_], count * kTileBytes);
+    copy_bulk(stages_ + next_stage_ * kStageBytes, codes_ + static_cast<int64_t>(next_tile_) * kTileBytes,
+              count * kTileBytes, &barriers_.full[next_stage_]);
+    next_tile_ += count;
+    if (++next_stage_ == kStages) next_stage_ = 0, next_round_ ^= 1;
   }
 
   Barriers& barriers_;
@@ -83,9 +83,9 @@ class TileRing {
   const char* codes_;
   Shares shares_;
   int tiles_, blocks_;
-  int stage_ = 0, coming_stage_ = 0;
-  uint32_t round_ = 0, coming_round_ = 0;  // parity of how often the ring was gone round
-  int coming_unit_, coming_tile_, coming_end_;
+  int stage_ = 0, next_stage_ = 0;
+  uint32_t round_ = 0, next_round_ = 0;  // parity of the number of rounds through the ring
+  int next_unit_, next_tile_, next_end_;
 };
 
 }  // namespace semhitok::cuda

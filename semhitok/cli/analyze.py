@@ -1,8 +1,9 @@
-"""Tell what the codes of a tokenizer know: the central observation of SemHiTok in numbers and figures.
+"""Measure what the codes of a tokenizer know: the central observation of SemHiTok in numbers and figures.
 
-How much of the pixels' variance a semantic code explains, beside chance and beside k-means on pixels; how sub-codebooks
-are used under rare and frequent codes; whether a sub-codebook fits its own code's tokens better than others do; and
-what patches a code stands for. Writes analysis.json and figures. Unreadable images are named and skipped (exit code 3).
+How much of the pixels' variance a semantic code explains, compared with chance and with k-means on pixels; how well
+sub-codebooks are used under rare and frequent codes; whether a sub-codebook fits the tokens of its own code better than
+those of others; and what patches a code stands for. Writes analysis.json and figures. Unreadable images are reported
+and skipped (exit code 3).
 
 examples:
   semhitok analyze demo_output/checkpoint demo_output/photographs/held_out --tiles --out analysis
@@ -18,7 +19,7 @@ from typing import Any
 from semhitok._messages import printable
 from semhitok.cli import arguments, text
 
-_MAPS = 4  # images whose semantic ids are drawn
+_MAPS = 4  # images whose semantic ids are plotted
 _KINDS = ("pixels", "colour", "texture")
 
 
@@ -29,23 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiles",
         action="store_true",
-        help="cut images into whole tiles of the tokenizer's size, instead of resizing and cropping them to one",
+        help="cut each image into tiles of the tokenizer's size, instead of resizing and cropping it to that size",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-
     import torch
 
-    from semhitok._files import write_atomic
+    from semhitok._files import write_json
     from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images, tiles
-    from semhitok.evaluation import figures
+    from semhitok.evaluation import plots
     from semhitok.evaluation.analyze import analyze, collect
 
     paths = list_images(args.sources)
-    figures.pyplot()  # told before the long work
+    plots.pyplot()  # a missing matplotlib is reported before the long work
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     config = tokenizer.config
     out = arguments.make_output_folder(args.out)
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = collect(tokenizer, batches())
     result = {"checkpoint": args.checkpoint, "codebook_sha256": tokenizer.codebook_hash} | analyze(tokenizer, tokens)
     pairs = result.pop("pairs")
-    write_atomic(out / "analysis.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(out / "analysis.json", result)
 
     codes = tokens.codes.view(-1, grid, grid)
     codebook = tokenizer.quantizer.semantic.codebook.cpu()
@@ -82,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
         count = image.shape[1] // size * columns
         maps.append((image, codes[start : start + count], columns))
         start += count
-    figures.semantic_map(tokenizer, maps, out / "semantic_map.png")
+    plots.semantic_map(tokenizer, maps, out / "semantic_map.png")
     patches = tokens.patches.view(*codes.shape, -1).permute(0, 3, 1, 2)
     crops = torch.nn.functional.pixel_shuffle(patches, config.patch_size)
-    figures.patches_of_codes(tokenizer, crops, codes, out / "nearest_patches.png", fit=fit)
-    figures.explained_variance(result["explained_variance"], out / "explained_variance.png")
-    figures.sub_code_usage(result["sub_codes_by_frequency"], out / "sub_code_usage.png")
-    figures.sub_codebook_distances(pairs, result["distances"], out / "sub_codebook_distances.png")
+    plots.patches_of_codes(tokenizer, crops, codes, out / "nearest_patches.png", fit=fit)
+    plots.explained_variance(result["explained_variance"], out / "explained_variance.png")
+    plots.sub_code_usage(result["sub_codes_by_frequency"], out / "sub_code_usage.png")
+    plots.sub_codebook_distances(pairs, result["distances"], out / "sub_codebook_distances.png")
     print(_table(result), end="\n\n")
     print(printable(f"{out}: analysis.json and figures"))
     return text.exit_code(reader.skipped)
@@ -109,17 +108,17 @@ def _table(result: dict[str, Any]) -> str:
             f"{name:28}{b['codes']:9}{b['share_of_tokens']:9.1%}{b['usage']:9.3f}{b['usage_if_even']:9.3f}"
             f"{b['perplexity']:12.2f}"
         )
-    own, apart = result["ownership"], result["distances"]
+    errors, distances = result["ownership"], result["distances"]
     lines += [
         "",
         "quantisation error of pixel features, as a share of their variance",
-        f"  own sub-codebook          {own['own']:9.3f}",
-        f"  another code's            {own['other']:9.3f}  ({own['gain']:.2f} dB more)",
-        f"  any of all sub-codes      {own['all']:9.3f}",
+        f"  own sub-codebook          {errors['own']:9.3f}",
+        f"  another code's            {errors['other']:9.3f}  ({errors['gain']:.2f} dB more)",
+        f"  any of all sub-codes      {errors['all']:9.3f}",
         "",
         "distances",
-        f"  within a sub-codebook     {apart['within']:9.3f}  (to the nearest other sub-code)",
-        f"  between sub-codebooks     {apart['between']:9.3f}",
-        f"  rank correlation with the angle between semantic codes {apart['rank_correlation']:.3f}",
+        f"  within a sub-codebook     {distances['within']:9.3f}  (to the nearest other sub-code)",
+        f"  between sub-codebooks     {distances['between']:9.3f}",
+        f"  rank correlation with the angle between semantic codes {distances['rank_correlation']:.3f}",
     ]
     return "\n".join(lines)

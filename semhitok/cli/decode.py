@@ -1,7 +1,7 @@
-"""Decode an ids file to images, a PNG each, named after the image the ids came from.
+"""Decode an ids file to PNGs, each named after the image that the ids came from.
 
-Refuses ids of other codebooks, which would decode to noise. With --semantic-only the sub-codes are
-left out: what is seen is what the semantic codes alone know.
+Ids of other codebooks are refused, as they would decode to noise. --semantic-only leaves out the sub-codes and shows
+what the semantic codes alone know.
 
 example:
   semhitok decode demo_output/checkpoint ids.safetensors --out decoded

@@ -1,13 +1,13 @@
-"""Encode images to discrete ids: in one .safetensors file, or a corpus in a folder of parquet shards.
+"""Encode images to discrete ids: to one .safetensors file, or to a corpus, a folder of parquet shards.
 
-Every image is resized to the tokenizer's size (shorter side, then centre crop) and becomes a grid
-of ids. The files carry the images' names, K, m and the hash of the codebooks, so that they cannot be
-decoded with others. An image that cannot be read is skipped (exit code 3): for a .safetensors file it
-is named on stderr, in a corpus in DIR/skipped.jsonl.
+Each image is resized to the tokenizer's size (shorter side, then centre crop) and becomes a grid of ids. The files
+also hold the images' names, K, m and the hash of the codebooks, so that the ids are not decoded with others. An image
+that cannot be read is skipped (exit code 3): for a .safetensors file it is named on stderr, for a corpus in
+DIR/skipped.jsonl.
 
-A corpus is made from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column
-`image`; captions and keys come along. Stop it as you like: the same command goes on and ends with the same
-bytes. `semhitok info DIR` checks a finished one.
+A corpus is encoded from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column `image`,
+with their captions and keys. It can be interrupted at any time: the same command resumes it and gives the same bytes.
+`semhitok info DIR` checks a finished corpus.
 
 examples:
   semhitok encode demo_output/checkpoint photos/ extra.jpg --out ids.safetensors
@@ -20,21 +20,19 @@ examples:
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semhitok._messages import printable, progress
 from semhitok.cli import arguments, text
+from semhitok.corpus.config import CROPS, ENGINES, PRECISIONS, EncodingConfig
 
 if TYPE_CHECKING:
-    from semhitok.corpus.encoder import Summary
-
-# Options of a corpus alone, and what they are without the user's word.
-_CORPUS = {
-    "crop": "centre", "pack": False, "caption": None, "shard_images": 4096, "engine": "local", "processes": 1,
-    "workers": 0, "precision": "fp32",
-}  # fmt: skip
+    from semhitok.corpus.encode import Summary
+    from semhitok.corpus.encoder import CroppedImage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,103 +41,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="images, or folders searched for images in all depths; for a corpus also webdataset shards and parquets",
+        help="images, or folders searched recursively; for a corpus also webdataset shards and parquet files",
     )
     parser.add_argument(
         "--out", required=True, metavar="IDS|DIR", help="file ending in .safetensors, or a corpus's folder"
     )
-    corpus = parser.add_argument_group("for a corpus")
-    corpus.add_argument(
-        "--crop", choices=("centre", "ten"), help="ten: corners, centre and their mirror images (default: centre)"
-    )
-    corpus.add_argument("--pack", action="store_true", default=None, help="store ids in as many bits as they need")
-    corpus.add_argument(
-        "--caption", metavar="NAME", help="parquet column and JSON field of captions (default: caption or text)"
-    )
-    corpus.add_argument(
-        "--shard-images", type=arguments.positive, metavar="N", help="image files in an output shard (default: 4096)"
-    )
-    corpus.add_argument(
-        "--precision", choices=("fp32", "bf16", "int8"), help="of the networks; int8 on a CPU only (default: fp32)"
-    )
-    corpus.add_argument(
-        "--engine", choices=("local", "torchrun", "ray"), help="who runs the processes (default: local)"
-    )
-    corpus.add_argument(
-        "--processes",
-        type=arguments.positive,
-        metavar="N",
-        help="encoding processes, on a CPU of one thread each (default: 1)",
-    )
-    corpus.add_argument(
-        "--workers", type=arguments.positive, metavar="N", help="decoding processes for each of them (default: none)"
-    )
+    # Named after the settings of `EncodingConfig` and the arguments of `encode_corpus`; absent unless given.
+    corpus = parser.add_argument_group("for a corpus", argument_default=argparse.SUPPRESS)
+    default = EncodingConfig()
+    options = [
+        corpus.add_argument(
+            "--crop", choices=CROPS, help=f"ten: corners, centre and their mirror images (default: {default.crop})"
+        ),
+        corpus.add_argument(
+            "--pack", dest="packed", action="store_true", help="store each id in as few bits as the vocabulary needs"
+        ),
+        corpus.add_argument(
+            "--caption", metavar="NAME", help="parquet column and JSON field of captions (default: caption or text)"
+        ),
+        corpus.add_argument(
+            "--shard-images",
+            dest="images_per_shard",
+            type=arguments.positive,
+            metavar="N",
+            help=f"image files in an output shard (default: {default.images_per_shard})",
+        ),
+        corpus.add_argument("--precision", choices=PRECISIONS, help=f"of the networks (default: {default.precision})"),
+        corpus.add_argument("--engine", choices=ENGINES, help="who runs the processes (default: local)"),
+        corpus.add_argument(
+            "--processes",
+            type=arguments.positive,
+            metavar="N",
+            help="encoding processes, each of one thread on a CPU (default: 1)",
+        ),
+        corpus.add_argument(
+            "--workers",
+            type=arguments.positive,
+            metavar="N",
+            help="decoding processes for each (default: none)",
+        ),
+    ]
+    parser.set_defaults(corpus_flags={option.dest: option.option_strings[0] for option in options})
 
 
 def run(args: argparse.Namespace) -> int:
-    suffix = Path(args.out).suffix
-    if not suffix or Path(args.out).is_dir():
-        return _corpus(args)
-    for name in _CORPUS:
-        if getattr(args, name) is not None:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: expected with a folder as --out, got {args.out}")
+    given = {name: getattr(args, name) for name in args.corpus_flags if hasattr(args, name)}
+    if not Path(args.out).suffix or Path(args.out).is_dir():
+        return _corpus(args, given)
+    for name in given:
+        raise ValueError(f"{args.corpus_flags[name]}: expected with a folder as --out, got {args.out}")
     return _file(args)
 
 
 def _file(args: argparse.Namespace) -> int:
-    import torch
-
+    from semhitok.corpus.encoder import encode_images
     from semhitok.corpus.ids_file import save_codes
-    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images
 
     out = arguments.check_output_file(args.out)
     paths = list_images(args.sources)
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
-    device = next(tokenizer.parameters()).device
-    reader = ImageReader(paths, tokenizer.config.image_size, args.batch_size, "encode")
-    names, codes = [], []
-    with torch.inference_mode():
-        for batch, images in reader:
-            codes.append(tokenizer.encode(images.to(device)).cpu())
-            names += [path.as_posix() for path in batch]
-    reader.check_any_read()
-    save_codes(out, torch.cat(codes), names, tokenizer.vocabulary)
-    _, height, width = codes[0].shape
-    skipped = f", {reader.skipped} skipped" if reader.skipped else ""
-    images_written = text.count(len(names), "image")
-    print(printable(f"{out}: {images_written}, {height} x {width} ids each{skipped}"))
-    return text.exit_code(reader.skipped)
+    with progress(paths, "encode") as bar:
+
+        def skip(image: CroppedImage) -> None:
+            bar.write(printable(f"semhitok encode: skipped: {image.problem}"), file=sys.stderr)
+
+        names, codes = encode_images(tokenizer, bar, args.batch_size, skip)
+    if not names:
+        raise ValueError(f"none of {text.count(len(paths), 'image')} could be read")
+    save_codes(out, codes, names, tokenizer.vocabulary)
+    count, height, width = codes.shape
+    skipped = len(paths) - count
+    note = f", {skipped} skipped" if skipped else ""
+    print(printable(f"{out}: {text.count(count, 'image')}, {height} x {width} ids each{note}"))
+    return text.exit_code(skipped)
 
 
-def _corpus(args: argparse.Namespace) -> int:
-    from semhitok.corpus.encoder import EncodingConfig, encode_corpus
+def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    from semhitok.corpus.encode import encode_corpus
 
-    given: dict[str, Any] = {**_CORPUS, **{k: v for k, v in vars(args).items() if k in _CORPUS and v is not None}}
-    config = EncodingConfig(
-        given["crop"], given["pack"], given["caption"], args.batch_size, given["shard_images"], given["precision"]
-    )
+    settings = {field.name for field in dataclasses.fields(EncodingConfig)} & given.keys()
+    config = EncodingConfig(batch_size=args.batch_size, **{name: given.pop(name) for name in settings})
 
     def counted(results: Iterable[Any], total: int) -> Iterator[Any]:
         with progress(None, "encode", total) as bar:
-            for done in results:
+            for result in results:
                 bar.update()
-                yield done
+                yield result
 
     summary = encode_corpus(
         args.checkpoint,
         args.sources,
         arguments.make_output_folder(args.out),
         config,
-        engine=given["engine"],
-        processes=given["processes"],
-        workers=given["workers"],
         device=arguments.find_device(args.device),
         progress=counted,
+        **given,
     )
     print(text.table(_rows(args.out, config.precision, summary)))
-    return text.SKIPPED if summary.skipped else text.DONE
+    return text.exit_code(summary.skipped)
 
 
 def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:

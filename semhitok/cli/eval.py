@@ -1,12 +1,13 @@
-"""Measure a tokenizer, or any other's reconstructions, on images under a fixed protocol: rFID, PSNR, SSIM, LPIPS, use
-of the codes, ids kept by a round trip, and with labels what the features say of them.
+"""Evaluate a tokenizer, or the reconstructions of any other, on images under a fixed protocol.
 
-References and reconstructions are stored as PNG in OUT, with evaluation.json and a page, index.html. Figures that need
-weights which cannot be had are left out, and the table says why. An unreadable image is an error.
+Reported are rFID, PSNR, SSIM, LPIPS and more, the use of the codes, the ids kept by a round trip and, with labels, how
+well the features predict them. References and reconstructions are stored as PNG in OUT, with evaluation.json and a
+page, index.html. A figure whose weights are not available is left out, and the table says why. An unreadable image is
+an error.
 
 --labels takes a .csv of rows "name,label", a .json object, or the word "folders": an image's first folder is its label.
---features names one more network for a Fréchet distance: a timm model, NAME=FILE for weights of a file, random:NAME for
-random weights, or inception=FILE for rFID with the published weights in a file.
+--features names a network for another Fréchet distance: a timm model, NAME=FILE for weights from a file, random:NAME
+for random weights, or inception=FILE for rFID with the published weights from a file.
 
 examples:
   semhitok eval runs/256/checkpoint val/ --out eval/256
@@ -33,24 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="CHECKPOINT IMAGES",
-        help="a tokenizer's folder or its name on a hub (not with --reconstructions), then image files and folders",
+        help="folder of a saved tokenizer, or its name on a hub (not with --reconstructions), then images and folders",
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
     parser.add_argument(
         "--reconstructions",
         metavar="FOLDER",
-        help="evaluate these in place of a tokenizer: one lossless image of the same name for each original",
+        help="evaluate these instead of a tokenizer: one lossless image for each original, of the same name",
     )
-    parser.add_argument("--labels", metavar="LABELS", help="for probes of the features: folders, .csv or .json")
-    parser.add_argument("--features", metavar="NAME", help="a network for one more Fréchet distance")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--labels", metavar="LABELS", help="labels to probe the features for: folders, .csv or .json")
+    parser.add_argument("--features", metavar="NAME", help="network for another Fréchet distance")
+    arguments.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.reconstructions is None and len(args.sources) < 2:
         raise ValueError("IMAGES: expected after CHECKPOINT, got none")
     if args.reconstructions is not None and args.labels is not None:
-        raise ValueError("--labels: expected with a tokenizer, whose features are probed, got --reconstructions")
+        raise ValueError("--labels: expected a tokenizer, whose features are probed, got --reconstructions")
 
     from semhitok import distributed
     from semhitok.evaluation.page import table_rows

@@ -1,8 +1,8 @@
-"""See what ids mean, on a local page: an image's semantic map beside its reconstruction, patch by patch.
+"""Show what ids mean, patch by patch, on a local page: an image, its semantic map and its reconstruction.
 
-Click a patch to see its id (i, j), its sub-codebook decoded in its place, and the patches of a folder that share i;
-click a sub-code to swap it in. With --compare, two checkpoints side by side. The page is for this machine alone and
-needs no network. Ctrl-C ends it.
+Click a patch to see its ids (i, j), the sub-codes of i decoded in its place, and the patches of a folder that share i.
+Click a sub-code to swap it in. --compare shows two checkpoints side by side. The page can be reached from this machine
+only and needs no network. Ctrl-C ends it.
 
 examples:
   semhitok explore demo_output/checkpoint --images demo_output/photographs
@@ -22,13 +22,13 @@ _MAX_IMAGES = 1000  # of the folder; they are held in memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
-    parser.add_argument("--compare", metavar="CHECKPOINT", help="another tokenizer, shown beside the first")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="another tokenizer, to show beside the first")
     parser.add_argument(
         "--images",
         metavar="FOLDER",
-        help=f"where patches that share a code are looked for (first {_MAX_IMAGES} images)",
+        help=f"images to search for patches that share a code (the first {_MAX_IMAGES})",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if there is)")
+    arguments.add_device_argument(parser)
     parser.add_argument(
         "--port", type=arguments.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)"
     )
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.explore.explorer import Explorer
 
     with tempfile.TemporaryDirectory(prefix="semhitok-explore-") as folder:
-        # What the page is sent and shows, until it ends; Gradio looks for the name when it is imported.
+        # For uploads and shown pictures, deleted at exit. Gradio reads the name when it is imported.
         os.environ["GRADIO_TEMP_DIR"] = folder
         require("gradio", "explore")
         from semhitok.explore import page
@@ -55,6 +55,6 @@ def run(args: argparse.Namespace) -> int:
                 explorer.collect(reader)
                 reader.check_any_read()
             host, port = listener.getsockname()
-            print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # who comes before it is built waits a moment
+            print(f"http://{host}:{port}/ (Ctrl-C ends it)", flush=True)  # early requests wait until the page is built
             page.serve(explorers, listener)
     return text.DONE

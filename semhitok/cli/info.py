@@ -1,6 +1,6 @@
-"""Tell what is in a checkpoint, an ids file or an encoded corpus; without one, what is installed and how built.
+"""Show what is in a checkpoint, an ids file or an encoded corpus; without one, what is installed and how it was built.
 
-All of a corpus is read and checked: a shard that is missing, truncated or changed is an error.
+A corpus is read and checked completely: a shard that is missing, truncated or changed is an error.
 
 examples:
   semhitok info
@@ -22,7 +22,7 @@ from typing import Any
 from semhitok.cli import arguments, text
 
 _PACKAGES = ("semhitok", "torch", "timm", "safetensors", "huggingface_hub", "pillow", "numpy")
-_MAX_COUNTERS = 2**27  # 1 GiB of them: an ids file may claim any K and m
+_MAX_COUNTERS = 2**27  # 1 GiB; an ids file may claim any K and m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def _installation() -> Iterable[tuple[str, Any]]:
 
 
 def _build(name: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """Rows of what the extension tells of its build: dicts inside dicts, lists, plain values."""
+    """Rows of the extension's build information: nested dicts, lists, plain values."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _build(f"{name} {key}", inner)
@@ -130,7 +130,7 @@ def _usage(summary: dict[str, dict[str, float]]) -> Iterable[tuple[str, Any]]:
 
 
 def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Rows of a dataclass; those of one inside another are named `outer.inner`."""
+    """Rows of a dataclass; the fields of a nested one are named `outer.inner`."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -140,7 +140,7 @@ def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _spread(sizes: Any) -> str:
-    """How sizes [K] int64 are spread: least, quartiles, most."""
+    """The distribution of sizes [K] int64: least, quartiles, most."""
     ordered = sizes.sort().values
     quarters = [int(ordered[(len(ordered) - 1) * q // 4]) for q in range(5)]
     return "least {}, quartiles {} {} {}, most {}".format(*quarters)

@@ -1,7 +1,7 @@
-"""Encode images and decode them again: a PNG each, and how near they come to the originals.
+"""Encode images and decode them again, to PNGs, and compare them with the originals.
 
-PSNR (dB) and SSIM compare with the original resized and cropped to the tokenizer's size. Unreadable
-images are named on stderr and skipped (exit code 3).
+PSNR (dB) and SSIM are against the originals resized and cropped to the tokenizer's size. Images that cannot be read
+are named on stderr and skipped (exit code 3).
 
 example:
   semhitok reconstruct demo_output/checkpoint photos/ --out reconstructed
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images, save_png
-    from semhitok.evaluation.metrics import psnr, ssim
+    from semhitok.evaluation.metrics import METRICS, quick_functions
 
     paths = list_images(args.sources)
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
@@ -36,28 +36,26 @@ def run(args: argparse.Namespace) -> int:
     _check_keeps_originals(out, targets)
     config = tokenizer.config
     reader = ImageReader(paths, config.image_size, args.batch_size, "reconstruct")
-    rows: list[tuple[str, float, float]] = []
+    functions = quick_functions()
+    rows: list[tuple[str, list[float]]] = []
     with torch.inference_mode():
         for batch, images in reader:
             images = images.to(device)
             reconstructed = tokenizer.reconstruct(images)
-            scores = zip(
-                batch,
-                reconstructed,
-                psnr(reconstructed, images).tolist(),
-                ssim(reconstructed, images).tolist(),
-                strict=True,
-            )
-            for path, image, image_psnr, image_ssim in scores:
+            scores = torch.stack([function(reconstructed, images) for function in functions.values()], dim=1)
+            for path, image, row in zip(batch, reconstructed, scores.tolist(), strict=True):
                 save_png(image, out / targets[path])
-                rows.append((targets[path], image_psnr, image_ssim))
+                rows.append((targets[path], row))
     reader.check_any_read()
-    mean = [sum(column) / len(rows) for column in list(zip(*rows, strict=True))[1:]]
-    rows.append(("mean", *mean))
-    width = max(len(name) for name, _, _ in rows)
-    print(f"{'image':{width}}  PSNR dB    SSIM")
-    for name, row_psnr, row_ssim in rows:
-        print(f"{name:{width}}  {row_psnr:7.2f}  {row_ssim:6.3f}")
+    columns = zip(*(row for _, row in rows), strict=True)
+    rows.append(("mean", [sum(column) / len(column) for column in columns]))
+    width = max(len(name) for name, _ in rows)
+    # One digit less than means over large sets get.
+    table = [(METRICS[name].heading, METRICS[name].digits - 1) for name in functions]
+    print(f"{'image':{width}}", *(f"{heading:>6}" for heading, _ in table), sep="  ")
+    for name, row in rows:
+        cells = zip(table, row, strict=True)
+        print(f"{name:{width}}", *(f"{value:{max(6, len(h))}.{digits}f}" for (h, digits), value in cells), sep="  ")
     skipped = f", {reader.skipped} skipped" if reader.skipped else ""
     written = text.count(len(rows) - 1, "image")
     print(printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{skipped}"))

@@ -1,9 +1,9 @@
-"""Ids files: the flat ids of many images with what is needed to decode them, as `.safetensors`.
+"""Ids files: the flat ids of images in one `.safetensors` file, with what is needed to decode them.
 
-One tensor `codes` [N, h, w], int32 where it holds K * m ids and int64 otherwise; where sub-codebooks have sizes of
-their own, another `offsets` [K + 1] int64, the first id of every semantic code and K * m; and as metadata:
-`format`, `version`, `shape` (JSON), `num_codes` (K), `num_sub_codes` (m), `codebook_hash`
-(hex SHA-256) and `names` (JSON list of N strings, the images' sources).
+Tensors: `codes` [N, h, w], int32 if it holds K * m ids and int64 otherwise; if sub-codebooks have sizes of their own,
+also `offsets` int64 [K + 1], the first id of each semantic code, then K * m.
+Metadata: `format`, `version`, `shape` (JSON), `num_codes` (K), `num_sub_codes` (m), `codebook_hash` (hex SHA-256) and
+`names` (JSON list of N strings, the images' sources).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class CodesFile:
-    """What an ids file holds.
+    """The content of an ids file.
 
     Attributes:
         codes: int64 [N, h, w], flat ids in [0, num_codes * num_sub_codes), on the CPU.
-        names: N strings, where each image came from. As found in the file: not safe as paths.
+        names: N strings, the images' sources, as found in the file: not safe as paths.
         num_codes: K, semantic codes.
         num_sub_codes: m, sub-codes of each; with offsets, their mean number.
         codebook_hash: hex SHA-256 of the codebooks the ids belong to.
-        offsets: the first flat id of every semantic code, and K * m, where sub-codebooks have sizes of their own.
+        offsets: [K + 1], the first flat id of each semantic code, then K * m; None if all sub-codebooks have m codes.
     """
 
     codes: torch.Tensor
@@ -56,22 +56,22 @@ def save_codes(
     names: Sequence[str],
     vocabulary: Vocabulary,
 ) -> None:
-    """Write an ids file; it appears whole or not at all.
+    """Write an ids file. It appears complete or not at all.
 
     Args:
-        path: file to write, in an existing folder; an old file is replaced.
+        path: file to write, in an existing folder; an existing file is replaced.
         codes: integers [N, h, w] in [0, K * m), on any device.
         names: N strings, the sources of the images.
         vocabulary: K, m, offsets and the codebook hash.
 
     Raises:
-        ValueError: another shape, ids out of range, names of another number, no codebook hash.
+        ValueError: wrong shape, ids out of range, a wrong number of names, or no codebook hash.
         OSError: the file cannot be written.
     """
     if codes.ndim != 3:
         raise ValueError(f"codes: expected [N, h, w], got {list(codes.shape)}")
     if len(names) != len(codes):
-        raise ValueError(f"names: expected {len(codes)}, one an image, got {len(names)}")
+        raise ValueError(f"names: expected {len(codes)}, one per image, got {len(names)}")
     if vocabulary.codebook_hash is None:
         raise ValueError("vocabulary: expected a codebook_hash, got None")
     fits = vocabulary.num_flat_codes <= torch.iinfo(torch.int32).max + 1
@@ -83,7 +83,7 @@ def save_codes(
         "num_codes": str(vocabulary.num_codes),
         "num_sub_codes": str(vocabulary.num_sub_codes),
         "codebook_hash": vocabulary.codebook_hash,
-        "names": json.dumps(list(names)),  # ASCII, so that names that are no UTF-8 survive
+        "names": json.dumps(list(names)),  # ASCII: keeps names that are not UTF-8
     }
     tensors = {"codes": stored.contiguous()}
     if vocabulary.offsets is not None:
@@ -92,15 +92,15 @@ def save_codes(
 
 
 def load_codes(path: str | os.PathLike[str]) -> CodesFile:
-    """Read an ids file and check everything in it.
+    """Read an ids file and check all of it.
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: not an ids file, of a later version, truncated, damaged, or with ids out of
-            range; one line naming the file and the reason.
+        ValueError: not an ids file, of a later version, truncated, damaged, or with ids out of range; one line that
+            names the file and the reason.
     """
     safetensors = require("safetensors")
-    with open(path, "rb"):  # the system's own words for a missing or forbidden file or a folder
+    with open(path, "rb"):  # raises the usual OSError for a missing or unreadable file or a folder
         pass
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
@@ -113,10 +113,10 @@ def load_codes(path: str | os.PathLike[str]) -> CodesFile:
 
 
 def _ordered(file: bytes) -> bytes:
-    """A safetensors file with its header sorted: same ids, same bytes (metadata comes shuffled)."""
+    """The file with its header sorted, as safetensors shuffles the metadata: the same ids give the same bytes."""
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)  # the data stay aligned
+    header += b" " * (-len(header) % 8)  # keeps the data aligned
     return len(header).to_bytes(8, "little") + header + file[end:]
 
 
@@ -127,7 +127,7 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
         got = _field(metadata, "version")
         raise ValueError(f"version: expected {_VERSION}, got {got}; update semhitok")
     if sorted(file.keys()) not in (["codes"], ["codes", "offsets"]):
-        raise ValueError(f"expected one tensor named codes, and at most offsets, got {list(file.keys())}")
+        raise ValueError(f"expected one tensor named codes, and optionally offsets, got {list(file.keys())}")
     codes = file.get_tensor("codes")
     if codes.dtype not in (torch.int32, torch.int64) or codes.ndim != 3:
         raise ValueError(f"codes: expected int32 or int64 [N, h, w], got {codes.dtype} {list(codes.shape)}")
@@ -138,12 +138,12 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("names: expected a list of strings")
     if len(names) != len(codes):
-        raise ValueError(f"names: expected {len(codes)}, one an image, got {len(names)}")
+        raise ValueError(f"names: expected {len(codes)}, one per image, got {len(names)}")
     digest = _field(metadata, "codebook_hash")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"codebook_hash: expected 64 hexadecimal digits, got {digest!r}")
     offsets = None
-    if "offsets" in file.keys():  # noqa: SIM118  (no mapping)
+    if "offsets" in file.keys():  # noqa: SIM118  (not a mapping)
         bounds = file.get_tensor("offsets")
         if bounds.dtype != torch.int64 or bounds.ndim != 1:
             raise ValueError(f"offsets: expected int64 [K + 1], got {bounds.dtype} {list(bounds.shape)}")

@@ -1,6 +1,6 @@
-"""The images of a corpus in fixed units of work: blocks of image files, webdataset shards, parquet files.
+"""The sources of a corpus, divided into units of work: blocks of image files, webdataset shards, parquet files.
 
-A unit is the same whoever works on it and whenever: one unit becomes one shard of ids.
+Each unit becomes one shard of ids. The division depends on the sources alone, not on who encodes them or when.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from torch import Tensor
 from semhitok._files import open_atomic
 from semhitok._optional import require
 from semhitok.data.images import decode_image, read_image, resize_crop, ten_crops, walk_images
-from semhitok.data.shards import expand_shards, is_shard, read_shard
+from semhitok.data.kinds import PARQUET, SHARDS, expand_braces, kind_of
+from semhitok.data.shards import expand_shards, read_shard
 
 LISTING = "images.jsonl"
-CROPS = {"centre": 1, "ten": 10}  # images made of one
-_CAPTIONS = ("caption", "text")  # names of a caption where none is given
-_KEYS = ("__key__", "key", "id")
-_ROWS = 16  # of a parquet file, in memory at once
+_CAPTIONS = ("caption", "text")  # columns or fields that are captions, if no name is given
+_KEYS = ("__key__", "key", "id")  # columns that are keys
+_ROWS = 16  # of a parquet file, read at once
 
 
 @dataclass(frozen=True)
 class Unit:
     """A part of the sources that becomes one shard.
 
+    number: of the unit and its shard, from 0.
     kind: "images", "webdataset" or "parquet".
-    source: path or URL; of image files the listing that names them.
-    start: of image files: bytes of the listing before the first one's line.
-    count: of image files: how many.
+    source: path or URL; for image files, the listing that names them.
+    start: for image files, the offset in bytes of the first one's line in the listing.
+    count: for image files, their number.
     """
 
     number: int
@@ -45,13 +46,15 @@ class Unit:
 
 
 class Item(NamedTuple):
-    """An image that is not decoded yet, or why there is none.
+    """An image that is not decoded yet, or the reason why there is none.
 
     key: its name in the corpus.
     name: its name in messages.
-    data: content of its file, if it is in memory; otherwise `path` says where it is.
+    data: content of its file; or empty, and `path` is the file.
+    caption: its caption, or None.
     problem: why there is no image; empty if there is one.
-    again: the unit could not be read to its end, but may be another time.
+    transient: the problem is that the unit could not be read to its end now, but may be later.
+    caption_path: a text file that holds the caption in place of `caption`, if the file exists; or empty.
     """
 
     key: str
@@ -60,10 +63,11 @@ class Item(NamedTuple):
     path: str = ""
     caption: str | None = None
     problem: str = ""
-    again: bool = False
+    transient: bool = False
+    caption_path: str = ""
 
-    def crops(self, size: int, policy: str) -> tuple[Tensor, str | None]:
-        """float32 [CROPS[policy], 3, size, size] in [0, 1], and the caption if there is one.
+    def crops(self, size: int, policy: str) -> Tensor:
+        """The image as float32 [c, 3, size, size] in [0, 1]: c = 1 with the policy "centre", 10 with "ten".
 
         Raises:
             ValueError, OSError: there is no image, or it cannot be read.
@@ -71,33 +75,45 @@ class Item(NamedTuple):
         if self.problem:
             raise ValueError(self.problem)
         image = read_image(self.path) if self.path else decode_image(self.data, self.name)
-        caption = _sibling(self.path) if self.path else self.caption
-        return ten_crops(image, size) if policy == "ten" else resize_crop(image, size)[None], caption
+        return ten_crops(image, size) if policy == "ten" else resize_crop(image, size)[None]
+
+    def read_caption(self) -> str | None:
+        """The caption, or None.
+
+        Raises:
+            OSError: its file cannot be read.
+        """
+        if not self.caption_path:
+            return self.caption
+        try:
+            return Path(self.caption_path).read_bytes().decode("utf-8", "replace").strip()
+        except FileNotFoundError:
+            return None
 
 
 def plan(
     sources: Sequence[str | os.PathLike[str]], images_per_unit: int, folder: Path, expected: str | None
 ) -> tuple[list[Unit], str]:
-    """The units of `sources`, and a SHA-256 of all that they name.
+    """The units of `sources`, and a SHA-256 of all names of images and shards.
 
-    Image files come first, in the order given, then shards and parquet files. The files are listed in
-    `folder`, a JSON list [path, key] a line, so that no process has to hold their names.
+    Image files come first, in the order given, then shards and parquet files. The image files are listed in a file of
+    `folder`, one JSON list [path, key] per line, so that no process has to hold their names.
 
     Args:
         sources: images, folders searched for images in all depths, webdataset shards (see
             `TrainingImages`), parquet files; patterns with braces.
         images_per_unit: image files in a unit.
         folder: existing folder for the listing.
-        expected: the SHA-256 that must come out, if known; nothing is written if another one does.
+        expected: the SHA-256 of an earlier call; if it differs, nothing is written.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        OSError: a folder cannot be read, or the listing not be written.
-        ValueError: no images, a source twice, a URL that cannot be opened, or other sources than expected.
+        OSError: a folder cannot be read, or the listing cannot be written.
+        ValueError: no images, a source given twice, a URL that cannot be opened, or sources that have changed.
     """
     names = [os.fspath(source) for source in sources]
     _check_apart(names)
-    files = [name for name in names if not is_shard(name) and not _is_parquet(name)]
+    files = [name for name in names if kind_of(name) not in (SHARDS, PARQUET)]
     digest = hashlib.sha256()
     units: list[Unit] = []
     listing = folder / LISTING
@@ -112,26 +128,26 @@ def plan(
             units[-1] = replace(units[-1], count=count % images_per_unit + 1)
             place, count = place + len(line), count + 1
         for name in names:
-            if _is_parquet(name):
+            if kind_of(name) == PARQUET:
                 units += [Unit(len(units) + n, "parquet", path) for n, path in enumerate(_parquet_files(name))]
-            elif is_shard(name):
+            elif kind_of(name) == SHARDS:
                 units += [Unit(len(units) + n, "webdataset", url) for n, url in enumerate(expand_shards(name))]
         if not units:
             raise ValueError(f"{', '.join(names)}: no images found")
         described = [replace(unit, source="") if unit.kind == "images" else unit for unit in units]
         digest.update(json.dumps([astuple(unit) for unit in described]).encode())
         if expected not in (None, digest.hexdigest()):
-            raise ValueError(f"{folder}: its sources were others: images or shards came, went or changed their names")
+            raise ValueError(f"{folder}: the sources have changed: images or shards were added, removed or renamed")
     if not files:
         listing.unlink(missing_ok=True)
     return units, digest.hexdigest()
 
 
 def read_unit(unit: Unit, caption: str | None = None) -> Iterator[Item]:
-    """The images of a unit, undecoded, in order. What cannot be read comes as an item with a problem.
+    """The images of a unit, undecoded, in order; an image that cannot be read is an item with a problem.
 
-    caption: column of parquet files and field of JSON members to take; "caption" or "text" without one. Beside
-        that, a sample's .txt member and the .txt file beside an image file are captions.
+    caption: column of parquet files and field of JSON members that holds the caption; None takes "caption" or "text".
+        A sample's .txt member and the .txt file beside an image file are captions too.
     """
     fields = (caption,) if caption else _CAPTIONS
     if unit.kind == "images":
@@ -142,31 +158,31 @@ def read_unit(unit: Unit, caption: str | None = None) -> Iterator[Item]:
         for sample in read_shard(unit.source, texts=True):
             yield Item(
                 "" if sample.ends_shard else sample.key, sample.name, sample.data, "",
-                _text_of(dict(sample.texts), fields), sample.problem, sample.passing,
+                _text_of(dict(sample.texts), fields), sample.problem, sample.transient,
             )  # fmt: skip
 
 
 def printable_utf8(text: str) -> str:
-    """A file's name as text that every file can hold: bytes that are no UTF-8 become \\xNN."""
+    """A file's name as text that every file can hold: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def _check_apart(names: Sequence[str]) -> None:
-    """Refuse a source that is given twice or lies in another one: its images would be doubled."""
+    """Refuse a source that is given twice or lies in another one: its images would be encoded twice."""
     seen: dict[str, str] = {}
     for name in names:
-        real = name if is_shard(name) else os.path.realpath(name)
+        real = name if kind_of(name) == SHARDS else os.path.realpath(name)
         if real in seen:
             raise ValueError(f"sources: expected each once, got {seen[real]} and {name}")
         seen[real] = name
     for real, name in seen.items():
         for parent in Path(real).parents:
-            if str(parent) in seen and not is_shard(name) and not _is_parquet(name):
+            if str(parent) in seen and kind_of(name) not in (SHARDS, PARQUET):
                 raise ValueError(f"sources: expected each once, got {name}, which is in {seen[str(parent)]}")
 
 
 def _files(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(path, key) of image files: a key is the name as given, or the path inside the folder given."""
+    """(path, key) of image files. The key is the name as given or, in a folder, the path inside it."""
     for name in names:
         path = Path(name)
         if not path.exists():
@@ -182,18 +198,11 @@ def _listed(unit: Unit) -> Iterator[Item]:
         listing.seek(unit.start)
         for _ in range(unit.count):
             path, key = json.loads(listing.readline())
-            yield Item(printable_utf8(key), path, path=path)
-
-
-def _sibling(path: str) -> str | None:
-    try:
-        return Path(path).with_suffix(".txt").read_bytes().decode("utf-8", "replace").strip()
-    except FileNotFoundError:
-        return None
+            yield Item(printable_utf8(key), path, path=path, caption_path=str(Path(path).with_suffix(".txt")))
 
 
 def _text_of(texts: Mapping[str, bytes], fields: Sequence[str]) -> str | None:
-    """The caption among a sample's members: that of its JSON if a field of it is one, else its text."""
+    """The caption among a sample's members: the first of `fields` that its JSON has, or else its text."""
     for suffix in sorted(texts, key=lambda suffix: (not suffix.endswith("json"), suffix.count("."), suffix)):
         text = texts[suffix].decode("utf-8", "replace")
         if suffix.endswith("txt"):
@@ -208,12 +217,8 @@ def _text_of(texts: Mapping[str, bytes], fields: Sequence[str]) -> str | None:
     return None
 
 
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet")
-
-
 def _parquet_files(name: str) -> list[str]:
-    found = [name] if os.path.exists(name) else list(require("braceexpand", "train").braceexpand(name))
+    found = expand_braces(name)
     for path in found:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such parquet file (URLs of parquet files are not read)")
@@ -221,11 +226,11 @@ def _parquet_files(name: str) -> list[str]:
 
 
 def _parquet(path: str, fields: Sequence[str]) -> Iterator[Item]:
-    """Rows of a file in the layout of Hugging Face datasets: `image` is struct{bytes, path} or the bytes."""
+    """Rows of a file as Hugging Face datasets writes them: `image` is struct{bytes, path} or the bytes."""
     pq = require("pyarrow.parquet", "corpus")
     count = 0
     try:
-        # Unbuffered, a whole row group, often hundreds of MB, would be in memory.
+        # Without a buffer, a whole row group would be in memory, often hundreds of MB.
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if "image" not in names:

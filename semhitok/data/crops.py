@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok.config import DataConfig
-from semhitok.data.images import read_image, resize_crop
+from semhitok.data.images import read_image, resize_crop, to_uint8
+from semhitok.data.stream import epoch_order, generator, warn_skipped
 
 _CACHE_BYTES = 2**29
 
@@ -25,8 +25,7 @@ class RandomCrops:
         config: how crops are drawn.
         seed: another seed gives another order and other crops.
 
-    An unreadable image is named on stderr once and its samples are drawn from the next readable
-    one, so a folder with a bad file trains on, the same way every time.
+    An unreadable image is reported once on stderr, and the next readable one takes its place, the same one every time.
 
     Raises:
         ValueError: no paths, or (when a sample is drawn) none of them readable.
@@ -49,17 +48,16 @@ class RandomCrops:
         return self.sample(number)[0]
 
     def sample(self, number: int) -> tuple[Tensor, bool]:
-        """Crop [3, size, size], float32 in [0, 1], and whether it is of another image in place of an unreadable one."""
+        """Crop [3, size, size], float32 in [0, 1], and whether its image replaces an unreadable one."""
         epoch, position = divmod(number, len(self.paths))
         if self._order[0] != epoch:
-            shuffle = torch.randperm(len(self.paths), generator=generator(self.seed, ~epoch))
-            self._order = (epoch, shuffle.tolist())
+            self._order = (epoch, epoch_order(len(self.paths), self.seed, epoch).tolist())
         image, replaced = self._load(self._order[1][position])
         draws = torch.rand(4, generator=generator(self.seed, number)).tolist()
         return crop(image, self.size, self.config, draws), replaced
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
-        """The image at `index`, or the next readable one, as uint8 [3, H, W]; whether it is the next one."""
+        """The image at `index`, or the next readable one, as uint8 [3, H, W]; and whether it is another one."""
         for place in range(index, index + len(self.paths)):
             candidate = place % len(self.paths)
             if candidate in self._cache:
@@ -70,18 +68,13 @@ class RandomCrops:
                 image = to_uint8(read_image(self.paths[candidate]))
             except (ValueError, OSError) as error:
                 self.unreadable.add(candidate)
-                print(f"semhitok: skipped: {error}", file=sys.stderr)
+                warn_skipped(str(error))
                 continue
             if self._cached_bytes + image.numel() <= _CACHE_BYTES:
                 self._cache[candidate] = image
                 self._cached_bytes += image.numel()
             return image, candidate != index
         raise ValueError(f"none of the {len(self.paths)} images can be read")
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """An image in [0, 1] as uint8, which `crop` takes: a quarter of the memory."""
-    return image.mul(255).round().to(torch.uint8)
 
 
 def crop(image: Tensor, size: int, config: DataConfig, draws: Sequence[float]) -> Tensor:
@@ -110,12 +103,3 @@ def crop(image: Tensor, size: int, config: DataConfig, draws: Sequence[float]) -
     if side != size:
         part = F.interpolate(part[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
     return part.flip(-1) if config.flip and draws[3] < 0.5 else part
-
-
-def generator(seed: int, *numbers: int) -> torch.Generator:
-    """Random numbers that are a function of the seed and of the numbers, in their order."""
-    mixed = seed
-    for number in numbers:
-        # Odd constants spread neighbouring seeds and numbers; the sum keeps 63 bits.
-        mixed = (mixed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**63 - 1)
-    return torch.Generator().manual_seed(mixed)

@@ -1,4 +1,4 @@
-"""Images from files and back: anything a camera or editor writes becomes float32 RGB in [0, 1]."""
+"""Reading, resizing and writing images: whatever a camera or editor writes becomes float32 RGB in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from semhitok._files import write_atomic
 from semhitok._optional import require
 
-# Formats read, whatever a file is called. Pillow knows more, some by running other programs.
+# Formats that are read, whatever a file is called. Pillow reads more, some by running other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Names taken for images inside a folder or a shard.
+# File names that count as images inside a folder or a shard.
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 MAX_PIXELS = 2**27  # 134 million, 1.5 GiB as float32 RGB
-_MAX_ASPECT = 4  # of what `resize_crop` resizes: the crop keeps only the middle anyway
+_MAX_ASPECT = 4  # of the part that `resize_crop` resizes: the crop keeps only the middle anyway
 
 
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Image files behind `paths`, each once, in the order given, a folder's sorted by name.
+    """Image files among `paths`, each once, in the order given; those of a folder sorted by name.
 
-    A file counts whatever its name. A folder is searched in all depths for the names of common
-    image formats; hidden files and folders are passed over, links to folders are not followed.
+    A file that is given counts as an image whatever its name. Folders are searched recursively for names of common
+    image formats; hidden files and folders are ignored, and links to folders are not followed.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -49,7 +49,7 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """The images of a folder as `list_images` finds and orders them; no more than the names of one folder are held.
+    """The images of a folder as `list_images` finds and orders them, with the names of one folder in memory at a time.
 
     Raises:
         OSError: a folder cannot be read.
@@ -65,20 +65,19 @@ def walk_images(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """Read an image file as it would be shown: orientation applied, on a white page.
+    """Read an image file as it would be displayed, with its orientation applied and on a white background.
 
-    PNG, JPEG, WebP, TIFF, BMP, GIF and PPM. Grey and palette images become RGB; transparency is
-    composited on white; 16-bit grey is divided by 65535, 8-bit by 255; floating-point TIFF must lie
-    in [0, 1]; of an animation or a multi-page file the first image is taken. Colour profiles are
-    not applied.
+    Formats are PNG, JPEG, WebP, TIFF, BMP, GIF and PPM. Grey and palette images become RGB; transparency is
+    composited on white; 16-bit grey is divided by 65535, 8-bit by 255; floating-point TIFF must lie in [0, 1]. Of an
+    animation or a multi-page file the first image is read. Colour profiles are not applied.
 
     Returns:
         float32 [3, H, W] in [0, 1], RGB.
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: not an image, corrupt, truncated, of no known kind, or of more than 2**27
-            pixels; one line naming the file and the reason.
+        ValueError: not an image, corrupt, truncated, of an unknown format, or of more than 2**27 pixels; one line that
+            names the file and the reason.
         ImportError: Pillow or NumPy is not installed.
     """
     with open(path, "rb") as file:
@@ -86,7 +85,7 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
-    """`read_image` of an image file's content. `name` stands for it in errors.
+    """Decode the content of an image file as `read_image` does; errors name it `name`.
 
     Returns:
         float32 [3, H, W] in [0, 1], RGB.
@@ -97,11 +96,21 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
     return _decode(io.BytesIO(data), name)
 
 
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [0, 1], clamped -> uint8, round(255 v), halves to even: a quarter of the memory.
+
+    Raises:
+        ValueError: NaN or infinity among the values.
+    """
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: expected finite values, got others")
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resize so that the shorter side is `size` (bicubic, antialiased), then crop the centre.
 
-    Of an image longer than 4:1 only the middle 4:1 is resized. A square image of `size` comes back
-    unchanged.
+    Of an image longer than 4:1 only the middle 4:1 is resized. A square image of `size` is returned unchanged.
 
     Args:
         image: float [3, H, W] in [0, 1], H and W at least 1.
@@ -130,7 +139,7 @@ def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def ten_crops(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Four corners, the centre, and the mirror images of these five, of the `resize_crop` to 1.1 times `size`.
+    """Resize and crop to 1.1 times `size`, then take the four corners, the centre, and the mirror images of these five.
 
     The order is top left, top right, bottom left, bottom right, centre, then the mirror images in that order.
 
@@ -144,10 +153,10 @@ def ten_crops(image: torch.Tensor, size: int) -> torch.Tensor:
     Raises:
         ValueError: as `resize_crop` does.
     """
-    whole = resize_crop(image, size * 11 // 10)
-    far = whole.shape[1] - size
-    corners = [whole[:, y : y + size, x : x + size] for y in (0, far) for x in (0, far)]
-    five = torch.stack([*corners, _centre(whole, size)])
+    image = resize_crop(image, size * 11 // 10)
+    far = image.shape[1] - size
+    corners = [image[:, y : y + size, x : x + size] for y in (0, far) for x in (0, far)]
+    five = torch.stack([*corners, _centre(image, size)])
     return torch.cat([five, five.flip(-1)])
 
 
@@ -171,7 +180,7 @@ def crop_around(images: torch.Tensor, row: int, column: int, patch: int, *, marg
 
 
 def whole_tiles(image: torch.Tensor, size: int) -> torch.Tensor:
-    """The top left part of [C, H, W] that whole tiles cover; nothing of an image smaller than one."""
+    """The top left part of [C, H, W] that whole tiles cover; empty for an image smaller than a tile."""
     return image[:, : image.shape[1] // size * size, : image.shape[2] // size * size]
 
 
@@ -210,8 +219,8 @@ def _decode(file: IO[bytes], name: str) -> torch.Tensor:
     pil = require("PIL.Image")
     try:
         with warnings.catch_warnings():
-            # Our own limit on pixels replaces Pillow's warning; what else it warns of, a bad
-            # tag say, does not keep the pixels from being read.
+            # The limit below replaces Pillow's warning about pixels; its other warnings, about a bad tag for example,
+            # do not prevent reading the pixels.
             warnings.simplefilter("ignore")
             with pil.open(file, formats=FORMATS) as image:
                 width, height = image.size
@@ -222,10 +231,10 @@ def _decode(file: IO[bytes], name: str) -> torch.Tensor:
         raise
     except pil.UnidentifiedImageError:
         raise ValueError(f"{name}: not an image of a known format") from None
-    except pil.DecompressionBombError:  # Pillow's own limit, which is higher and tells no size
+    except pil.DecompressionBombError:  # Pillow's own limit, which is higher; it does not say the size
         raise ValueError(f"{name}: cannot read image: expected at most {MAX_PIXELS} pixels, got more") from None
     except Exception as error:
-        # Decoders meet damaged files with every kind of exception.
+        # Decoders raise exceptions of every kind on damaged files.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: cannot read image: {reason}") from None
 

@@ -17,22 +17,16 @@ from torch import Tensor
 
 from semhitok._optional import require
 from semhitok.data.images import SUFFIXES, decode_image
+from semhitok.data.kinds import expand_braces, is_url
 
-_NAME = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz)$", re.IGNORECASE)
-_URL = re.compile(r"(pipe|file):|[a-z][a-z0-9+.-]*://")
+RETRIES = 3
+PAUSE = 1.0  # seconds before each retry
 _META = re.compile("__[^/]*__($|/)")  # members that are no samples, by webdataset's convention
 _TEXTS = (".txt", ".json")
-_RETRIES = 3
-_PAUSE = 1.0  # seconds before each
-
-
-def is_shard(name: str) -> bool:
-    """Whether `name` is a shard or a pattern of shards, and not an image file or a folder, by its looks."""
-    return bool(_URL.match(name) or _NAME.search(name) or ("{" in name and not os.path.exists(name)))
 
 
 def expand_shards(name: str) -> Iterator[str]:
-    """The shards of a pattern, as paths and URLs, checked as far as that can be done without a network.
+    """The shards of a pattern, as paths and URLs, checked as far as possible without a network.
 
     Raises:
         FileNotFoundError: a local shard does not exist.
@@ -40,14 +34,10 @@ def expand_shards(name: str) -> Iterator[str]:
         ImportError: webdataset is not installed.
     """
     schemes = require("webdataset.gopen", "train").gopen_schemes
-    if not _URL.match(name) and os.path.exists(name):
-        urls = [name]  # braces and all
-    else:
-        urls = list(require("braceexpand", "train").braceexpand(name))
-    for url in urls:
-        scheme = urlparse(url).scheme if _URL.match(url) else "file"
+    for url in expand_braces(name):
+        scheme = urlparse(url).scheme if is_url(url) else "file"
         if scheme == "file":
-            path = url2pathname(urlparse(url).path) if _URL.match(url) else url
+            path = url2pathname(urlparse(url).path) if is_url(url) else url
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path}: no such shard")
             yield path
@@ -60,23 +50,23 @@ def expand_shards(name: str) -> Iterator[str]:
             )
 
 
-class Sample(NamedTuple):
-    """A sample of a shard, undecoded; or, as a shard's last, what kept it from being read to its end.
+class ShardSample(NamedTuple):
+    """An undecoded sample of a shard; or, as the last one, why the shard could not be read to its end.
 
     name: the shard and the sample's key, for messages.
-    data: an image file's content, or nothing if there is a problem.
+    data: content of an image file; empty if there is a problem.
     problem: why there is no image; empty if there is one.
-    ends_shard: the problem is the shard's.
-    passing: another time the shard may be read: a connection broke, say.
-    key: what the names of the sample's members begin with.
-    texts: (suffix, content) of its .txt and .json members, if they were asked for.
+    ends_shard: the problem is with the shard, not with one sample.
+    transient: reading the shard may succeed another time: a connection broke, for example.
+    key: the part of the members' names that they share.
+    texts: (suffix, content) of the .txt and .json members, if requested.
     """
 
     name: str
     data: bytes
     problem: str = ""
     ends_shard: bool = False
-    passing: bool = False
+    transient: bool = False
     key: str = ""
     texts: tuple[tuple[str, bytes], ...] = ()
 
@@ -89,64 +79,64 @@ class Sample(NamedTuple):
 
 @dataclass
 class _Fault:
-    """What went wrong in reading a shard once, if anything; `passing`: another time it may not."""
+    """Why one attempt to read a shard failed, if it did; `transient`: another attempt may succeed."""
 
     reason: str = ""
-    passing: bool = False
+    transient: bool = False
 
-    def note(self, error: Exception, passing: bool) -> None:
+    def note(self, error: Exception, transient: bool) -> None:
         self.reason = " ".join(str(error).split()) or type(error).__name__
-        self.passing = passing
+        self.transient = transient
 
 
-def read_shard(url: str, texts: bool = False) -> Iterator[Sample]:
-    """The samples of a shard, undecoded; the last one says so if it could not be read to its end.
+def read_shard(url: str, texts: bool = False) -> Iterator[ShardSample]:
+    """The samples of a shard, undecoded; if it cannot be read to its end, the last one says why.
 
-    A shard that cannot be reached, or whose connection breaks, is tried three times more. Only
-    images, and with `texts` .txt and .json members, are read; nothing of a shard is run or unpickled.
+    A shard that cannot be reached, or whose connection breaks, is retried three times. Only images and, with `texts`,
+    .txt and .json members are read. Nothing in a shard is run or unpickled.
     """
     given = 0
     fault = _Fault()
-    for attempt in range(1 + _RETRIES):
+    for attempt in range(1 + RETRIES):
         if attempt:
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
         fault = _Fault()
-        # A connection that broke half-way is taken up where it broke.
+        # A retry gives what comes after the samples already given.
         for sample in islice(_read_once(url, fault, texts), given, None):
             given += 1
             yield sample
         if not fault.reason:
             return
-        if not fault.passing:
+        if not fault.transient:
             break
     problem = f"{url}: cannot read the shard after {given} samples: {fault.reason}"
-    yield Sample(url, b"", problem, True, fault.passing)
+    yield ShardSample(url, b"", problem, True, fault.transient)
 
 
-def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[Sample]:
+def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[ShardSample]:
     try:
-        source = (require("webdataset.gopen", "train").gopen if _URL.match(url) else open)(url, "rb")
+        source = (require("webdataset.gopen", "train").gopen if is_url(url) else open)(url, "rb")
     except (OSError, ValueError) as error:
-        fault.note(error, passing=True)
+        fault.note(error, transient=True)
         return
-    # Of a command webdataset asks the status at every read, and so may lose the rest of what one that
-    # failed has written, or not, by chance. Here it is asked at the end.
+    # webdataset checks a command's exit status at every read, and then loses, by chance, the rest of what a command
+    # that fails has written. Read its stream directly; `close` checks the status at the end.
     stream = getattr(source, "stream", source)
     try:
         yield from _group(url, _members(stream, fault, texts), fault)
-        while stream.read(2**20):  # to the end: a command that is cut off fails
+        while stream.read(2**20):  # to the end: a command whose output is not read fails
             pass
     except OSError as error:
-        fault.note(error, passing=True)
+        fault.note(error, transient=True)
     finally:
         try:
             source.close()
-        except OSError:  # webdataset's words for it repeat the whole command
-            fault.note(OSError(f"reading ended with status {getattr(source, 'status', None)}"), passing=True)
+        except OSError:  # webdataset's message repeats the whole command
+            fault.note(OSError(f"reading ended with status {getattr(source, 'status', None)}"), transient=True)
 
 
 class _Member(tarfile.TarInfo):
-    """`tarfile` takes a damaged or missing header for the archive's end. Only the end's own mark is it."""
+    """A header that is an error if it is damaged or missing; `tarfile` takes that for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
@@ -159,22 +149,22 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(stream: IO[bytes], fault: _Fault, texts: bool) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a tar's files, in order; only images, and texts if asked for, have their content read."""
+    """(name, content) of a tar's files, in order; content is read of images and, if requested, of texts only."""
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
-                vars(tar)["members"] = []  # it would hold every header to the end
+                vars(tar)["members"] = []  # otherwise every header is kept to the end
                 if not member.isreg() or _META.match(member.name):
                     continue
                 wanted = _is_image(member.name) or (texts and member.name.lower().endswith(_TEXTS))
                 file = tar.extractfile(member) if wanted else None
                 yield member.name, file.read() if file else b""
     except Exception as error:  # decompressors and header fields fail in many ways
-        fault.note(error, passing=isinstance(error, OSError))
+        fault.note(error, transient=isinstance(error, OSError))
 
 
-def _group(url: str, members: Iterable[tuple[str, bytes]], fault: _Fault) -> Iterator[Sample]:
-    """Samples from files in a row that share a key, as webdataset forms them."""
+def _group(url: str, members: Iterable[tuple[str, bytes]], fault: _Fault) -> Iterator[ShardSample]:
+    """Consecutive files that share a key as samples, as webdataset forms them."""
     split = require("webdataset.tariterators", "train").base_plus_ext
     key: str | None = None
     entries: dict[str, bytes] = {}
@@ -188,21 +178,21 @@ def _group(url: str, members: Iterable[tuple[str, bytes]], fault: _Fault) -> Ite
                 yield _sample(url, key, entries)
             key, entries = prefix, {}
         entries[suffix] = data
-    # What was being read when it broke off may have its image already. If not, the fault stands for it.
+    # The sample that was being read at a fault may have its image already. If not, the fault is reported in its place.
     if key is not None and (not fault.reason or any(map(_is_image, entries))):
         yield _sample(url, key, entries)
 
 
-def _sample(url: str, key: str, entries: Mapping[str, bytes]) -> Sample:
+def _sample(url: str, key: str, entries: Mapping[str, bytes]) -> ShardSample:
     name = f"{url}: {key}"
     images = [suffix for suffix in entries if _is_image(suffix)]
     if not images:
-        return Sample(name, b"", f"{name}: no image among {', '.join(entries)}", key=key)
+        return ShardSample(name, b"", f"{name}: no image among {', '.join(entries)}", key=key)
     texts = tuple((suffix, data) for suffix, data in entries.items() if data and f".{suffix}".endswith(_TEXTS))
-    # "0001.mask.png" beside "0001.png" is something about the image.
-    return Sample(name, entries[min(images, key=lambda suffix: suffix.count("."))], key=key, texts=texts)
+    # "0001.mask.png" beside "0001.png" is not the image, but something about it.
+    return ShardSample(name, entries[min(images, key=lambda suffix: suffix.count("."))], key=key, texts=texts)
 
 
 def _is_image(name: str) -> bool:
-    """Of a file's name, or of a suffix without its dot."""
+    """Whether a file's name, or a suffix without its dot, is that of an image."""
     return f".{name}".lower().endswith(SUFFIXES)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semhitok._files import write_atomic
+from semhitok._files import write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig, from_dict, override
 from semhitok.corpus.ids_file import load_codes, save_codes
@@ -38,7 +38,7 @@ from semhitok.mllm import generate, generate_images
 from semhitok.mllm.config import MLLMTrainConfig, mllm_config
 from semhitok.mllm.model import UnifiedMLLM
 from semhitok.mllm.prompts import end_of_answer, generation, understanding
-from semhitok.mllm.rows import Records
+from semhitok.mllm.sources import Records
 from semhitok.mllm.training import run
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
@@ -147,7 +147,7 @@ def demo(
         "seconds": sum(clock.seconds.values()),
     }
     metrics = {**short, **metrics, "seconds_of": clock.seconds}
-    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(out / "metrics.json", metrics)
     return table(metrics)
 
 

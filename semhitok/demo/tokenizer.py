@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok import ops
-from semhitok._files import write_atomic
+from semhitok._files import write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig
 from semhitok.corpus.ids_file import save_codes
 from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
 from semhitok.demo.photographs import write_photographs
-from semhitok.evaluation import figures
+from semhitok.evaluation import plots
 from semhitok.evaluation.metrics import psnr, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
@@ -61,14 +61,14 @@ def demo(config: TrainConfig, out: Path) -> str:
     metrics["tokens_per_second"] = everything.numel() / seconds_encoding
     metrics["seconds"] = seconds | {"total": sum(seconds.values())}
     metrics["teacher"] = "stand-in: a fixed Vision Transformer with random weights"
-    write_atomic(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(out / "metrics.json", metrics)
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
     photograph = photographs["unseen"][0]
     row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
-    figures.semantic_map(tokenizer, [row], out / "semantic_map.png")
+    plots.semantic_map(tokenizer, [row], out / "semantic_map.png")
     crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
-    figures.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
+    plots.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
     _draw_curves(out)
     return _table(metrics, config, out)
 
@@ -168,7 +168,7 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
 
 def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
     """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     cut = [min(x.shape[1:]) for x, _, _ in rows]
     rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
     heights = [3 * row[0].shape[1] / row[0].shape[2] for row in rows]
@@ -177,16 +177,16 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
     )
     for line, row in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):
-            axis.imshow(figures.picture(picture), interpolation="nearest")
+            axis.imshow(plots.picture(picture), interpolation="nearest")
             axis.set_axis_off()
     for axis, title in zip(axes[0], ("original", "semantic part only", "full reconstruction"), strict=True):
         axis.set_title(title)
-    figures.save(figure, out / "reconstructions.png")
+    plots.save(figure, out / "reconstructions.png")
 
 
 def _draw_curves(out: Path) -> None:
     """Losses, and usage and perplexity by window, of both stages."""
-    plt = figures.pyplot()
+    plt = plots.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6))
     for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
         lines = (out / stage / "log.jsonl").read_text().splitlines()
@@ -205,4 +205,4 @@ def _draw_curves(out: Path) -> None:
         row[0].set_yscale("log")
         row[1].set_ylim(0, 1.05)
     figure.tight_layout()
-    figures.save(figure, out / "curves.png")
+    plots.save(figure, out / "curves.png")

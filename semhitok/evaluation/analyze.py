@@ -1,8 +1,9 @@
 """What a tokenizer's codes know: the central observation of SemHiTok (section 3.2) in numbers.
 
 Patches that share a semantic code look alike. So the code explains part of the pixels' variance, and a small codebook
-for each code suffices for the rest. Here: how much of the variance, under which codes sub-codebooks are used, whether a
-sub-codebook fits the tokens of its own code better than those of others, and whether alike codes own alike ones.
+for each code suffices for the rest. Measured here: how much of the variance is explained, how well sub-codebooks are
+used under rare and frequent codes, whether a sub-codebook fits the tokens of its own code better than those of other
+codes, and whether similar codes own similar sub-codebooks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from semhitok import ops
 from semhitok._optional import require
+from semhitok.data.images import to_uint8
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -24,21 +26,21 @@ from semhitok.vocabulary import Vocabulary
 
 _CHUNK = 65536  # tokens at once
 _KMEANS_ITERATIONS = 10
-_PAIRS = 20000  # of sub-codebooks, whose distances are measured
-_FLAT_TOKENS = 16384  # that are compared with all K * m sub-codes
+_PAIRS = 20000  # random pairs of sub-codebooks whose distance is measured
+_FLAT_TOKENS = 16384  # tokens compared with all K * m sub-codes
 
 
 class Tokens(NamedTuple):
-    """What a set of images is to a tokenizer, N tokens in the order of images and rows; on the CPU.
+    """A set of images as N tokens, in the order of images and rows; on the CPU.
 
     Attributes:
-        patches: uint8 [N, 3 * p * p], pixels.
-        decoded: uint8 [N, 3 * p * p], of the reconstruction.
-        decoded_semantic: uint8 [N, 3 * p * p], of the reconstruction from the semantic codes alone.
+        patches: uint8 [N, 3 * p * p], pixels of the images.
+        decoded: uint8 [N, 3 * p * p], pixels of the reconstructions.
+        decoded_semantic: uint8 [N, 3 * p * p], pixels of the reconstructions from the semantic codes alone.
         z_sem: fp32 [N, Ds], before quantisation.
         z_pix: fp32 [N, Dp], before quantisation.
         codes: int64 [N], flat ids.
-        source: int64 [N], the image that a token is from.
+        source: int64 [N], the number of the image that a token is from.
     """
 
     patches: Tensor
@@ -52,24 +54,23 @@ class Tokens(NamedTuple):
 
 @torch.no_grad()
 def collect(tokenizer: SemHiTok, batches: Iterable[tuple[Tensor, Tensor]]) -> Tokens:
-    """Tokens of batches: images [B, 3, H, W] in [0, 1], and the number of each one's source [B].
+    """Tokens of batches of images [B, 3, H, W] in [0, 1] and their sources [B]: the number of the image each is from.
 
-    Takes some 3 KB a token at patch size 16.
+    Takes about 3 KB for a token at patch size 16.
 
     Raises:
-        ValueError: no batches, or images that are not the tokenizer's.
+        ValueError: no batches, or images of another shape or dtype than the tokenizer's.
     """
     device = tokenizer.quantizer.pix_codebook.device
     p = tokenizer.config.patch_size
 
     def patches(images: Tensor) -> Tensor:
-        pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
-        return F.pixel_unshuffle(pixels, p).permute(0, 2, 3, 1).flatten(0, 2).cpu()
+        return F.pixel_unshuffle(to_uint8(images), p).permute(0, 2, 3, 1).flatten(0, 2).cpu()
 
     columns: list[tuple[Tensor, ...]] = []
     for images, source in batches:
         images = images.to(device)
-        tokenizer._check_images(images)
+        tokenizer.check_images(images)
         z_sem = tokenizer.semantic_head(tokenizer.semantic_features(images))
         z_pix = tokenizer.encoder(images)
         codes = tokenizer.quantizer(z_sem, z_pix).codes
@@ -85,7 +86,7 @@ def collect(tokenizer: SemHiTok, batches: Iterable[tuple[Tensor, Tensor]]) -> To
 
 
 def analyze(tokenizer: SemHiTok, tokens: Tokens, seed: int = 0) -> dict[str, Any]:
-    """All figures about tokens, as JSON would have them, but for the `pairs` of `distances`; see the functions."""
+    """All figures of the functions below, ready for JSON, but for "pairs", the tensor of `distances`."""
     quantizer, vocabulary = copy.deepcopy(tokenizer.quantizer).cpu(), tokenizer.vocabulary
     generator = torch.Generator().manual_seed(seed)
     apart, pairs = distances(quantizer, tokens.codes, generator)
@@ -101,7 +102,7 @@ def analyze(tokenizer: SemHiTok, tokens: Tokens, seed: int = 0) -> dict[str, Any
 
 
 class _Rows:
-    """table[rows] without making it whole."""
+    """table[rows], indexed in slices so that it is never built as a whole."""
 
     def __init__(self, table: Tensor, rows: Tensor) -> None:
         self.table, self.rows = table, rows
@@ -113,25 +114,25 @@ class _Rows:
 def explained_variance(
     tokens: Tokens, vocabulary: Vocabulary, generator: torch.Generator
 ) -> dict[str, dict[str, float]]:
-    """Share of the patches' variance that is known once something else of them is known, at most 1.
+    """Share of the patches' variance that ids, k-means and the decoder explain, at most 1.
 
-    1 - squared error / squared error of one mean patch. For ids the guess is the mean patch of the id (with one patch
-    added: the mean of all for a semantic id, of the semantic id for a flat one), for k-means the nearest centre: always
-    those of the other half of the images, so that nothing is explained by having been seen, and chance explains
-    nothing. The decoder also sees the neighbours.
+    The share is 1 - squared error / squared error of the mean of all patches. An id predicts the mean of its patches
+    (plus one: the mean of all patches for a semantic id, of the semantic id's for a flat id). K-means predicts the
+    nearest centre. Means and centres are always those of the other half of the images, so chance explains nothing. The
+    decoder also sees the neighbours.
 
     Returns:
-        For semantic_id, random_id (the same ids, dealt anew), kmeans_pixels (as many centres as semantic codes occur),
-        flat_id, decoded_semantic and decoded: the share of all variance `pixels`, of that between the patches' mean
-        colours `colour`, and of the rest `texture`.
+        For semantic_id, random_id (the same ids, shuffled), kmeans_pixels (as many centres as semantic codes occur),
+        flat_id, decoded_semantic and decoded: the share of the whole variance, `pixels`, of the variance of the
+        patches' mean colours, `colour`, and of the rest, `texture`.
     """
     half = tokens.source % 2
-    if bool((half == half[0]).all()):  # all of one image
+    if bool((half == half[0]).all()):  # a single image
         half = (torch.arange(len(half)) * 2 // len(half)).to(half)
     semantic, _ = vocabulary.split(tokens.codes)
     shuffled = semantic[torch.randperm(len(semantic), generator=generator)]
     errors: dict[str, Tensor] = {}
-    nothing = torch.zeros(3, dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
     for fold in (0, 1):
         fit, test = (half != fold).nonzero().squeeze(1), (half == fold).nonzero().squeeze(1)
         x = tokens.patches[fit]
@@ -146,7 +147,7 @@ def explained_variance(
         guesses["decoded_semantic"] = _Rows(tokens.decoded_semantic, test)
         guesses["decoded"] = _Rows(tokens.decoded, test)
         for name, guess in guesses.items():
-            errors[name] = errors.get(name, nothing) + _squared_errors(tokens.patches, test, guess)
+            errors[name] = errors.get(name, zero) + _squared_errors(tokens.patches, test, guess)
     total = errors.pop("total").clamp_min(1e-9)
     order = ("semantic_id", "random_id", "kmeans_pixels", "flat_id", "decoded_semantic", "decoded")
     shares = {name: (1 - errors[name] / total).tolist() for name in order}
@@ -154,7 +155,7 @@ def explained_variance(
 
 
 def _squared_errors(patches: Tensor, rows: Tensor, guess: _Rows) -> Tensor:
-    """Sums of squared errors of patches[rows]: of all pixels, of mean colours, of what remains; float64 [3]."""
+    """Sums of squared errors of patches[rows]: of all pixels, of mean colours, of the rest; float64 [3]."""
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -168,16 +169,18 @@ def _sums(patches: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sums [count, P] and numbers [count] of the patches with each id in [0, count)."""
     sums, counts = torch.zeros(count, patches.shape[1]), torch.zeros(count, dtype=torch.int64)
     for start in range(0, len(ids), _CHUNK):
-        some, n = ops.segment_sum(patches[start : start + _CHUNK].float(), ids[start : start + _CHUNK], count)
-        sums += some
-        counts += n
+        sums_part, counts_part = ops.segment_sum(
+            patches[start : start + _CHUNK].float(), ids[start : start + _CHUNK], count
+        )
+        sums += sums_part
+        counts += counts_part
     return sums, counts
 
 
 def _by_id(patches: Tensor, ids: Tensor, wanted: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean patch of every wanted id, `prior` added as one more patch: a table, and each wanted id's row in it.
+    """Mean patches of the wanted ids, as a table and each wanted id's row in it.
 
-    prior: one row, or a row for each different wanted id in ascending order.
+    prior: added to each mean as one more patch; one row, or a row for each distinct wanted id in ascending order.
     """
     present, row = wanted.unique(return_inverse=True)
     place = torch.searchsorted(present, ids).clamp_max(len(present) - 1)
@@ -191,7 +194,7 @@ def _nearest(patches: Tensor, centres: Tensor) -> Tensor:
 
 
 def _kmeans(patches: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k centres of patches, started from k of them: fp32 [k, P]. A centre without patches stays."""
+    """k centres of patches, initialised with k of them: fp32 [k, P]. A centre without patches does not move."""
     centres = patches[torch.randperm(len(patches), generator=generator)[:k]].float()
     for _ in range(_KMEANS_ITERATIONS):
         ids = _nearest(patches, centres)
@@ -201,14 +204,14 @@ def _kmeans(patches: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def usage_by_frequency(codes: Tensor, vocabulary: Vocabulary) -> list[dict[str, float]]:
-    """Use of the sub-codebooks under rare and under frequent semantic codes.
+    """Use of the sub-codebooks under rare and frequent semantic codes.
 
-    Codes that occur are binned by their number of tokens, a bin for every power of four.
+    Codes that occur are binned by their number of tokens, with a bin for every power of four.
 
     Returns:
-        For each bin: tokens_from and tokens_to of a code (both included), codes, share of all tokens, the mean share of
-        a code's sub-codes that occur (usage), what it would be were sub-codes drawn at random, all alike
-        (usage_if_even), and the mean perplexity of sub-codes under a code, from 1 to their number.
+        For each bin: tokens_from and tokens_to, the tokens of a code (both included); codes, how many; share_of_tokens;
+        usage, the mean share of a code's sub-codes that occur; usage_if_even, its expectation for sub-codes drawn
+        uniformly; and perplexity, the mean of the sub-codes' under a code, from 1 to their number.
     """
     usage = CodeUsage(vocabulary.num_codes, vocabulary.num_sub_codes, offsets=vocabulary.offsets)
     usage.update(codes)
@@ -240,13 +243,12 @@ def ownership(
 ) -> dict[str, float]:
     """Whether a sub-codebook fits the tokens of the semantic code that owns it.
 
-    Squared quantisation error of z_pix [N, Dp], as a share of its variance, with the sub-codebook of the token's own
-    code, with that of another code (of a random token with another code), and with all K * m sub-codes (that of a
-    sample of tokens).
+    Squared quantisation error of z_pix [N, Dp], as a share of its variance, with three sets of sub-codes: those of the
+    token's own code, those of another code (drawn by its frequency), and, for a sample of tokens, all K * m.
 
     Returns:
-        own, other, all; and gain, the decibels by which own is below other: about 0 where sub-codebooks and semantic
-        codes have nothing to do with each other.
+        own, other, all: the three errors. gain: decibels by which own is below other; about 0 if sub-codebooks are
+        unrelated to their semantic codes.
     """
     book, flat = quantizer.pix_codebook, quantizer.pix_codebook.flatten(0, -2)
     semantic, _ = quantizer.split(codes)
@@ -261,10 +263,10 @@ def ownership(
             total += (rows - flat[quantizer.join(group, sub)]).square().sum(1).double().sum().item()
         return total / max(len(z), 1) / variance.item()
 
-    some = torch.randperm(len(z_pix), generator=generator)[:_FLAT_TOKENS]
-    _, nearest = ops.nearest_code(z_pix[some], flat, "l2")
+    sample = z_pix[torch.randperm(len(z_pix), generator=generator)[:_FLAT_TOKENS]]
+    _, nearest = ops.nearest_code(sample, flat, "l2")
     figures = {"own": error(z_pix, semantic), "other": error(z_pix[differ], other[differ])}
-    figures["all"] = (z_pix[some] - flat[nearest]).square().sum(1).mean().item() / variance.item()
+    figures["all"] = (sample - flat[nearest]).square().sum(1).mean().item() / variance.item()
     own_where_other = error(z_pix[differ], semantic[differ])
     ratio = torch.tensor(figures["other"] / max(own_where_other, 1e-12), dtype=torch.float64)
     return figures | {"gain": 10 * ratio.log10().item() if bool(differ.any()) else 0.0}
@@ -273,25 +275,25 @@ def ownership(
 def distances(
     quantizer: HierarchicalQuantizer, codes: Tensor, generator: torch.Generator
 ) -> tuple[dict[str, float], Tensor]:
-    """Distances between sub-codebooks, and whether alike semantic codes own alike sub-codebooks.
+    """Distances between sub-codebooks, and whether similar semantic codes own similar sub-codebooks.
 
-    The distance of two sub-codebooks is the mean distance from a sub-code of either to the nearest of the other.
-    Random pairs of the codes that occur among `codes`.
+    The distance of two sub-codebooks is the mean distance from a sub-code of either to the nearest one of the other. It
+    is measured for random pairs of the semantic codes that occur in `codes`.
 
     Returns:
-        within: mean distance from a sub-code to the nearest other of its own sub-codebook. between: mean distance of
-        two sub-codebooks. rank_correlation: Spearman's, of that distance with the angle between the semantic codes, 0
-        if fewer than three codes occur. And the pairs, [n, 2]: angle in degrees, distance.
+        Figures and the pairs, [n, 2]: angle between the semantic codes in degrees, distance of their sub-codebooks.
+        within: mean distance from a sub-code to the nearest other one of its sub-codebook. between: mean distance of
+        two sub-codebooks. rank_correlation: Spearman's, of angle and distance; 0 if fewer than three codes occur.
     """
     books = quantizer.pix_codebook.flatten(0, -2).split(quantizer.sizes.tolist())
     present = quantizer.split(codes)[0].unique()
-    nothing = {"within": 0.0, "between": 0.0, "rank_correlation": 0.0}
+    figures = {"within": 0.0, "between": 0.0, "rank_correlation": 0.0}
     own = [books[i] for i in present.tolist()]
     inner = [_apart(book, book).fill_diagonal_(torch.inf).amin(1) for book in own if len(book) > 1]
     if inner:
-        nothing["within"] = torch.cat(inner).mean().item()
+        figures["within"] = torch.cat(inner).mean().item()
     if len(present) < 3:
-        return nothing, torch.zeros(0, 2)
+        return figures, torch.zeros(0, 2)
     pairs = torch.combinations(torch.arange(len(present))) if len(present) <= 200 else None
     if pairs is None:
         first = torch.randint(len(present), (_PAIRS,), generator=generator)
@@ -303,7 +305,7 @@ def distances(
     cosine = (semantic[pairs[:, 0]] * semantic[pairs[:, 1]]).sum(1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine))
     correlation = require("scipy.stats", "eval").spearmanr(angle.numpy(), distance.numpy()).statistic
-    return nothing | {
+    return figures | {
         "between": distance.mean().item(),
         "rank_correlation": 0.0 if correlation != correlation else float(correlation),
     }, torch.stack([angle, distance], dim=1)

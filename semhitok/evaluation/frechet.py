@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of images: Inception's is the rFID; any other network's is named after it.
+"""The Fréchet distance of two sets of images. On Inception's features it is the rFID; others are named by the network.
 
 d = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2, with means m and covariances C of the features (Heusel et al. 2017).
 """
@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok._optional import require
-from semhitok.evaluation.groups import GROUP
+from semhitok.evaluation.fixed_batches import BATCH
 
-# The network of the published figures, as torch-fidelity carries it over from TensorFlow.
-_INCEPTION_PREFIX = "6726825d"  # of the SHA-256 of its weights; the published file's name carries it
+# The network of published figures, as torch-fidelity converted it from TensorFlow.
+_INCEPTION_PREFIX = "6726825d"  # of the SHA-256 of its weights, as in the published file's name
 
 Network = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> features [B, D], fp32
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, from float64 sums of blocks of fixed size in the order of rows.
+    """Mean and covariance of features, from float64 sums over blocks of fixed size in the order of rows.
 
-    So the same rows in the same order give the same bits, whatever batches they come in. Memory: D x D.
+    The same rows in the same order give the same bits, whatever the batches. Memory: D x D.
     """
 
     def __init__(self) -> None:
@@ -39,24 +39,24 @@ class FeatureStatistics:
         """Add rows [n, D].
 
         Raises:
-            ValueError: not such rows, or a value that is not finite.
+            ValueError: another shape, or a value that is not finite.
         """
         if features.ndim != 2:
             raise ValueError(f"features: expected [n, D], got {list(features.shape)}")
         if not bool(features.isfinite().all()):
-            raise ValueError("features: expected finite values, got others")
+            raise ValueError("features: expected finite values, got NaN or infinity")
         self.count += len(features)
         self._pending.append(features.detach().cpu().double())
-        if sum(map(len, self._pending)) >= GROUP:
+        if sum(map(len, self._pending)) >= BATCH:
             rows = torch.cat(self._pending)
-            whole = len(rows) // GROUP * GROUP
-            for block in rows[:whole].split(GROUP):
+            whole = len(rows) // BATCH * BATCH
+            for block in rows[:whole].split(BATCH):
                 self._add(block)
             self._pending = [rows[whole:]]
 
     def _add(self, block: Tensor) -> None:
         if not len(self._shift):
-            # Sums of differences from some feature vector lose fewer digits than sums of features.
+            # Sums of differences from one feature vector lose fewer digits than sums of features.
             self._shift = block[0]
             self._sum, self._products = torch.zeros_like(self._shift), block.new_zeros(2 * (block.shape[1],))
         block = block - self._shift
@@ -64,7 +64,7 @@ class FeatureStatistics:
         self._products += block.T @ block
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean [D] and covariance [D, D] (of a sample: over n - 1), float64; no more rows can follow.
+        """Mean [D] and covariance [D, D] (divided by n - 1), float64. No more rows can be added after it.
 
         Raises:
             ValueError: fewer than 2 rows.
@@ -83,15 +83,15 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """The squared Fréchet distance of Gaussians with these statistics.
 
-    tr (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2, of symmetric roots. Unlike the roots of the
-    eigenvalues of C1 C2 it stays exact where the covariances are singular.
+    tr (C1 C2)^1/2 is computed as the sum of the singular values of C1^1/2 C2^1/2, with symmetric roots. Unlike the
+    square roots of the eigenvalues of C1 C2, this stays exact for singular covariances.
 
     Raises:
         ValueError: fewer than 2 images, or features of different dimension.
 
     Warns:
         UserWarning: not more images than dimensions. The covariances are singular then, and the distance is larger
-            than that of more images.
+            than with more images.
     """
     (mean1, cov1), (mean2, cov2) = first.compute(), second.compute()
     if len(mean1) != len(mean2):
@@ -100,7 +100,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     if fewer <= len(mean1):
         warnings.warn(
             f"{fewer} images for features of dimension {len(mean1)}: the distance depends on the number of images; "
-            "compare it with no other number's",
+            "compare it only with distances on as many images",
             stacklevel=2,
         )
     cross = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
@@ -113,16 +113,17 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def feature_network(features: str, device: torch.device | str = "cpu") -> tuple[str, Network]:
-    """A network by name, and what a distance on its features is called.
+    """The name of the distance on a network's features, and the network.
 
     Args:
-        features: "inception" (the distance is called rfid), the name of a timm model with its published weights,
-            "random:NAME" for random ones, or "NAME=FILE" for those of a file; inception's file is the one published.
-        device: where it runs.
+        features: "inception" (the distance is called rfid), the name of a timm model for its published weights,
+            "random:NAME" for random weights, or "NAME=FILE" for weights of a file. "inception=FILE" expects the
+            published file.
+        device: where the network runs.
 
     Raises:
         ImportError: a package is not installed.
-        OSError: the weights cannot be had.
+        OSError: the weights are not available.
         ValueError: no such model, or Inception's weights are not the published ones.
     """
     name, _, file = features.partition("=")
@@ -142,8 +143,8 @@ def _inception(file: str, device: torch.device | str) -> Network:
             try:
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=_INCEPTION_PREFIX, progress=False)
             except Exception as error:  # downloads raise many types
-                raise OSError(f"inception: weights cannot be had: {error}") from error
-    # Other weights give plausible numbers, too, which are no rFID.
+                raise OSError(f"inception: weights are not available: {error}") from error
+    # With other weights the numbers would look plausible, but would not be rFID.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(_INCEPTION_PREFIX):
         raise ValueError(f"inception: {path}: expected SHA-256 {_INCEPTION_PREFIX}..., got {digest[:8]}...")
@@ -164,7 +165,7 @@ def _timm(features: str, file: str, device: torch.device | str) -> Network:
             model = timm.create_model(name, pretrained=not random, num_classes=0, **options)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"features: timm cannot build {name!r}: {error}") from error
-    except Exception as error:  # the hub's client raises many types when it finds no network
+    except Exception as error:  # the hub's client raises many types without a network
         raise OSError(f"features: no weights for {name!r}: {error}") from error
     cfg = timm.data.resolve_model_data_config(model)
     model = model.to(device).eval().requires_grad_(False)

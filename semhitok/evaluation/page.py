@@ -1,4 +1,4 @@
-"""The report of an evaluation for readers: rows of a table, and a page with images."""
+"""An evaluation's report for people: rows of a table, and a page with images."""
 
 from __future__ import annotations
 
@@ -6,25 +6,9 @@ import html as escapes
 from typing import Any
 from urllib.parse import quote
 
+from semhitok.evaluation.metrics import METRICS, Metric
+
 _SHOWN = 3  # best, median and worst images each
-_HEADINGS = {  # in the table's order; others, such as distances on other networks' features, come after rfid
-    "rfid": ("rFID", ".4f"),
-    "psnr": ("PSNR dB", ".3f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips": ("LPIPS", ".4f"),
-    "gmsd": ("GMSD", ".4f"),
-    "sliced_wasserstein": ("sliced Wasserstein", ".3f"),
-    "bits_per_pixel": ("bits per pixel", ".4f"),
-    "semantic_usage": ("semantic usage", ".4f"),
-    "semantic_perplexity": ("semantic perplexity", ".1f"),
-    "flat_usage": ("flat usage", ".4f"),
-    "flat_perplexity": ("flat perplexity", ".1f"),
-    "group_usage": ("group usage", ".4f"),
-    "group_perplexity": ("group perplexity", ".2f"),
-    "flat_ids_kept": ("flat ids kept", ".4f"),
-    "semantic_ids_kept": ("semantic ids kept", ".4f"),
-    "semantic_cosine": ("semantic cosine", ".4f"),
-}
 _STYLE = """body { font: 15px/1.4 sans-serif; margin: 2em; max-width: 70em }
 td, th { text-align: left; padding: .1em 1.5em .1em 0; vertical-align: top }
 img { image-rendering: pixelated; max-width: 24em }"""
@@ -38,12 +22,13 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("images", f"{report['protocol']['images']} of {report['protocol']['size']} x {report['protocol']['size']}")
     ]
-    for name in ["rfid", *frechet, *list(_HEADINGS)[1:], *probes]:
-        heading, form = _HEADINGS.get(name, (name, ".4f"))
+    # Distances on other networks' features stand beside the rFID.
+    for name in ["rfid", *frechet, *(name for name in METRICS if name != "rfid"), *probes]:
+        metric = METRICS.get(name, Metric(name, None, heading=name, digits=4))
         if name in figures:
-            rows.append((heading, format(figures[name], form)))
+            rows.append((metric.heading, f"{figures[name]:.{metric.digits}f}"))
         elif name in absent:
-            rows.append((heading, f"absent: {' '.join(absent[name].split())}"))
+            rows.append((metric.heading, f"absent: {' '.join(absent[name].split())}"))
     return rows
 
 
@@ -56,17 +41,18 @@ def html(report: dict[str, Any]) -> str:
         _table(table_rows(report)),
         *(f"<p>{_text(warning)}</p>" for warning in report["warnings"]),
     ]
-    for key, better in (("psnr", max), ("lpips", min)):
-        if key in report["images"][0]:
-            parts += _examples(report["images"], key, reverse=better is max)
+    for name in ("psnr", "lpips"):
+        if name in report["images"][0]:
+            parts += _examples(report["images"], METRICS[name])
     protocol = {key: value for key, value in report["protocol"].items() if not isinstance(value, dict)}
     protocol |= report["protocol"].get("probes", {})
     parts += ["<h2>Protocol</h2>", _table([(key, str(value)) for key, value in protocol.items()])]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _examples(images: list[dict[str, Any]], key: str, reverse: bool) -> list[str]:
-    ranked = sorted(images, key=lambda image: image[key], reverse=reverse)
+def _examples(images: list[dict[str, Any]], metric: Metric) -> list[str]:
+    """The best, median and worst images by one metric, with all their values."""
+    ranked = sorted(images, key=lambda image: image[metric.name], reverse=not metric.lower_is_better)
     middle = max(0, (len(ranked) - _SHOWN) // 2)
     parts = []
     for title, shown in (
@@ -74,12 +60,13 @@ def _examples(images: list[dict[str, Any]], key: str, reverse: bool) -> list[str
         ("Median", ranked[middle : middle + _SHOWN]),
         ("Worst", ranked[-_SHOWN:]),
     ):
-        parts.append(f"<h2>{title} by {_HEADINGS[key][0].partition(' ')[0]}: original, reconstruction</h2>")
+        parts.append(f"<h2>{title} by {metric.heading.partition(' ')[0]}: original, reconstruction</h2>")
         for image in shown:
             file = quote(f"{image['name']}.png")
             parts.append(f'<p><img src="reference/{file}" alt="original"> <img src="reconstructions/{file}" alt="">')
-            scores = [f"{_HEADINGS[k][0]} {format(v, _HEADINGS[k][1])}" for k, v in image.items() if k in _HEADINGS]
-            parts.append(f"<br>{_text(image['name'])}: {', '.join(scores)}</p>")
+            of_image = [(METRICS[name], value) for name, value in image.items() if name in METRICS]
+            values = [f"{each.heading} {value:.{each.digits}f}" for each, value in of_image]
+            parts.append(f"<br>{_text(image['name'])}: {', '.join(values)}</p>")
     return parts
 
 

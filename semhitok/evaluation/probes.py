@@ -1,4 +1,4 @@
-"""What features of images say about labels: a linear probe and nearest neighbours, by cross-validation."""
+"""How well features of images predict labels: a linear probe and nearest neighbours, by cross-validation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def read_labels(source: str | os.PathLike[str], names: Iterable[str]) -> list[st
 
     Args:
         source: "folders" (the first folder of an image's name), or a file: .json, an object {name: label}, or .csv,
-            rows of name and label without a heading. Names may have a suffix; labels of other images are passed over.
+            rows of name and label without a heading. Names may have a suffix; labels of other images are ignored.
         names: of the images, as `named_images` gives them.
 
     Raises:
-        ValueError: not such a file, an image without a label or with two, or labels that `check_labels` refuses.
-        OSError: it cannot be read.
+        ValueError: no valid file of labels, an image without a label or with two, or labels that `check_labels`
+            refuses.
+        OSError: the file cannot be read.
     """
     names = list(names)
     if str(source) == "folders":
@@ -67,8 +68,8 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
     """Accuracy of a linear probe and of nearest neighbours on images they were not fitted to.
 
     Stratified cross-validation, shuffled by a fixed seed, with 5 folds, or as many as the rarest label has images.
-    Features are standardised by each fold's training part. Linear: multinomial logistic regression, L2 with C = 1.
-    Neighbours: the 5 of largest cosine.
+    Features are standardised with the mean and deviation of each fold's training part. The linear probe is multinomial
+    logistic regression, L2 with C = 1; the neighbours are the 5 of largest cosine.
 
     Args:
         features: float [N, D], one row for each image.
@@ -99,7 +100,7 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
         }
         for name, classifier in classifiers.items():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a fit that stops before it converges
+                warnings.simplefilter("ignore")  # a fit that stops before it converges
                 right[name] += int((classifier.fit(seen, y[train]).predict(unseen) == y[test]).sum())
     return {name: count / len(y) for name, count in right.items()}
 

@@ -1,1 +1,1 @@
-"""Looking at what ids mean: one image under one or two tokenizers, patch by patch, on a local page."""
+"""What the ids of an image mean, patch by patch, for one or two tokenizers, on a local page."""

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of one image, patch by patch; knows nothing of pages."""
+"""What an image's ids mean to a tokenizer, patch by patch; independent of the page that shows it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semhitok.data.images import crop_around, resize_crop
-from semhitok.evaluation.figures import code_colors
+from semhitok.data.images import crop_around, resize_crop, to_uint8
 from semhitok.evaluation.metrics import psnr
+from semhitok.evaluation.plots import code_colors
 from semhitok.tokenizer import SemHiTok
 
-MAX_SUB_CODES = 64  # shown of a patch; adaptive sub-codebooks may have more
+MAX_SUB_CODES = 64  # shown for a patch; adaptive sub-codebooks may have more
 _DECODED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class View:
-    """One image under one tokenizer, and what was done to it since; tensors on the CPU.
+    """One image under one tokenizer, with the chosen patch and swapped sub-codes; tensors on the CPU.
 
     Attributes:
         image: fp32 [3, S, S] in [0, 1], as the tokenizer saw it.
         z_sem: fp32 [h, w, Ds], before quantisation.
         z_pix: fp32 [h, w, Dp], before quantisation.
-        encoded: int64 [h, w], the flat ids the tokenizer gave.
-        codes: int64 [h, w], the same with sub-codes swapped.
+        encoded: int64 [h, w], flat ids as the tokenizer encoded them.
+        codes: int64 [h, w], flat ids with sub-codes swapped.
         place: row and column of the chosen patch.
     """
 
@@ -41,7 +41,7 @@ class View:
 
     @property
     def num_swapped(self) -> int:
-        """Patches that have another sub-code than the tokenizer gave them."""
+        """Number of patches whose sub-code differs from the encoded one."""
         return int((self.codes != self.encoded).sum())
 
 
@@ -49,10 +49,10 @@ class Patch(NamedTuple):
     """Ids of the chosen patch.
 
     Attributes:
-        i, j: its semantic code, and its sub-code now.
-        encoded_j: the sub-code that the tokenizer gave it.
+        i, j: its semantic code and its present sub-code.
+        encoded_j: the sub-code that the tokenizer encoded.
         flat: the flat id of (i, j).
-        size: m_i, sub-codes that i owns.
+        size: m_i, the number of sub-codes that i owns.
         cosine: of z_sem to code i.
     """
 
@@ -65,7 +65,7 @@ class Patch(NamedTuple):
 
 
 class SubCodes(NamedTuple):
-    """Sub-codes that the chosen patch could have, in the order of j.
+    """Sub-codes for the chosen patch, in the order of j.
 
     Attributes:
         sub: int64 [n], j.
@@ -77,10 +77,10 @@ class SubCodes(NamedTuple):
 
 
 class Album(NamedTuple):
-    """Images of a folder and their ids, as one tokenizer gives them; on the CPU.
+    """Images of a folder and their ids under one tokenizer; on the CPU.
 
     Attributes:
-        names: file names, one an image.
+        names: file name of each image.
         images: uint8 [N, 3, S, S].
         codes: int64 [N, h, w], flat ids.
     """
@@ -94,10 +94,10 @@ class Sharing(NamedTuple):
     """Patches of an album that share a semantic code.
 
     Attributes:
-        crops: fp32 [n, 3, 3p, 3p] in [0, 1], n of them within their neighbours.
-        names: of their images.
+        crops: fp32 [n, 3, 3p, 3p] in [0, 1], n of the patches with their neighbours.
+        names: file names of their images.
         sub: int64 [n], their sub-codes.
-        num_patches, num_images: how many patches of the album share it, in how many images.
+        num_patches, num_images: of all such patches in the album.
     """
 
     crops: Tensor
@@ -108,11 +108,11 @@ class Sharing(NamedTuple):
 
 
 class Explorer:
-    """A tokenizer with its teacher, and questions about images.
+    """A tokenizer with its teacher, and what the page shows of it.
 
     Args:
         tokenizer: in eval mode, on any device.
-        name: what it is called, such as its folder.
+        name: shown as a heading, such as the checkpoint's folder.
     """
 
     def __init__(self, tokenizer: SemHiTok, name: str) -> None:
@@ -124,20 +124,20 @@ class Explorer:
 
     @torch.inference_mode()
     def collect(self, batches: Iterable[tuple[list[Path], Tensor]]) -> None:
-        """Encode images for `sharing`: batches of paths and fp32 [B, 3, S, S], as `ImageReader` gives them."""
+        """Encode the images for `sharing`: batches of paths and fp32 [B, 3, S, S], as `ImageReader` yields them."""
         config = self.tokenizer.config
         names: list[str] = []
         images = [torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)]
         codes = [torch.empty(0, config.grid_size, config.grid_size, dtype=torch.int64)]
         for paths, batch in batches:
             names += [path.name for path in paths]
-            images.append(batch.mul(255).round().to(torch.uint8))
+            images.append(to_uint8(batch))
             codes.append(self.tokenizer.encode(batch.to(self.device)).cpu())
         self.album = Album(names, torch.cat(images), torch.cat(codes))
 
     @torch.inference_mode()
     def open(self, image: Tensor) -> View:
-        """Encode an image [3, H, W] in [0, 1] of any size: its centre crop, as everywhere else."""
+        """Encode the centre crop of an image [3, H, W] in [0, 1] of any size."""
         tokenizer = self.tokenizer
         image = resize_crop(image, tokenizer.config.image_size)
         batch = image[None].to(self.device)
@@ -147,16 +147,16 @@ class Explorer:
         return View(image, z_sem[0].float().cpu(), z_pix[0].float().cpu(), codes, codes)
 
     def choose(self, view: View, x: float, y: float) -> View:
-        """Choose the patch at x, y, shares in [0, 1] of the image's width and height."""
+        """Choose the patch at x, y in [0, 1], as shares of the image's width and height."""
         grid = self.tokenizer.config.grid_size
         row, column = (min(grid - 1, max(0, int(share * grid))) for share in (y, x))
         return replace(view, place=(row, column))
 
     def swap(self, view: View, j: int) -> View:
-        """Give the chosen patch sub-code j of its semantic code.
+        """Swap in sub-code j of the chosen patch's semantic code.
 
         Raises:
-            ValueError: no such sub-code, or no patch is chosen.
+            ValueError: there is no such sub-code, or no patch is chosen.
         """
         patch = self.patch(view)
         if not 0 <= j < patch.size:
@@ -166,14 +166,14 @@ class Explorer:
         return replace(view, codes=codes)
 
     def reset(self, view: View) -> View:
-        """The sub-codes that the tokenizer gave."""
+        """Take back all swaps."""
         return replace(view, codes=view.encoded)
 
     def patch(self, view: View) -> Patch:
         """Ids of the chosen patch.
 
         Raises:
-            ValueError: none is chosen.
+            ValueError: no patch is chosen.
         """
         place, quantizer = _place(view), self.tokenizer.quantizer
         flat = int(view.codes[place])
@@ -183,25 +183,25 @@ class Explorer:
         return Patch(i, j, encoded_j, flat, int(quantizer.sizes[i]), cosine)
 
     def semantic_map(self, view: View) -> Tensor:
-        """The image with every patch in its semantic code's colour: fp32 [3, S, S]."""
+        """Every patch in the colour of its semantic code: fp32 [3, S, S]."""
         colors = self.colors[self.vocabulary.split(view.codes)[0]].permute(2, 0, 1)
         p = self.tokenizer.config.patch_size
         return colors.repeat_interleave(p, 1).repeat_interleave(p, 2)
 
     def semantic_counts(self, view: View) -> list[tuple[int, int]]:
-        """Semantic codes that occur, and of how many patches each: the most frequent first."""
+        """The semantic codes that occur and their numbers of patches, most frequent first."""
         codes, counts = self.vocabulary.split(view.codes)[0].unique(return_counts=True)
         order = counts.argsort(descending=True, stable=True)
         return list(zip(codes[order].tolist(), counts[order].tolist(), strict=True))
 
     @torch.inference_mode()
     def decode(self, view: View) -> tuple[Tensor, float]:
-        """The image that the codes stand for, fp32 [3, S, S], and its PSNR in dB."""
+        """The decoded image, fp32 [3, S, S], and its PSNR in dB."""
         image = self.tokenizer.decode(view.codes[None].to(self.device)).float().cpu()
         return image[0], float(psnr(image, view.image[None]))
 
     def sub_codes(self, view: View) -> SubCodes:
-        """The sub-codebook of the chosen patch's semantic code; the nearest MAX_SUB_CODES of a larger one."""
+        """The sub-codes of the chosen patch's semantic code, at most the MAX_SUB_CODES nearest to z_pix."""
         patch = self.patch(view)
         first = self.vocabulary.flat(patch.i, 0)
         codebook = self.tokenizer.quantizer.pix_codebook.flatten(0, -2)[first : first + patch.size].cpu()
@@ -211,7 +211,7 @@ class Explorer:
 
     @torch.inference_mode()
     def alternatives(self, view: View) -> Tensor:
-        """The chosen patch and its neighbours, decoded with each of `sub_codes` in its place: fp32 [n, 3, 3p, 3p]."""
+        """The chosen patch and its neighbours, decoded with each of `sub_codes`: fp32 [n, 3, 3p, 3p]."""
         row, column = _place(view)
         first, sub = self.vocabulary.flat(self.patch(view).i, 0), self.sub_codes(view).sub
         codes = view.codes.repeat(len(sub), 1, 1)
@@ -221,10 +221,13 @@ class Explorer:
         return crop_around(torch.cat(parts).float().cpu(), row, column, p, margin=p)
 
     def sharing(self, view: View, limit: int) -> Sharing:
-        """Patches of the album with the chosen patch's semantic code.
+        """At most `limit` patches of the album with the chosen patch's semantic code.
 
-        Those with its sub-code come first; else in an order that is random, but always the same, so that `limit` of
-        them are from many images.
+        Patches with the same sub-code come first. The order is random otherwise, but always the same, so that the
+        patches come from many images.
+
+        Raises:
+            ValueError: no patch is chosen, or nothing was collected.
         """
         if self.album is None:
             raise ValueError("album: expected images, by `collect`, got none")

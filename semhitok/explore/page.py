@@ -1,7 +1,6 @@
-"""The page on an Explorer or two, and its server, which is for this machine alone.
+"""The page that shows one or two explorers, and its server, which only this machine can reach.
 
-What a browser session looks at is in its own `gr.State`, a View for each explorer; the explorers are shared and do not
-change.
+Each browser session has its own `gr.State`, a View for each explorer. The explorers are shared and do not change.
 """
 
 from __future__ import annotations
@@ -9,27 +8,26 @@ from __future__ import annotations
 import html
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 
-from semhitok.data.images import FORMATS, MAX_PIXELS, decode_image
+from semhitok.data.images import FORMATS, MAX_PIXELS, decode_image, to_uint8
 from semhitok.explore.explorer import Explorer, Patch, View
 
 HOST = "127.0.0.1"
 _TITLE = "SemHiTok: what the ids mean"
 _MAX_FILE = "64 MB"
-_IMAGE_SIDE, _CROP_SIDE = 512, 144  # pixels that images and crops are enlarged to, about
+_IMAGE_SIDE, _CROP_SIDE = 512, 144  # pixels to which images and crops are enlarged, approximately
 _MAX_SHARING, _MAX_LEGEND = 24, 24
-_CHOSEN = (255, 106, 0)  # frame of the sub-code that is shown now
+_CHOSEN = (255, 106, 0)  # colour of the frame around the sub-code that is shown
 _CSS = """
 .gradio-container { max-width: none !important }
 .html-container { padding: 0 !important }
@@ -54,9 +52,20 @@ Views = tuple[View, ...]
 
 
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
-    """The page: a column for every explorer, all of them of the same image and the same place in it."""
-    # Pictures that were shown are deleted after an hour.
-    with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+    """The page: a column for every explorer, all showing the same image and the same place in it."""
+    # Files of pictures are deleted after an hour.
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
+        _Page(explorers)
+    return blocks
+
+
+class _Page:
+    """The components of the page, and how they respond to events.
+
+    A handler of an event returns a value for each of `outputs`.
+    """
+
+    def __init__(self, explorers: Sequence[Explorer]) -> None:
         gr.Markdown(f"# {_TITLE}")
         views = gr.State(None)
         with gr.Row():
@@ -65,82 +74,85 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 status = gr.HTML(_paragraph("No image yet."), elem_id="status")
                 gr.HTML(
                     "<p>Click a patch in any of the pictures to see its ids (i, j). Click one of its sub-codes to swap "
-                    f"it in: the reconstruction is decoded again. Images are read as {', '.join(FORMATS)}, up to "
-                    f"{_MAX_FILE} and {MAX_PIXELS:,} pixels.</p>",
+                    f"it in and decode the image again. Accepted are {', '.join(FORMATS)} files of up to {_MAX_FILE} "
+                    f"and {MAX_PIXELS:,} pixels.</p>",
                 )
         with gr.Row():
-            panels = [_Panel(explorer, number) for number, explorer in enumerate(explorers)]
-        outputs = [views, *(part for panel in panels for part in panel.outputs)]
-
-        def show(current: Views) -> list[Any]:
-            pairs = zip(panels, current, strict=True)
-            return [current, *(value for panel, view in pairs for value in panel.values(view))]
-
-        def unchanged() -> list[Any]:
-            return [gr.skip() for _ in outputs]
-
-        def open_file(file: str | None) -> list[Any]:
-            if file is None:
-                return [None, gr.skip(), *unchanged()]
-            path = Path(file)
-            try:
-                image = decode_image(path.read_bytes(), path.name)
-            except (ValueError, OSError) as error:
-                return [None, _paragraph(str(error), "error"), *unchanged()]
-            finally:
-                path.unlink(missing_ok=True)
-            text = f"{path.name}, {image.shape[2]} x {image.shape[1]} pixels, cropped to the centre"
-            return [None, _paragraph(text), *show(tuple(explorer.open(image) for explorer in explorers))]
-
-        # One event at a time, whatever the number of sessions: what they ask of the machine is bounded.
+            self.panels = [_Panel(explorer, number) for number, explorer in enumerate(explorers)]
+        self.outputs = [views, *(part for panel in self.panels for part in panel.outputs)]
+        # One event at a time, whatever the number of sessions, so that the load on the machine is bounded.
         options: dict[str, Any] = {
             "concurrency_limit": 1,
             "concurrency_id": "model",
             "api_visibility": "private",
             "show_progress": "minimal",
         }
-        # The drop zone is emptied again, and so ready for the next image.
-        drop.upload(open_file, drop, [drop, status, *outputs], **options)
-
-        def connect(panel: _Panel, number: int) -> None:
-            def choose(current: Views | None, event: gr.SelectData) -> list[Any]:
-                if current is None:
-                    return unchanged()
-                x, y = ((pixel + 0.5) / panel.side for pixel in event.index)
-                pairs = zip(explorers, current, strict=True)
-                return show(tuple(explorer.choose(view, x, y) for explorer, view in pairs))
-
-            def swap(current: Views | None, event: gr.SelectData) -> list[Any]:
-                if current is None:
-                    return unchanged()
-                sub = panel.explorer.sub_codes(current[number]).sub
-                if event.index >= len(sub):  # a click on what the page was about to change
-                    return unchanged()
-                view = panel.explorer.swap(current[number], int(sub[event.index]))
-                return show((*current[:number], view, *current[number + 1 :]))
-
-            def reset(current: Views | None) -> list[Any]:
-                if current is None:
-                    return unchanged()
-                view = panel.explorer.reset(current[number])
-                return show((*current[:number], view, *current[number + 1 :]))
-
+        drop.upload(self.open_file, drop, [drop, status, *self.outputs], **options)
+        for number, panel in enumerate(self.panels):
             for picture in panel.pictures:
-                picture.select(choose, views, outputs, **options)
-            panel.sub_codes.select(swap, views, outputs, **options)
-            panel.reset.click(reset, views, outputs, **options)
+                picture.select(self.on_choose(panel), views, self.outputs, **options)
+            panel.sub_codes.select(self.on_swap(number, panel), views, self.outputs, **options)
+            panel.reset.click(self.on_reset(number, panel), views, self.outputs, **options)
 
-        for number, panel in enumerate(panels):
-            connect(panel, number)
-    return page
+    def show(self, views: Views) -> list[Any]:
+        pairs = zip(self.panels, views, strict=True)
+        return [views, *(value for panel, view in pairs for value in panel.values(view))]
+
+    def unchanged(self) -> list[Any]:
+        return [gr.skip() for _ in self.outputs]
+
+    def open_file(self, file: str | None) -> list[Any]:
+        """Values of the drop zone, which is emptied for the next image, of the status, and of `outputs`."""
+        if file is None:
+            return [None, gr.skip(), *self.unchanged()]
+        path = Path(file)
+        try:
+            image = decode_image(path.read_bytes(), path.name)
+        except (ValueError, OSError) as error:
+            return [None, _paragraph(str(error), "error"), *self.unchanged()]
+        finally:
+            path.unlink(missing_ok=True)
+        text = f"{path.name}, {image.shape[2]} x {image.shape[1]} pixels, cropped to the centre"
+        return [None, _paragraph(text), *self.show(tuple(panel.explorer.open(image) for panel in self.panels))]
+
+    def on_choose(self, panel: _Panel) -> Callable[..., list[Any]]:
+        def choose(views: Views | None, event: gr.SelectData) -> list[Any]:
+            if views is None:
+                return self.unchanged()
+            x, y = ((pixel + 0.5) / panel.side for pixel in event.index)
+            pairs = zip(self.panels, views, strict=True)
+            return self.show(tuple(panel.explorer.choose(view, x, y) for panel, view in pairs))
+
+        return choose
+
+    def on_swap(self, number: int, panel: _Panel) -> Callable[..., list[Any]]:
+        def swap(views: Views | None, event: gr.SelectData) -> list[Any]:
+            if views is None:
+                return self.unchanged()
+            sub = panel.explorer.sub_codes(views[number]).sub
+            if event.index >= len(sub):  # a click on sub-codes that the page was about to replace
+                return self.unchanged()
+            view = panel.explorer.swap(views[number], int(sub[event.index]))
+            return self.show((*views[:number], view, *views[number + 1 :]))
+
+        return swap
+
+    def on_reset(self, number: int, panel: _Panel) -> Callable[..., list[Any]]:
+        def reset(views: Views | None) -> list[Any]:
+            if views is None:
+                return self.unchanged()
+            view = panel.explorer.reset(views[number])
+            return self.show((*views[:number], view, *views[number + 1 :]))
+
+        return reset
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket of this machine's own address; on any free port for 0.
+    """A socket that listens on this machine's loopback address. Port 0 takes any free one.
 
     Raises:
-        ValueError: no such port.
-        OSError: another process has it, or it needs rights.
+        ValueError: the port is out of range.
+        OSError: the port is in use, or listening on it is not permitted.
     """
     try:
         return socket.create_server((HOST, port))
@@ -151,16 +163,18 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
-    """Serve the page until the process is told to end.
+    """Serve the page until the process is terminated.
 
     Raises:
-        KeyboardInterrupt: by Ctrl-C.
+        KeyboardInterrupt: on Ctrl-C.
     """
     page = build(explorers)
-    # A mounted page does not say so itself, and until it does, Gradio lets a request name any file as its upload.
+    # Until this is set, Gradio lets a request name any file as its upload; mounting a page does not set it.
     page.has_launched = True
-    outside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages would load scripts from outside
-    # Another site's page must not get in under a name of its own that leads to this address.
+    outside = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None
+    )  # those pages would load scripts from other hosts
+    # Keeps out other sites whose host name resolves to this address (DNS rebinding).
     outside.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app = gr.mount_gradio_app(
         outside,
@@ -175,13 +189,13 @@ def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
         ssr_mode=False,
         mcp_server=False,
     )
-    # An open page keeps a connection, which is not waited for.
+    # An open page keeps its connection; do not wait for it.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Panel:
-    """The components that show an explorer's view."""
+    """The components that show one explorer's view."""
 
     def __init__(self, explorer: Explorer, number: int) -> None:
         self.explorer = explorer
@@ -233,7 +247,7 @@ class _Panel:
         )
 
     def values(self, view: View) -> Iterator[Any]:
-        """What `outputs` are to show."""
+        """The values of `outputs` for a view."""
         explorer = self.explorer
         p = explorer.tokenizer.config.patch_size
         decoded, psnr = explorer.decode(view)
@@ -279,8 +293,8 @@ class _Panel:
             (self._crop(crop), f"j = {j}\n{name}") for crop, name, j in zip(crops, names, sub.tolist(), strict=True)
         ]
         label = (
-            f"Patches of the folder with i = {patch.i}: {num_patches} in {num_images} of {len(album.names)} images, "
-            f"{len(items)} of them here, those with j = {patch.j} first"
+            f"Patches of the folder with i = {patch.i}: {num_patches} in {num_images} of {len(album.names)} images. "
+            f"{len(items)} are shown, those with j = {patch.j} first"
         )
         return gr.Gallery(items, label=label, visible=True, selected_index=None)
 
@@ -290,13 +304,13 @@ class _Panel:
 
 
 def _pixels(image: Tensor, scale: int) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> uint8 [H * scale, W * scale, 3], every pixel a square."""
-    pixels = image.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    """[3, H, W] in [0, 1] -> uint8 [H * scale, W * scale, 3], each pixel repeated."""
+    pixels = to_uint8(image).permute(1, 2, 0).numpy()
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 
 def _outlined(pixels: np.ndarray, row: int, column: int, side: int) -> np.ndarray:
-    """With a line around a patch, black and white to be seen on anything; the patch itself stays as it is."""
+    """A copy with a line around a patch, black and white so that it is visible on any colour."""
     drawn, top, left = pixels.copy(), row * side, column * side
     line = max(1, len(pixels) // 150)
     for width, value in ((2 * line, 0), (line, 255)):
@@ -326,7 +340,7 @@ def _ids(patch: Patch, row: int, column: int) -> str:
 
 
 def _legend(counts: Sequence[tuple[int, int]], colors: Tensor, chosen: int | None = None) -> str:
-    """The most frequent semantic codes of an image and the chosen one, each with its number of patches."""
+    """The most frequent semantic codes of an image, and the chosen one, with their numbers of patches."""
     shown = [*counts[:_MAX_LEGEND], *(pair for pair in counts[_MAX_LEGEND:] if pair[0] == chosen)]
     items = []
     for i, count in shown:

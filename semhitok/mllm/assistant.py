@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, TextStreamer
 
-from semhitok.data.images import read_image, resize_crop, save_png
-from semhitok.evaluation.sets import to_uint8
+from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
 from semhitok.mllm import prompts
 from semhitok.mllm.generate import generate, generate_images
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig

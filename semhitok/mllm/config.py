@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from semhitok.config import OptimizerConfig, StageConfig, read_config
-from semhitok.mllm.rows import TASKS
 
+TASKS = ("understanding", "generation", "text")
 STAGES = ("adapter", "joint", "instruct")
 
 
@@ -18,7 +18,7 @@ class SourceConfig:
     """Samples of one kind.
 
     path: a .jsonl file, webdataset shards (a pattern of .tar), or what `semhitok encode` wrote: an ids file
-        (.safetensors), or a corpus (a folder). See `semhitok.mllm.rows` for what is in them.
+        (.safetensors), or a corpus (a folder). See `semhitok.mllm.sources` for what is in them.
     task: "understanding" (images to text), "generation" (captions to images) or "text"; under this name its loss is
         logged, and it tells what is made of an image with a caption.
     weight: samples are drawn from the sources of a stage in proportion to their weights.

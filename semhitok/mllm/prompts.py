@@ -29,7 +29,7 @@ Part = tuple[list[int], bool]  # ids, and whether they are learnt: what `semhito
 
 
 def conversation(
-    tokenizer: Any, vocabulary: Vocabulary, messages: Sequence[Message], images: Sequence[Tensor] = ()
+    tokenizer: Any, vocabulary: Vocabulary, messages: Sequence[Message], images: Sequence[Tensor] = (), given: int = 0
 ) -> list[Part]:
     """A conversation as (ids, learnt?) parts for `join`: answers are learnt with the one id that ends them.
 
@@ -39,6 +39,7 @@ def conversation(
         messages: {"role", "content"} each. Content is text, or a list of {"type": "text", "text"} and
             {"type": "image"}.
         images: int64 [2 + h * w] each, as `Vocabulary.image` gives them, for every `<image>` in order.
+        given: first ids of an image in an answer that are not learnt.
 
     Raises:
         ValueError: no answer, an empty one, images of another number than `<image>`, text ids beyond the model's, or a
@@ -48,7 +49,7 @@ def conversation(
     answers = [n for n, m in enumerate(turns) if m["role"] == "assistant"]
     if not answers:
         raise ValueError("messages: expected at least one of the assistant, got none")
-    writer = _Writer(tokenizer, vocabulary, images)
+    writer = _Writer(tokenizer, vocabulary, images, given)
     done = ""
     for n in answers:
         asked, answered = _render(tokenizer, turns[:n], True), _render(tokenizer, turns[: n + 1], False)
@@ -107,9 +108,7 @@ def generation_parts(tokenizer: Any, vocabulary: Vocabulary, caption: str | None
     asked = [{"role": "user", "content": caption or ""}, {"role": "assistant", "content": IMAGE}]
     ids = image.tolist()
     given = next((n for n, i in enumerate(ids) if i < vocabulary.begin_of_image), len(ids))
-    parts = conversation(tokenizer, vocabulary, asked, [image])
-    place = next(n for n, (found, _) in enumerate(parts) if found == ids)
-    return [*parts[:place], (ids[:given], False), (ids[given:], True), *parts[place + 1 :]]
+    return conversation(tokenizer, vocabulary, asked, [image], given)
 
 
 def text_parts(tokenizer: Any, vocabulary: Vocabulary, text: str) -> list[Part]:
@@ -149,8 +148,8 @@ def word_tokenizer(texts: Iterable[str], size: int = 10_000) -> Any:
 class _Writer:
     """Collects parts: text, tokenised between the images that stand in it."""
 
-    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, images: Sequence[Tensor]) -> None:
-        self.tokenizer, self.vocabulary, self.images = tokenizer, vocabulary, list(images)
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, images: Sequence[Tensor], given: int = 0) -> None:
+        self.tokenizer, self.vocabulary, self.images, self.given = tokenizer, vocabulary, list(images), given
         self.used = 0
         self.parts: list[Part] = []
 
@@ -159,7 +158,9 @@ class _Writer:
         for number, piece in enumerate(text.split(IMAGE) if markers else [text]):
             if number:
                 if self.used < len(self.images):
-                    self._add(self.images[self.used].tolist(), learnt)
+                    ids = self.images[self.used].tolist()
+                    self._add(ids[: self.given], False)
+                    self._add(ids[self.given :], learnt)
                 self.used += 1
             ids = _tokenise(self.tokenizer, piece)
             if ids and max(ids) >= self.vocabulary.text_size:

@@ -28,12 +28,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from semhitok import distributed
 from semhitok._optional import require
-from semhitok.mllm.config import MLLMStageConfig, MLLMTrainConfig, SourceConfig
+from semhitok.mllm.config import TASKS, MLLMStageConfig, MLLMTrainConfig, SourceConfig
 from semhitok.mllm.loss import IGNORE
 from semhitok.mllm.model import UnifiedMLLM
 from semhitok.mllm.packing import Packed
 from semhitok.mllm.prompts import word_tokenizer
-from semhitok.mllm.rows import TASKS, MicroRows, Source, TrainingRows, fill, open_source
+from semhitok.mllm.rows import MicroRows, TrainingRows
+from semhitok.mllm.sources import Source, open_source
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.loop import Run, StopOnSignal, run_stage
 from semhitok.training.parts import Part, seed_everything
@@ -58,7 +59,7 @@ def run(
     Args:
         config: see `semhitok.mllm.config`.
         out: the run's folder.
-        sources: of each stage, in place of those that the configuration names: `semhitok.mllm.rows.Records`, say.
+        sources: of each stage, in place of those that the configuration names: `semhitok.mllm.sources.Records`, say.
         held_out: likewise, for evaluations on the way.
         tokenizer: the image tokenizer, in place of `config.tokenizer`.
         text_tokenizer: of transformers, in place of `config.text_tokenizer`.
@@ -268,7 +269,7 @@ class _Images:
         pixels = torch.cat([m.images for m in micro])
         codes = self.encode(pixels) if len(pixels) else pixels.new_zeros(0, 1, dtype=torch.int64)
         codes += self.text_size
-        filled = [fill(m, own) for m, own in zip(micro, codes.split([len(m.images) for m in micro]), strict=True)]
+        filled = [m.with_ids(own) for m, own in zip(micro, codes.split([len(m.images) for m in micro]), strict=True)]
         counts = torch.zeros(len(TASKS) + 2, dtype=torch.float64)
         for packed, m in zip(filled, micro, strict=True):
             counts[:-2] += torch.bincount(m.tasks[packed.labels != IGNORE].int(), minlength=len(TASKS))
@@ -330,9 +331,8 @@ def _held_out(
     if not sources:
         return None
     places = {"rank": data.rank, "world_size": data.world_size}
-    rows = TrainingRows(
-        sources, replace(config.data, caption_drop=0.0, workers=0), data.model, data.tokenizer, config.seed, **places
-    )
+    settings = replace(config.data, caption_drop=0.0, workers=0)
+    rows = TrainingRows(sources, settings, data.model, data.text_tokenizer, config.seed, **places)
 
     def batches() -> Iterator[list[RowBatch]]:
         micro_batch = stage.micro_batch or max(1, stage.batch_size // data.world_size)

@@ -125,11 +125,10 @@ def usage_figures(usage: CodeUsage, step: int, window: int) -> dict[str, float]:
     """At the end of every window the usage and perplexity of the tokens in it, then from nought."""
     if (step + 1) % window:
         return {}
-    summary = usage.summary()
     groups = usage.groups()
-    figures = {f"{view}_{key}": v for view, row in summary.items() for key, v in row.items()}
+    figures = usage.figures()
     if usage.counts.shape[1] > 1:
-        figures["dead_sub_codes"] = 1 - summary["group"]["usage"]
+        figures["dead_sub_codes"] = 1 - figures["group_usage"]
         lacking = (groups.used < groups.sizes)[groups.tokens > 0].double()
         figures["groups_with_dead_sub_codes"] = lacking.mean().item() if len(lacking) else 0.0
     usage.reset()

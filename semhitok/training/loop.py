@@ -31,7 +31,7 @@ from torch import Tensor
 from semhitok import distributed
 from semhitok._files import write_atomic
 from semhitok.data.training_images import MicroBatch
-from semhitok.evaluation.running import lower_is_better
+from semhitok.evaluation.metrics import METRICS
 from semhitok.training import checkpoint, log
 from semhitok.training.parts import Batch, seed_everything
 from semhitok.training.stage import Stage
@@ -226,7 +226,7 @@ def _keep_best(
     if name not in figures:
         raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
     value = figures[name]
-    sign = -1 if lower_is_better(name) else 1
+    sign = -1 if METRICS[name].lower_is_better else 1
     if best is not None and sign * value <= sign * best:
         return best
     state = published_state(stage)

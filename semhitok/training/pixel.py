@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from semhitok import distributed
 from semhitok.config import PixelStageConfig, ReconstructionConfig, TrainConfig
-from semhitok.evaluation.running import default_metrics, evaluate
+from semhitok.evaluation.held_out import evaluate_held_out
+from semhitok.evaluation.metrics import quick_functions
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.critic import PatchCritic
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parts import Batch, Part, gather, generator
 from semhitok.training.reconstruction import ReconstructionLoss
+from semhitok.usage import CodeUsage
 
 
 class PixelNetwork(nn.Module):
@@ -118,10 +120,11 @@ class Reconstructing:
         def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
             with self._autocast():
                 predicted, _, _, codes, _ = self.network(images, self._z_sem(images), True)
-            return predicted, codes
+            return predicted.float().clamp(0, 1), codes
 
-        metrics = default_metrics(self.model.quantizer, self.device)
-        return evaluate(reconstruct, batches, metrics, self.device, pictures=self.run_config.evaluation.pictures)
+        quantizer, pictures = self.model.quantizer, self.run_config.evaluation.pictures
+        usage = CodeUsage(quantizer.num_codes, quantizer.num_sub_codes, self.device, quantizer.offsets)
+        return evaluate_held_out(reconstruct, batches, quick_functions(), usage, self.device, pictures=pictures)
 
 
 class PixelStage(Reconstructing):

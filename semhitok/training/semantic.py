@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from semhitok import distributed
 from semhitok.config import SemanticStageConfig, TrainConfig
-from semhitok.evaluation.running import MeanOverImages, Metric, Usage, evaluate
+from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parts import Batch, Part, gather, generator
@@ -140,21 +140,16 @@ class SemanticStage:
 
     def evaluate(self, batches: Any) -> tuple[dict[str, float], Tensor | None]:
         """Cosine distance to the teacher's features, and the use of the codes, on held-out images."""
-        last: dict[str, Tensor] = {}
 
-        def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
+        def distances(images: Tensor) -> tuple[Tensor, Tensor]:
             features = self._features(images)
             with self._autocast():
                 predicted, _, codes, _ = self.network(features, True)
-            last["cosine"] = 1 - F.cosine_similarity(predicted.float(), self.head.standardize(features), dim=-1).mean(
-                (1, 2)
-            )
             assert codes is not None
-            return images, codes
+            target = self.head.standardize(features)
+            return 1 - F.cosine_similarity(predicted.float(), target, dim=-1).mean((1, 2)), codes
 
-        metrics: list[Metric] = [
-            MeanOverImages("cosine", lambda reconstructions, images: last["cosine"][: len(images)]),
-            Usage(CodeUsage(self.model.config.num_codes, 1, self.device)),
-        ]
-        figures, _ = evaluate(reconstruct, batches, metrics, self.device)
+        functions = {"cosine": lambda distances, images: distances}
+        usage = CodeUsage(self.model.config.num_codes, 1, self.device)
+        figures, _ = evaluate_held_out(distances, batches, functions, usage, self.device)
         return {k: v for k, v in figures.items() if not k.startswith(("flat", "group"))}, None

@@ -136,7 +136,7 @@ def test_preflight_keeps_what_ran() -> None:
     assert ran == {shapes[0]} and why == "4096x16384x8 D must be 16"
     ran, why = cuda_preflight.outcome("256x16384x8 ok\nSegmentation fault\n", named)
     assert ran == {shapes[0]} and why == "Segmentation fault"
-    assert cuda_preflight.outcome("", named) == (set(), "stopped without a word")
+    assert cuda_preflight.outcome("", named) == (set(), "stopped without output")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -163,7 +163,8 @@ def record(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def test_a_line_of_the_table() -> None:
+def test_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_bench, "PATHS", tuple(cuda_floor.DESIGNS))
     titles, values = zip(*cuda_bench.cells(record()), strict=True)
     assert all(len(t) == len(v) for t, v in zip(titles, values, strict=True))
     line = {title.strip(): value.strip() for title, value in zip(titles, values, strict=True)}
@@ -241,7 +242,7 @@ def test_a_failing_shape_does_not_end_the_grid(monkeypatch: pytest.MonkeyPatch) 
     cuda_bench.run_grid(report, [(1, 8, 4), (2, 8, 4), (3, 9, 4)], {}, False, CEILINGS, float("inf"))
     assert [r["N"] for r in report.content["results"]] == [1, 3] and "2x8x4: RuntimeError: odd" in report.lines
     cuda_bench.run_grid(report, [(4, 8, 4)], {}, False, CEILINGS, 0)
-    assert report.lines[-1] == "1 shapes left out: the time allowed was over"
+    assert report.lines[-1] == "1 shapes skipped: the time limit was reached"
 
     def lost() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -1,6 +1,9 @@
 """Corpora: the same bytes from every engine and after any interruption, damage named, a reader that loses nothing."""
 
+import argparse
 import contextlib
+import dataclasses
+import gc
 import io
 import json
 import os
@@ -14,17 +17,17 @@ import sys
 import tarfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from semhitok.cli import main
+from semhitok.cli import encode, main
 from semhitok.config import preset
-from semhitok.corpus import sources
-from semhitok.corpus.encoder import EncodingConfig, encode_corpus
-from semhitok.corpus.format import EncodedCorpus, Layout, read_manifest, shard_writer, verify
+from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, sources, verify
+from semhitok.corpus.format import Layout, read_manifest, shard_writer
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -190,7 +193,7 @@ def test_two_processes_one_of_which_is_killed(whole, tmp_path):
     killed = []
     watcher = threading.Thread(target=kill_one_encoder, args=(tmp_path, b"spawn_main", killed), daemon=True)
     watcher.start()
-    with pytest.raises(ChildProcessError, match="the same command goes on"):
+    with pytest.raises(ChildProcessError, match="run the same command again to resume"):
         encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, processes=2)
     watcher.join(10)
     assert len(killed) == 1
@@ -243,7 +246,7 @@ def test_adaptive_sizes_go_with_the_ids(root, tmp_path):
 
 
 def test_packed_equals_unpacked(whole, tmp_path):
-    encode_corpus("checkpoint", ["photos"], tmp_path, EncodingConfig(pack=True, batch_size=4, images_per_shard=5))
+    encode_corpus("checkpoint", ["photos"], tmp_path, EncodingConfig(packed=True, batch_size=4, images_per_shard=5))
     packed, plain = rows_of(tmp_path), rows_of(whole)
     assert all(torch.equal(packed[key][1], plain[key][1]) for key in plain)
     kinds = [pq.read_schema(folder / "shard-000000.parquet").field("ids").type for folder in (tmp_path, whole)]
@@ -287,9 +290,8 @@ def test_ten_crops(tmp_path):
     assert len({str(ids) for ids in table.column("ids").to_pylist()}) == 20
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_the_share_of_ids_that_a_precision_changes_is_told(whole, tmp_path, precision):
-    config = EncodingConfig(batch_size=4, images_per_shard=5, precision=precision)
+def test_the_share_of_ids_that_bf16_changes_is_reported(whole, tmp_path):
+    config = EncodingConfig(batch_size=4, images_per_shard=5, precision="bf16")
     summary = encode_corpus("checkpoint", ["photos"], tmp_path, config)
     assert all(0 < summary.shares[part] < 1 for part in ("waiting", "quantising", "comparing"))
     differ = []
@@ -298,6 +300,74 @@ def test_the_share_of_ids_that_a_precision_changes_is_told(whole, tmp_path, prec
         differ.append((rows[0] != rows[1]).flatten())
     share = torch.cat(differ).double().mean().item()
     assert 0 < share < 0.3 and summary.changed == pytest.approx(share)
+
+
+def test_an_old_corpus_in_int8_is_read_and_not_resumed(whole, tmp_path):
+    """Earlier versions could also encode in int8."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("manifest.json", "job.json"):
+        settings = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps({**settings, "precision": "int8"}))
+    assert verify(out).counts.sum() == IMAGES * 256
+    assert len(rows_of(out)) == IMAGES
+    with pytest.raises(ValueError, match="holds another corpus: precision was 'int8', now 'fp32'"):
+        encode_corpus("checkpoint", ["photos"], out, CONFIG)
+    with pytest.raises(ValueError, match="precision: expected one of fp32, bf16, got 'int8'"):
+        EncodingConfig(precision="int8")
+
+
+# What earlier versions wrote. Its order of keys, too, is part of a shard's record, which has the job's hash.
+JOB_KEYS = [
+    "format", "version", "num_codes", "num_sub_codes", "codebook_hash", "grid", "packed", "encoder_sha256",
+    "image_size", "crop", "caption", "batch_size", "images_per_shard", "precision", "device", "sources",
+    "sources_sha256", "shards",
+]  # fmt: skip
+
+
+def test_the_job_file_keeps_its_keys(whole):
+    assert list(json.loads((whole / "job.json").read_text())) == JOB_KEYS
+    assert {field.name for field in dataclasses.fields(EncodingConfig)} <= set(JOB_KEYS)
+
+
+def test_every_setting_is_an_option_of_the_command():
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    args = parser.parse_args(["checkpoint", "photos", "--out", "x", "--shard-images", "7", "--pack"])
+    settings = {field.name for field in dataclasses.fields(EncodingConfig)}
+    assert settings <= args.corpus_flags.keys() | vars(args).keys()
+    assert (args.images_per_shard, args.packed, args.batch_size) == (7, True, EncodingConfig.batch_size)
+
+
+def test_a_process_that_does_not_encode_keeps_no_tokenizer(root, tmp_path, monkeypatch):
+    """It loads one to identify the job, and leaves encoding to the processes that it starts."""
+    loaded = []
+    load = SemHiTok.from_pretrained
+
+    def from_pretrained(checkpoint):
+        tokenizer = load(checkpoint)
+        loaded.append(weakref.ref(tokenizer))
+        return tokenizer
+
+    def run(engine, job, units, processes):
+        assert (engine, len(units), processes) == ("local", 5, 2)
+        gc.collect()
+        assert [reference() for reference in loaded] == [None]
+        yield engines.UnitResult(None, {"all": 1.0}, "not done")
+
+    monkeypatch.setattr(SemHiTok, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(engines, "run", run)
+    monkeypatch.setattr(engines, "UnitEncoder", None)
+    with pytest.raises(ValueError, match="1 of 5 shards could not be encoded"):
+        encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, processes=2)
+
+
+def test_the_package_imports_nothing_heavy():
+    script = (
+        "import sys; "
+        "sys.modules['pyarrow'] = None; from semhitok.corpus import EncodedCorpus, encode_corpus, save_codes"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -412,7 +482,7 @@ def test_a_full_disk_is_told_and_a_restart_completes(whole, root, tmp_path, monk
     left = re.search("^left: (.*)$", result.stdout, re.M)[1].split()
     shards = [name for name in left if name.endswith(".parquet")]
     assert 0 < len(shards) < 5 and "manifest.json" not in left and not [name for name in left if name.startswith(".")]
-    # Those that were whole are not made again.
+    # Those that were complete are not encoded again.
     again = result.stdout.count("encoded now") and int(re.search(r"encoded now +(\d+) images", result.stdout)[1])
     assert again == IMAGES - 5 * len(shards)
     assert_same(tmp_path / "saved", whole)
@@ -430,7 +500,7 @@ def test_damaged_shards_are_named_and_made_again(whole, tmp_path, how, capsys):
     assert main(["info", str(out)]) == 2
     assert "shard-000002.parquet" in capsys.readouterr().err
     assert encode_corpus("checkpoint", ["photos"], out, CONFIG).encoded == 5
-    assert "made again" in (err := capsys.readouterr().err) and "shard-000002.parquet" in err
+    assert "encoded again" in (err := capsys.readouterr().err) and "shard-000002.parquet" in err
     assert_same(out, whole)
     assert verify(out).counts.sum() == IMAGES * 256
 
@@ -469,9 +539,9 @@ def test_damaged_and_unreachable_shards(root, tmp_path, capsys, monkeypatch):
     assert 6 <= summary.images < 13
     assert len(reasons) == summary.skipped == 1 and "1.tar: cannot read the shard" in reasons[0]
 
-    monkeypatch.setattr("semhitok.data.shards._PAUSE", 0)
+    monkeypatch.setattr("semhitok.data.shards.PAUSE", 0)
     names = ["0.tar", "pipe:cat nothing.tar", "2.tar"]
-    with pytest.raises(ValueError, match="1 of 3 shards could not be made; the same command tries again"):
+    with pytest.raises(ValueError, match="1 of 3 shards could not be encoded; run the same command again to retry"):
         encode_corpus("checkpoint", names, tmp_path / "b", CONFIG)
     assert "pipe:cat nothing.tar" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "b").glob("*.parquet")) == [
@@ -520,7 +590,7 @@ def test_another_job_in_the_folder_is_refused(root, whole, tmp_path, capsys):
     assert "encoder_sha256 was" in refused("encode", tmp_path / "same codebooks", "photos", *SETTINGS)
     shutil.copy("photos/000.png", "photos/new.png")
     try:
-        assert "its sources were others" in refused("encode", "checkpoint", "photos", *SETTINGS)
+        assert "the sources have changed" in refused("encode", "checkpoint", "photos", *SETTINGS)
     finally:
         os.unlink("photos/new.png")
     assert_same(out, whole)
@@ -540,7 +610,7 @@ def test_sources_are_refused(tmp_path, capsys):
     assert main(["encode", "checkpoint", "photos", "--out", str(tmp_path / "x.safetensors"), "--pack"]) == 2
     assert "--pack: expected with a folder as --out" in capsys.readouterr().err
     assert main(["encode", "checkpoint", "photos", "--out", str(tmp_path / "out"), "--engine", "torchrun"]) == 2
-    assert "torchrun expects to be started by it" in capsys.readouterr().err
+    assert "torchrun expects a process that it started" in capsys.readouterr().err
 
 
 def test_units_do_not_hold_names(root, tmp_path):
@@ -609,6 +679,21 @@ def test_batches_go_on_exactly_where_they_were(large, workers):
         rest.close()
 
 
+def test_an_old_position_gives_the_rows_it_always_gave(large):
+    """Positions saved with a run stay readable, and the same seed keeps its order."""
+    corpus = EncodedCorpus(large, seed=1, shuffle_buffer=8, rank=1, world_size=2)
+    batches = corpus.batches(5)
+    seen = [next(batches).ids[:, 0, 0].tolist() for _ in range(7)]
+    assert seen[0] == [109, 105, 106, 104, 103]
+    position = {
+        "corpus": corpus.identity()["corpus"], "seed": 1, "shuffle_buffer": 8, "processes": 2, "rank": 1, "workers": 0,
+        "turn": 0, "streams": [[0, 35]],
+    }  # fmt: skip
+    assert batches.position() == position and list(batches.position()) == list(position)
+    batches = corpus.batches(5, position=position)
+    assert [next(batches).ids[:, 0, 0].tolist() for _ in range(2)] == [[36, 3, 5, 0, 1], [14, 10, 13, 11, 12]]
+
+
 def test_an_epoch_of_batches_has_each_row_once(large):
     corpus = EncodedCorpus(large, shuffle_buffer=100)
     batches = corpus.batches(17)
@@ -650,7 +735,7 @@ def test_positions_of_others_are_refused(large):
         (EncodedCorpus(large, seed=1, world_size=2), 0, "processes"),
         (EncodedCorpus(large, seed=1), 2, "workers"),
     ):
-        with pytest.raises(ValueError, match=f"position: expected one with {key}"):
+        with pytest.raises(ValueError, match=f"position: {key}: expected"):
             corpus.batches(5, workers=workers, position=position)
     with pytest.raises(ValueError, match="expected at least 9 shards, one for each of 3 processes x 3 workers, got 8"):
         EncodedCorpus(large, world_size=3).batches(1, workers=3)

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <string>
 
-#include "kernels.h"
 #include "emulated_ptx.h"
+#include "kernels.h"
 
 namespace {
 
@@ -38,12 +38,19 @@ class Scratch {
   unsigned char* memory_;
 };
 
-template <typename Problem>
-int run(const Problem& problem, int64_t (*scratch_bytes)(const Problem&),
-        cudaError_t (*op)(const Problem&, void*, cudaStream_t)) {
+cuda::Device device() {
+  cuda::Device device{};
+  (void)cuda::get_device(0, &device);
+  return device;
+}
+
+// scratch_bytes(device), then op(device, scratch), like run_cuda of dispatch.h: one query of the device.
+template <typename ScratchBytes, typename Op>
+int run(const ScratchBytes& scratch_bytes, const Op& op) {
   complaint.clear();
-  const Scratch scratch(scratch_bytes(problem));
-  const cudaError_t error = op(problem, scratch.data(), nullptr);
+  const cuda::Device on = device();
+  const Scratch scratch(scratch_bytes(on));
+  const cudaError_t error = op(on, scratch.data());
   if (error != cudaSuccess) {
     complaint = emulator::message();
   } else if (!scratch.intact()) {
@@ -52,6 +59,10 @@ int run(const Problem& problem, int64_t (*scratch_bytes)(const Problem&),
   }
   return error;
 }
+
+#define RUN(op, problem)                                                       \
+  run([&](const cuda::Device& on) { return cuda::op##_scratch(problem, on); }, \
+      [&](const cuda::Device& on, void* scratch) { return cuda::op(problem, on, scratch, nullptr); })
 
 Rows rows(const void* data, int dtype) { return {data, static_cast<Dtype>(dtype)}; }
 
@@ -74,32 +85,52 @@ EXPORTED void set_device(int major, int minor, int multiprocessors) {
 EXPORTED void set_sum(int sum) { emulator::set_sum(static_cast<emulator::Sum>(sum)); }
 EXPORTED const char* message() { return complaint.c_str(); }
 EXPORTED uint64_t launches() { return emulator::launches(); }
+EXPORTED uint64_t device_queries() { return emulator::device_queries(); }
 
-EXPORTED int nearest_code(int64_t tokens, int64_t codes, int64_t depth, int metric, int wide, const void* z,
-                          int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
-  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), wide != 0, rows(z, z_dtype),
-                            rows(codebook, codebook_dtype), scores, ids};
-  return run(problem, &cuda::nearest_code_scratch, &cuda::nearest_code);
+static NearestCode code_problem(int64_t tokens, int64_t num_codes, int64_t depth, int metric, int wide, const void* z,
+                                int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
+  NearestCode problem{};
+  problem.tokens = tokens, problem.num_codes = num_codes, problem.depth = depth;
+  problem.metric = static_cast<Metric>(metric), problem.wide = wide != 0;
+  problem.z = rows(z, z_dtype), problem.codebook = rows(codebook, codebook_dtype);
+  problem.scores = scores, problem.ids = ids;
+  return problem;
 }
 
-// search: the number of a cuda::Search; 7 where this one cannot run.
-EXPORTED int nearest_code_probe(int64_t tokens, int64_t codes, int64_t depth, int64_t metric, const void* z,
-                                int64_t z_dtype, const void* codebook, int64_t codebook_dtype, int64_t search,
+EXPORTED int nearest_code(int64_t tokens, int64_t num_codes, int64_t depth, int metric, int wide, const void* z,
+                          int z_dtype, const void* codebook, int codebook_dtype, void* scores, int64_t* ids) {
+  const NearestCode problem =
+      code_problem(tokens, num_codes, depth, metric, wide, z, z_dtype, codebook, codebook_dtype, scores, ids);
+  return RUN(nearest_code, problem);
+}
+
+// The name of search number `index`; null after the last.
+EXPORTED const char* search_name(int64_t index) {
+  const auto& all = cuda::searches();
+  return index < static_cast<int64_t>(all.size()) ? all[index].name : nullptr;
+}
+
+// By search number `index`; an error if it cannot run.
+EXPORTED int nearest_code_probe(int64_t tokens, int64_t num_codes, int64_t depth, int metric, const void* z,
+                                int z_dtype, const void* codebook, int codebook_dtype, int64_t index,
                                 const double* bound_scale, void* scores, int64_t* ids, int64_t* rescored) {
-  const NearestCode problem{tokens, codes, depth, static_cast<Metric>(metric), false, rows(z, static_cast<int>(z_dtype)),
-                            rows(codebook, static_cast<int>(codebook_dtype)), scores, ids};
-  if (!cuda::search_can_run(static_cast<cuda::Search>(search), problem)) {
+  const NearestCode problem =
+      code_problem(tokens, num_codes, depth, metric, 0, z, z_dtype, codebook, codebook_dtype, scores, ids);
+  const cuda::Search& search = cuda::searches()[index];
+  if (!search.can_run(problem, device())) {
     complaint = "this search cannot run here";
     return cudaErrorNotSupported;
   }
-  const cuda::NearestCodeProbe probe{problem, static_cast<cuda::Search>(search), *bound_scale, rescored};
-  return run(probe, &cuda::nearest_code_probe_scratch, &cuda::nearest_code_probe);
+  return run([&](const cuda::Device& on) { return search.scratch(problem, on); },
+             [&](const cuda::Device& on, void* scratch) {
+               return cuda::run(search, problem, on, {*bound_scale, rescored}, scratch, nullptr);
+             });
 }
 
-EXPORTED int chosen_search(int64_t tokens, int64_t codes, int64_t depth, int64_t wide) {
+EXPORTED const char* chosen_search(int64_t tokens, int64_t num_codes, int64_t depth, int64_t wide) {
   NearestCode problem{};
-  problem.tokens = tokens, problem.codes = codes, problem.depth = depth, problem.wide = wide != 0;
-  return static_cast<int>(cuda::chosen_search(problem));
+  problem.tokens = tokens, problem.num_codes = num_codes, problem.depth = depth, problem.wide = wide != 0;
+  return cuda::chosen_search(problem, device()).name;
 }
 
 // Bytes beyond inputs and outputs, fp32.
@@ -107,12 +138,12 @@ EXPORTED int64_t hier_quantize_scratch(int64_t tokens, int64_t groups, int64_t s
                                        int64_t pix_depth) {
   HierQuantize problem{};
   problem.sem.tokens = problem.pix.tokens = problem.lookup.tokens = tokens;
-  problem.sem.codes = problem.pix.groups = problem.lookup.groups = groups;
+  problem.sem.num_codes = problem.pix.groups = problem.lookup.groups = groups;
   problem.sem.depth = problem.lookup.sem_depth = sem_depth;
   problem.pix.depth = problem.lookup.pix_depth = pix_depth;
   set_sizes(&problem.pix, groups, subcodes, 0, nullptr);
   set_sizes(&problem.lookup, groups, subcodes, 0, nullptr);
-  return cuda::hier_quantize_scratch(problem);
+  return cuda::hier_quantize_scratch(problem, device());
 }
 
 EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, int64_t depth, int metric, int wide,
@@ -124,12 +155,13 @@ EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, i
   problem.metric = static_cast<Metric>(metric), problem.wide = wide != 0;
   problem.z = rows(z, z_dtype), problem.sub_codebooks = rows(sub_codebooks, sub_codebooks_dtype);
   problem.group = group, problem.scores = scores, problem.ids = ids;
-  return run(problem, &cuda::nearest_subcode_scratch, &cuda::nearest_subcode);
+  return RUN(nearest_subcode, problem);
 }
 
-static HierLookup lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
-                         int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
-                         void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
+static HierLookup lookup_problem(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
+                                 int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth,
+                                 const int64_t* codes, void* q_sem, void* q_pix, int64_t total,
+                                 const int64_t* offsets) {
   HierLookup problem{};
   set_sizes(&problem, groups, subcodes, total, offsets);
   problem.tokens = tokens, problem.codes = codes;
@@ -142,9 +174,9 @@ static HierLookup lookup(int64_t tokens, int64_t groups, int64_t subcodes, const
 EXPORTED int hier_lookup(int64_t tokens, int64_t groups, int64_t subcodes, const void* sem, int sem_dtype,
                          int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth, const int64_t* codes,
                          void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
-  const HierLookup problem = lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth,
-                                    codes, q_sem, q_pix, total, offsets);
-  return run(problem, &cuda::hier_lookup_scratch, &cuda::hier_lookup);
+  const HierLookup problem = lookup_problem(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype,
+                                            pix_depth, codes, q_sem, q_pix, total, offsets);
+  return RUN(hier_lookup, problem);
 }
 
 EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int sem_metric, int pix_metric, int wide,
@@ -152,20 +184,20 @@ EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int
                            int sem_dtype, int64_t sem_depth, const void* pix, int pix_dtype, int64_t pix_depth,
                            int64_t* codes, void* q_sem, void* q_pix, int64_t total, const int64_t* offsets) {
   HierQuantize problem{};
-  problem.sem = {tokens, groups, sem_depth, static_cast<Metric>(sem_metric), wide != 0, rows(z_sem, z_sem_dtype),
-                 rows(sem, sem_dtype), nullptr, nullptr};
+  problem.sem =
+      code_problem(tokens, groups, sem_depth, sem_metric, wide, z_sem, z_sem_dtype, sem, sem_dtype, nullptr, nullptr);
   set_sizes(&problem.pix, groups, subcodes, total, offsets);
   problem.pix.tokens = tokens, problem.pix.depth = pix_depth;
   problem.pix.metric = static_cast<Metric>(pix_metric), problem.pix.wide = wide != 0;
   problem.pix.z = rows(z_pix, z_pix_dtype), problem.pix.sub_codebooks = rows(pix, pix_dtype);
-  problem.lookup = lookup(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes, q_sem,
-                          q_pix, total, offsets);
+  problem.lookup = lookup_problem(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes,
+                                  q_sem, q_pix, total, offsets);
   problem.codes = codes;
-  return run(problem, &cuda::hier_quantize_scratch, &cuda::hier_quantize);
+  return RUN(hier_quantize, problem);
 }
 
 EXPORTED int segment_sum(int64_t count, int64_t depth, int64_t segments, const void* values, int values_dtype,
                          const int64_t* ids, void* sums, int64_t* counts) {
   const SegmentSum problem{count, depth, segments, rows(values, values_dtype), ids, sums, counts};
-  return run(problem, &cuda::segment_sum_scratch, &cuda::segment_sum);
+  return RUN(segment_sum, problem);
 }

@@ -13,11 +13,13 @@ struct Device {
 } device;
 
 cudaError_t last_error = cudaSuccess;
+uint64_t queries = 0;
 
 }  // namespace
 
 namespace emulator {
 void set_device(int major, int minor, int multiprocessors) { device = {major, minor, multiprocessors}; }
+uint64_t device_queries() { return queries; }
 }  // namespace emulator
 
 extern "C" {
@@ -33,6 +35,7 @@ cudaError_t CUDARTAPI cudaGetDeviceCount(int* count) {
 cudaError_t CUDARTAPI cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  ++queries;
   const bool hopper = device.major == 9;
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = device.major; break;

@@ -58,37 +58,49 @@ T in_mode(int mode, Operation operation, T a, T b = T(), T c = T()) {
 }
 
 template <typename T>
-T add(T a, T b, T) { return a + b; }
+T add(T a, T b, T) {
+  return a + b;
+}
 template <typename T>
-T sub(T a, T b, T) { return a - b; }
+T sub(T a, T b, T) {
+  return a - b;
+}
 template <typename T>
-T mul(T a, T b, T) { return a * b; }
+T mul(T a, T b, T) {
+  return a * b;
+}
 template <typename T>
-T div(T a, T b, T) { return a / b; }
+T div(T a, T b, T) {
+  return a / b;
+}
 template <typename T>
-T root(T a, T, T) { return std::sqrt(a); }
+T root(T a, T, T) {
+  return std::sqrt(a);
+}
 template <typename T>
-T fma3(T a, T b, T c) { return std::fma(a, b, c); }
+T fma3(T a, T b, T c) {
+  return std::fma(a, b, c);
+}
 
 }  // namespace
 
-#define EMULATED_ROUNDED(T, prefix, fma_prefix)                                                      \
-  T prefix##add_rz(T a, T b) { return in_mode(FE_TOWARDZERO, add<T>, a, b); }                        \
-  T prefix##add_ru(T a, T b) { return in_mode(FE_UPWARD, add<T>, a, b); }                            \
-  T prefix##add_rd(T a, T b) { return in_mode(FE_DOWNWARD, add<T>, a, b); }                          \
-  T prefix##sub_rz(T a, T b) { return in_mode(FE_TOWARDZERO, sub<T>, a, b); }                        \
-  T prefix##sub_ru(T a, T b) { return in_mode(FE_UPWARD, sub<T>, a, b); }                            \
-  T prefix##sub_rd(T a, T b) { return in_mode(FE_DOWNWARD, sub<T>, a, b); }                          \
-  T prefix##mul_rz(T a, T b) { return in_mode(FE_TOWARDZERO, mul<T>, a, b); }                        \
-  T prefix##mul_ru(T a, T b) { return in_mode(FE_UPWARD, mul<T>, a, b); }                            \
-  T prefix##mul_rd(T a, T b) { return in_mode(FE_DOWNWARD, mul<T>, a, b); }                          \
-  T prefix##div_rz(T a, T b) { return in_mode(FE_TOWARDZERO, div<T>, a, b); }                        \
-  T prefix##div_ru(T a, T b) { return in_mode(FE_UPWARD, div<T>, a, b); }                            \
-  T prefix##div_rd(T a, T b) { return in_mode(FE_DOWNWARD, div<T>, a, b); }                          \
-  T prefix##sqrt_ru(T a) { return in_mode(FE_UPWARD, root<T>, a); }                                  \
-  T prefix##sqrt_rd(T a) { return in_mode(FE_DOWNWARD, root<T>, a); }                                \
-  T fma_prefix##_rz(T a, T b, T c) { return in_mode(FE_TOWARDZERO, fma3<T>, a, b, c); }              \
-  T fma_prefix##_ru(T a, T b, T c) { return in_mode(FE_UPWARD, fma3<T>, a, b, c); }                  \
+#define EMULATED_ROUNDED(T, prefix, fma_prefix)                                         \
+  T prefix##add_rz(T a, T b) { return in_mode(FE_TOWARDZERO, add<T>, a, b); }           \
+  T prefix##add_ru(T a, T b) { return in_mode(FE_UPWARD, add<T>, a, b); }               \
+  T prefix##add_rd(T a, T b) { return in_mode(FE_DOWNWARD, add<T>, a, b); }             \
+  T prefix##sub_rz(T a, T b) { return in_mode(FE_TOWARDZERO, sub<T>, a, b); }           \
+  T prefix##sub_ru(T a, T b) { return in_mode(FE_UPWARD, sub<T>, a, b); }               \
+  T prefix##sub_rd(T a, T b) { return in_mode(FE_DOWNWARD, sub<T>, a, b); }             \
+  T prefix##mul_rz(T a, T b) { return in_mode(FE_TOWARDZERO, mul<T>, a, b); }           \
+  T prefix##mul_ru(T a, T b) { return in_mode(FE_UPWARD, mul<T>, a, b); }               \
+  T prefix##mul_rd(T a, T b) { return in_mode(FE_DOWNWARD, mul<T>, a, b); }             \
+  T prefix##div_rz(T a, T b) { return in_mode(FE_TOWARDZERO, div<T>, a, b); }           \
+  T prefix##div_ru(T a, T b) { return in_mode(FE_UPWARD, div<T>, a, b); }               \
+  T prefix##div_rd(T a, T b) { return in_mode(FE_DOWNWARD, div<T>, a, b); }             \
+  T prefix##sqrt_ru(T a) { return in_mode(FE_UPWARD, root<T>, a); }                     \
+  T prefix##sqrt_rd(T a) { return in_mode(FE_DOWNWARD, root<T>, a); }                   \
+  T fma_prefix##_rz(T a, T b, T c) { return in_mode(FE_TOWARDZERO, fma3<T>, a, b, c); } \
+  T fma_prefix##_ru(T a, T b, T c) { return in_mode(FE_UPWARD, fma3<T>, a, b, c); }     \
   T fma_prefix##_rd(T a, T b, T c) { return in_mode(FE_DOWNWARD, fma3<T>, a, b, c); }
 EMULATED_ROUNDED(float, __f, __fmaf)
 EMULATED_ROUNDED(double, __d, __fma)

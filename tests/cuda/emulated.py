@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU, on the emulator of this folder: built when sources change, called by tensor.
+"""The CUDA kernels compiled for the CPU, on the emulator in this folder: built when sources change, called on tensors.
 
 `python tests/cuda/emulated.py` builds the library and prints its path.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -24,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # csrc/problem.h
 METRICS = ["ip", "l2"]
-SEARCHES = ["simt", "few", "mma", "wgmma", "certified"]  # csrc/cuda/kernels.h
+# The table's rows, for parametrised tests: these are collected before the library is built.
+SEARCHES = re.findall(r'^ +\{"(\w+)", ', (ROOT / "csrc/cuda/nearest_code.cu").read_text(), re.M)
 GUARD = 4096  # bytes of 0xFF, NaN in every dtype, on both sides of each tensor
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DSEMHITOK_EMULATED", "-DSEMHITOK_HAVE_SM90A=1",
          "-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # fmt: skip
@@ -32,16 +34,16 @@ FASTER = {"emulated_tensor_cores.cpp": ["-O3"]}  # loops that the compiler shoul
 
 
 class LaunchError(RuntimeError):
-    """A launch that failed, with the emulator's account of why."""
+    """A launch that failed, with the emulator's reason."""
 
 
 def toolkit_include() -> Path | None:
     """The folder of cuda_runtime_api.h, if the CUDA toolkit is installed."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc")
-    if nvcc is not None:  # it may be a wrapper that lies elsewhere: it knows its own folder
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        roots += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.+)$", told, re.M)]
+    if nvcc is not None:  # it may be a wrapper elsewhere, but it knows the toolkit's folder
+        output = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        roots += [Path(top.strip()) for top in re.findall(r"^#\$ TOP=(.+)$", output, re.M)]
         roots.append(Path(nvcc).resolve().parent.parent)
     roots.append(Path("/usr/local/cuda"))
     for include in (root / "include" for root in roots):
@@ -88,7 +90,7 @@ def build(include: Path, csrc: Path = ROOT / "csrc", folder: Path = ROOT / "buil
     objects = [str(built) for _, built in jobs]
     library = folder / f"kernels-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:16]}.so"
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that builds the same is waited for
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process that builds the same
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs))
         if not library.exists():
@@ -103,22 +105,25 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.c = ctypes.CDLL(str(library))
-        self.c.message.restype = self.c.launch_message.restype = ctypes.c_char_p
-        self.c.launches.restype = ctypes.c_uint64
+        for name in ("message", "launch_message", "search_name", "chosen_search"):
+            getattr(self.c, name).restype = ctypes.c_char_p
+        self.c.launches.restype = self.c.device_queries.restype = ctypes.c_uint64
         self.c.hier_quantize_scratch.restype = ctypes.c_int64
+        names = (self.c.search_name(ctypes.c_int64(index)) for index in itertools.count())
+        self.searches = [name.decode() for name in itertools.takewhile(bool, names)]  # simplest first
         self.set_seed(1)
-        self.set_device()  # the library is loaded once for all tests: as another left it, else
+        self.set_device()  # the library is loaded once for all tests: undo what another has set
         self.set_truncating_sums(False)
 
     def set_seed(self, seed: int) -> None:
-        """Chooses the order in which threads and blocks run and copies arrive."""
+        """Sets the order in which threads and blocks run and copies arrive."""
         self.c.set_seed(ctypes.c_uint64(seed))
 
     def set_device(self, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> None:
         self.c.set_device(*capability, multiprocessors)
 
     def set_truncating_sums(self, truncating: bool) -> None:
-        """Whether tensor cores add fp16 products as the hardware is known to: cut, not rounded."""
+        """Whether tensor cores truncate sums of fp16 products, as the hardware is known to, or round them."""
         self.c.set_sum(int(truncating))
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -131,8 +136,8 @@ class Kernels:
         ]
         error = getattr(self.c, name)(*passed)
         if error != 0:
-            told = self.c.launch_message() if name.startswith("selftest") else self.c.message()
-            raise LaunchError(f"{name}: error {error}: {told.decode()}")
+            reason = self.c.launch_message() if name.startswith("selftest") else self.c.message()
+            raise LaunchError(f"{name}: error {error}: {reason.decode()}")
         for tensor, whole, copy in held:
             edges = torch.cat([whole[:GUARD], whole[GUARD + copy.numel() :]])
             assert (edges == 255).all(), f"{name} wrote outside of a tensor {tuple(tensor.shape)}"
@@ -153,16 +158,16 @@ class Kernels:
         scores, ids = _results(n, False)
         rescored = torch.zeros(n, dtype=torch.int64)
         self.call("nearest_code_probe", n, k, d, METRICS.index(metric), z, _dtype(z), codebook, _dtype(codebook),
-                  SEARCHES.index(search), torch.tensor([bound_scale], dtype=torch.float64), scores, ids,
+                  self.searches.index(search), torch.tensor([bound_scale], dtype=torch.float64), scores, ids,
                   rescored)  # fmt: skip
         return scores, ids, rescored
 
     def chosen_search(self, tokens: int, codes: int, depth: int, wide: bool = False) -> str:
-        """Which search nearest_code would run on the device set."""
-        return SEARCHES[self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide)))]
+        """The search that nearest_code would run on the current device."""
+        return self.c.chosen_search(*(ctypes.c_int64(n) for n in (tokens, codes, depth, wide))).decode()
 
     def hier_quantize_scratch(self, tokens: int, groups: int, subcodes: int, sem_depth: int, pix_depth: int) -> int:
-        """Bytes of device memory beyond inputs and outputs on the device set, all in fp32."""
+        """Bytes of device memory beyond inputs and outputs on the current device, all in fp32."""
         sizes = (tokens, groups, subcodes, sem_depth, pix_depth)
         return self.c.hier_quantize_scratch(*(ctypes.c_int64(size) for size in sizes))
 
@@ -206,7 +211,7 @@ class Kernels:
 
 
 def _sizes(codes: Tensor, offsets: Tensor | None) -> tuple[int, int]:
-    """K and m of sub-codebooks [K, m, D], or of [T, D] with offsets [K + 1], where m goes without saying."""
+    """K and m of sub-codebooks [K, m, D], or of [T, D] with offsets [K + 1], where m is 0: it is not used."""
     return (codes.shape[0], codes.shape[1]) if offsets is None else (len(offsets) - 1, 0)
 
 

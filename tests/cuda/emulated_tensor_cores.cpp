@@ -16,11 +16,11 @@ constexpr int kMostThreads = 1024;
 constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr int kGroupWarps = 4;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kRows = 16;        // of a warp's part
-constexpr int kCodes = 128;      // rows of b
-constexpr int kBytes = 32;       // of depth
+constexpr int kRows = 16;    // of a warp's part
+constexpr int kCodes = 128;  // rows of b
+constexpr int kBytes = 32;   // of depth
 constexpr int kHalves = kBytes / 2;
-constexpr int kChunk = 16;       // a row of a core matrix
+constexpr int kChunk = 16;  // a row of a core matrix
 constexpr int kChunkRows = 8;
 constexpr int kAccumulators = 64;
 
@@ -236,8 +236,8 @@ uint64_t matrix_descriptor(const void* shared, uint32_t along_depth, uint32_t al
   const uint32_t address = shared_address(shared);
   constexpr uint32_t kReach = 1 << 18;
   if (address % kChunk != 0 || along_depth % kChunk != 0 || along_rows % kChunk != 0) {
-    fail("%s:%d: address %u, strides %u and %u: not multiples of 16", where.file, where.line, address,
-         along_depth, along_rows);
+    fail("%s:%d: address %u, strides %u and %u: not multiples of 16", where.file, where.line, address, along_depth,
+         along_rows);
   }
   if (address >= kReach) fail("%s:%d: the matrix is not in dynamic shared memory", where.file, where.line);
   if (along_depth >= kReach || along_rows >= kReach) {

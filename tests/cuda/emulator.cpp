@@ -115,7 +115,7 @@ struct State {
   std::string message;
   // memory
   char* stacks = nullptr;
-  char* shared = nullptr;                              // what a launch asks for
+  char* shared = nullptr;                               // what a launch asks for
   char *variables = nullptr, *variables_end = nullptr;  // the __shared__ variables of all kernels
   std::vector<uint64_t> poison;
   // the launch

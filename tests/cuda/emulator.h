@@ -47,7 +47,8 @@ void set_seed(uint64_t seed);
 void set_device(int major, int minor, int multiprocessors);
 const char* message();  // why the last launch failed
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
-uint64_t launches();  // since the seed was set
+uint64_t launches();        // since the seed was set
+uint64_t device_queries();  // attributes that were asked for
 
 // ---- the block that runs ----
 
@@ -75,7 +76,19 @@ void wake(const void* key);
 void block_barrier(Where where);
 
 enum class Collective {
-  kSync, kShuffle, kVote, kAdd, kMin, kMax, kAnd, kOr, kXor, kMatch, kLoadMatrices, kMma, kWgmmaWait
+  kSync,
+  kShuffle,
+  kVote,
+  kAdd,
+  kMin,
+  kMax,
+  kAnd,
+  kOr,
+  kXor,
+  kMatch,
+  kLoadMatrices,
+  kMma,
+  kWgmmaWait
 };
 // Waits for the lanes of mask. kShuffle gives the value of lane `source`; kLoadMatrices and later call `complete` with
 // the values of all lanes, once.
@@ -135,11 +148,10 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emul
   emulator::collective(emulator::Collective::kSync, mask, 0, 0, where);
 }
 
-#define EMULATED_SHUFFLE(name, kind)                                                                   \
-  template <typename T>                                                                                \
-  T name(unsigned mask, T value, int operand, int width = emulator::kWarp,                             \
-         emulator::Where where = emulator::here()) {                                                   \
-    return emulator::shuffle(mask, value, emulator::shuffle_source(kind, operand, width), where);      \
+#define EMULATED_SHUFFLE(name, kind)                                                                                   \
+  template <typename T>                                                                                                \
+  T name(unsigned mask, T value, int operand, int width = emulator::kWarp, emulator::Where where = emulator::here()) { \
+    return emulator::shuffle(mask, value, emulator::shuffle_source(kind, operand, width), where);                      \
   }
 EMULATED_SHUFFLE(__shfl_sync, 'i')
 EMULATED_SHUFFLE(__shfl_up_sync, 'u')
@@ -163,14 +175,14 @@ unsigned __match_any_sync(unsigned mask, T value, emulator::Where where = emulat
   return static_cast<unsigned>(emulator::collective(emulator::Collective::kMatch, mask, bits, 0, where));
 }
 
-#define EMULATED_REDUCTION(name, kind)                                                                          \
-  inline unsigned name(unsigned mask, unsigned value, emulator::Where where = emulator::here()) {               \
-    return static_cast<unsigned>(emulator::collective(emulator::Collective::kind, mask, value, 0, where));      \
+#define EMULATED_REDUCTION(name, kind)                                                                     \
+  inline unsigned name(unsigned mask, unsigned value, emulator::Where where = emulator::here()) {          \
+    return static_cast<unsigned>(emulator::collective(emulator::Collective::kind, mask, value, 0, where)); \
   }
-#define EMULATED_SIGNED_REDUCTION(name, kind, offset)                                                           \
-  EMULATED_REDUCTION(name, kind)                                                                                \
-  inline int name(unsigned mask, int value, emulator::Where where = emulator::here()) {                         \
-    return static_cast<int>(name(mask, static_cast<unsigned>(value) ^ (offset), where) ^ (offset));             \
+#define EMULATED_SIGNED_REDUCTION(name, kind, offset)                                               \
+  EMULATED_REDUCTION(name, kind)                                                                    \
+  inline int name(unsigned mask, int value, emulator::Where where = emulator::here()) {             \
+    return static_cast<int>(name(mask, static_cast<unsigned>(value) ^ (offset), where) ^ (offset)); \
   }
 EMULATED_SIGNED_REDUCTION(__reduce_add_sync, kAdd, 0u)
 EMULATED_SIGNED_REDUCTION(__reduce_min_sync, kMin, 0x80000000u)
@@ -200,19 +212,19 @@ T atomic(T* address, Where where, Change change) {
 }
 }  // namespace emulator
 
-#define EMULATED_ATOMIC(name, T, expression)                                                     \
-  inline T name(T* address, T value, emulator::Where where = emulator::here()) {                 \
-    return emulator::atomic(address, where, [&](T old) { return static_cast<T>(expression); });  \
+#define EMULATED_ATOMIC(name, T, expression)                                                    \
+  inline T name(T* address, T value, emulator::Where where = emulator::here()) {                \
+    return emulator::atomic(address, where, [&](T old) { return static_cast<T>(expression); }); \
   }
-#define EMULATED_INTEGER_ATOMICS(T)                               \
-  EMULATED_ATOMIC(atomicMin, T, old < value ? old : value)        \
-  EMULATED_ATOMIC(atomicMax, T, old > value ? old : value)        \
-  EMULATED_ATOMIC(atomicExch, T, ((void)old, value))              \
-  EMULATED_ATOMIC(atomicAnd, T, old& value)                       \
-  EMULATED_ATOMIC(atomicOr, T, old | value)                       \
-  EMULATED_ATOMIC(atomicXor, T, old ^ value)                      \
-  inline T atomicCAS(T* address, T compare, T value, emulator::Where where = emulator::here()) {          \
-    return emulator::atomic(address, where, [&](T old) { return old == compare ? value : old; });         \
+#define EMULATED_INTEGER_ATOMICS(T)                                                               \
+  EMULATED_ATOMIC(atomicMin, T, old < value ? old : value)                                        \
+  EMULATED_ATOMIC(atomicMax, T, old > value ? old : value)                                        \
+  EMULATED_ATOMIC(atomicExch, T, ((void)old, value))                                              \
+  EMULATED_ATOMIC(atomicAnd, T, old& value)                                                       \
+  EMULATED_ATOMIC(atomicOr, T, old | value)                                                       \
+  EMULATED_ATOMIC(atomicXor, T, old ^ value)                                                      \
+  inline T atomicCAS(T* address, T compare, T value, emulator::Where where = emulator::here()) {  \
+    return emulator::atomic(address, where, [&](T old) { return old == compare ? value : old; }); \
   }
 EMULATED_INTEGER_ATOMICS(int)
 EMULATED_INTEGER_ATOMICS(unsigned)
@@ -242,8 +254,8 @@ inline double __longlong_as_double(long long x) { return emulator::bits_as<doubl
 inline int __double2hiint(double x) { return static_cast<int>(__double_as_longlong(x) >> 32); }
 inline int __double2loint(double x) { return static_cast<int>(__double_as_longlong(x)); }
 inline double __hiloint2double(int hi, int lo) {
-  return __longlong_as_double(static_cast<long long>(static_cast<uint64_t>(static_cast<uint32_t>(hi)) << 32 |
-                                                     static_cast<uint32_t>(lo)));
+  return __longlong_as_double(
+      static_cast<long long>(static_cast<uint64_t>(static_cast<uint32_t>(hi)) << 32 | static_cast<uint32_t>(lo)));
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -260,12 +272,12 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
 }
 
-#define EMULATED_LOADS_AND_STORES(T)                                                                         \
-  inline T __ldg(const T* address) { return *address; }                                                      \
-  inline T __ldcg(const T* address) { return *address; }                                                     \
-  inline T __ldcs(const T* address) { return *address; }                                                     \
-  inline T __ldca(const T* address) { return *address; }                                                     \
-  inline void __stcg(T* address, T value) { *address = value; }                                              \
+#define EMULATED_LOADS_AND_STORES(T)                            \
+  inline T __ldg(const T* address) { return *address; }         \
+  inline T __ldcg(const T* address) { return *address; }        \
+  inline T __ldcs(const T* address) { return *address; }        \
+  inline T __ldca(const T* address) { return *address; }        \
+  inline void __stcg(T* address, T value) { *address = value; } \
   inline void __stcs(T* address, T value) { *address = value; }
 EMULATED_LOADS_AND_STORES(char)
 EMULATED_LOADS_AND_STORES(signed char)
@@ -291,8 +303,8 @@ EMULATED_LOADS_AND_STORES(double2)
 
 // ---- arithmetic ----
 
-#define EMULATED_MIN_MAX(T)                                 \
-  constexpr T min(T a, T b) { return b < a ? b : a; }       \
+#define EMULATED_MIN_MAX(T)                           \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
   constexpr T max(T a, T b) { return a < b ? b : a; }
 EMULATED_MIN_MAX(int)
 EMULATED_MIN_MAX(unsigned)
@@ -324,29 +336,29 @@ unsigned __vimax3_s16x2(unsigned a, unsigned b, unsigned c);
 unsigned __vmaxs2(unsigned a, unsigned b);
 
 // Rounded as the suffix says: rn, rz, ru, rd.
-#define EMULATED_ROUNDED(T, prefix, fma_prefix)                                                                    \
-  inline T prefix##add_rn(T a, T b) { return emulator::rounded(a + b); }                                           \
-  inline T prefix##sub_rn(T a, T b) { return emulator::rounded(a - b); }                                           \
-  inline T prefix##mul_rn(T a, T b) { return emulator::rounded(a * b); }                                           \
-  inline T prefix##div_rn(T a, T b) { return emulator::rounded(a / b); }                                           \
-  inline T prefix##sqrt_rn(T a) { return std::sqrt(a); }                                                           \
-  inline T fma_prefix##_rn(T a, T b, T c) { return std::fma(a, b, c); }                                            \
-  T prefix##add_rz(T a, T b);                                                                                      \
-  T prefix##add_ru(T a, T b);                                                                                      \
-  T prefix##add_rd(T a, T b);                                                                                      \
-  T prefix##sub_rz(T a, T b);                                                                                      \
-  T prefix##sub_ru(T a, T b);                                                                                      \
-  T prefix##sub_rd(T a, T b);                                                                                      \
-  T prefix##mul_rz(T a, T b);                                                                                      \
-  T prefix##mul_ru(T a, T b);                                                                                      \
-  T prefix##mul_rd(T a, T b);                                                                                      \
-  T prefix##div_rz(T a, T b);                                                                                      \
-  T prefix##div_ru(T a, T b);                                                                                      \
-  T prefix##div_rd(T a, T b);                                                                                      \
-  T prefix##sqrt_ru(T a);                                                                                          \
-  T prefix##sqrt_rd(T a);                                                                                          \
-  T fma_prefix##_rz(T a, T b, T c);                                                                                \
-  T fma_prefix##_ru(T a, T b, T c);                                                                                \
+#define EMULATED_ROUNDED(T, prefix, fma_prefix)                          \
+  inline T prefix##add_rn(T a, T b) { return emulator::rounded(a + b); } \
+  inline T prefix##sub_rn(T a, T b) { return emulator::rounded(a - b); } \
+  inline T prefix##mul_rn(T a, T b) { return emulator::rounded(a * b); } \
+  inline T prefix##div_rn(T a, T b) { return emulator::rounded(a / b); } \
+  inline T prefix##sqrt_rn(T a) { return std::sqrt(a); }                 \
+  inline T fma_prefix##_rn(T a, T b, T c) { return std::fma(a, b, c); }  \
+  T prefix##add_rz(T a, T b);                                            \
+  T prefix##add_ru(T a, T b);                                            \
+  T prefix##add_rd(T a, T b);                                            \
+  T prefix##sub_rz(T a, T b);                                            \
+  T prefix##sub_ru(T a, T b);                                            \
+  T prefix##sub_rd(T a, T b);                                            \
+  T prefix##mul_rz(T a, T b);                                            \
+  T prefix##mul_ru(T a, T b);                                            \
+  T prefix##mul_rd(T a, T b);                                            \
+  T prefix##div_rz(T a, T b);                                            \
+  T prefix##div_ru(T a, T b);                                            \
+  T prefix##div_rd(T a, T b);                                            \
+  T prefix##sqrt_ru(T a);                                                \
+  T prefix##sqrt_rd(T a);                                                \
+  T fma_prefix##_rz(T a, T b, T c);                                      \
+  T fma_prefix##_ru(T a, T b, T c);                                      \
   T fma_prefix##_rd(T a, T b, T c);
 EMULATED_ROUNDED(float, __f, __fmaf)
 EMULATED_ROUNDED(double, __d, __fma)

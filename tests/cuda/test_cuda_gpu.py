@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 N, K, M, DS, DP = 515, 2049, 6, 33, 16
-PATHS = ["simt", "few", "mma", "wgmma", "certified", ""]
+PATHS = [*_C.cuda_searches(), ""]  # "": the one that nearest_code chooses
 SHAPES = [(1, 1, 1), (5, 3, 9), (129, 257, 8), (300, 1000, 33), (515, 2049, 64), (1000, 4097, 48), (70, 5000, 100)]
 MIB = 2**20
 
@@ -114,7 +114,7 @@ def test_the_host_does_not_wait(op: Callable[..., tuple[Tensor, ...]]) -> None:
 
 @every_op
 def test_a_call_returns_before_the_device_is_done(op: Callable[..., tuple[Tensor, ...]]) -> None:
-    """What the sync debug mode does not see: a wait inside the op itself."""
+    """The sync debug mode does not see a wait inside the op itself."""
     given = inputs(1)
     op(*given)
     torch.cuda.synchronize()
@@ -164,7 +164,7 @@ def probe(z: Tensor, codebook: Tensor, metric: str, path: str) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_hopper_has_every_search(path: str) -> None:
-    """Elsewhere a search that refuses is a skipped test; here it would be a test that cannot fail."""
+    """Elsewhere a search that refuses skips its test; on Hopper no test may be skipped for that."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no GPU of compute capability 9.0")
     z, codebook = randn(515, 64, seed=1, device="cuda"), randn(2049, 64, seed=2, device="cuda")
@@ -189,7 +189,7 @@ def test_forced_search(shape: tuple[int, int, int], metric: str, path: str) -> N
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e6, 1e18])
 def test_forced_search_at_any_scale(scale: float, path: str) -> None:
-    """Codes of very different sizes, tokens of others: what fp16 and int8 cannot hold as it is."""
+    """Codes and tokens of very different sizes, which fp16 and int8 cannot hold unscaled."""
     z = randn(200, 32, seed=1, device="cuda") * scale
     codebook = randn(3000, 32, seed=2, device="cuda") * 10 ** (2 * randn(3000, 1, seed=3, device="cuda").clamp(-2, 2))
     scores, ids, _ = probe(z, codebook, "ip", path)

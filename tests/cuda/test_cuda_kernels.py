@@ -1,4 +1,4 @@
-"""The CUDA kernels' sources, compiled for the CPU and run by the emulator of tests/cuda: results, races, deadlocks."""
+"""The sources of the CUDA kernels, compiled for the CPU and run on the emulator: results, races, deadlocks."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_segment_sum(kernels: Any, n: int, d: int, s: int, dtype: torch.dtype) -
 
 
 def ring(kernels: Any, integer: bool, mistake: int = 0) -> bool:
-    """wgmma on tiles that bulk copies bring into a ring of two: are the products right?"""
+    """wgmma on tiles that bulk copies load into a ring of two: are the products right?"""
     depth, tiles, chunk = (64, 7, 16) if integer else (32, 7, 8)
     generator = torch.Generator().manual_seed(7)
     if integer:
@@ -198,7 +198,7 @@ def ring(kernels: Any, integer: bool, mistake: int = 0) -> bool:
 
 
 def pipeline(kernels: Any, mistake: int = 0) -> bool:
-    """mma.sync on stages that cp.async brings: are the products right?"""
+    """mma.sync on stages that cp.async loads: are the products right?"""
     rows, codes = randn(64, 96, seed=1, dtype=torch.float16), randn(8, 96, seed=2, dtype=torch.float16)
     products = torch.zeros(64, 8)
     kernels.call("selftest_pipeline", rows, codes, products, 96, mistake)

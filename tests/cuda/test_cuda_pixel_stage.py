@@ -1,6 +1,6 @@
 """The CUDA kernels around the search on the emulator: the pixel stage, the gather of rows, segment sums, SIMT search.
 
-Each is run under two orders of its blocks, warps and lanes, which must not show in any bit.
+Each runs with two orders of its blocks, warps and lanes, which must not change a bit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def ints(n: int, low: int, high: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("d", [1, 3, 4, 5, 8, 12, 16, 20, 24, 31, 32, 40, 48, 64, 65, 96, 128, 136, 160, 256, 264])
 def test_every_depth_and_number_of_sub_codes(kernels: emulated.Kernels, d: int, dtype: torch.dtype) -> None:
-    """Whole and ragged pieces on every number of lanes, and value by value; batches of codes whole and cut short."""
+    """Whole and partial pieces on every number of lanes, and value by value; full and partial batches of codes."""
     for m, metric in [(1, "l2"), (3, "ip"), (4, "l2"), (7, "l2"), (12, "ip"), (13, "l2")]:
         z, codes = randn(37, d, seed=d), randn(6, m, d, seed=m, dtype=dtype)
         group = ints(37, 0, 6, 3)
@@ -69,7 +69,7 @@ def test_dtypes_of_tokens_and_codes(kernels: emulated.Kernels, z_dtype: torch.dt
 @pytest.mark.parametrize("m,d,dtype", [(65, 32, torch.float32), (130, 32, torch.float16), (300, 7, torch.float32),
                                        (67, 17, torch.float64)])  # fmt: skip
 def test_large_sub_codebooks(kernels: emulated.Kernels, m: int, d: int, dtype: torch.dtype, groups: str) -> None:
-    """Tokens taken by group: the same bits as one at a time, whoever shares a group with whom."""
+    """Tokens taken by group: the same bits as one at a time, whichever tokens share a group."""
     n, k = 90, 5
     z, codes = randn(n, d, seed=1), randn(k, m, d, seed=2, dtype=dtype)
     assert m * d * dtype.itemsize > LARGE_ROW and n >= k
@@ -152,7 +152,7 @@ def test_hier_quantize_is_its_parts(
 
 
 def test_tables_that_are_not_aligned(kernels: emulated.Kernels) -> None:
-    """Rows of whole pieces from an address that is not a multiple of one."""
+    """Rows of whole pieces at an address that is not a multiple of a piece."""
     n, k, m, d = 20, 6, 5, 32
     z, codes, group = randn(n, d, seed=1), randn(k, m, d, seed=2), ints(n, 0, k, 3)
     expected = kernels.nearest_subcode(z, codes, group, "l2")
@@ -245,7 +245,7 @@ def test_equal_sizes_give_the_bits_of_a_fixed_size(kernels: emulated.Kernels, d:
 @pytest.mark.parametrize("bad", [[0, 0, 0, 0, 0], [20, 20, 20, 20, 20], [-5, -1, 3, 2, 99], [7, 2**62, -(2**63), 9, 1],
                                  [0, 5, 5, 12, 20], [19, 19, 0, 20, 0]], ids=str)  # fmt: skip
 def test_offsets_that_nobody_checked(kernels: emulated.Kernels, bad: list[int], d: int) -> None:
-    """On a GPU they may hold anything. The table lies between guards: a read outside of it would bring NaN."""
+    """On a GPU they may hold anything. The table is between guards: a read outside of it would give NaN."""
     n, k, total, offsets = 40, 4, 20, torch.tensor(bad)
     z, sem, table, group = randn(n, d, seed=1), randn(k, d, seed=2), randn(total, d, seed=3), ints(n, 0, k, 4)
     scores, ids = run(kernels, "nearest_subcode", z, table, group, "l2", offsets)
@@ -265,7 +265,7 @@ def test_offsets_that_nobody_checked(kernels: emulated.Kernels, bad: list[int], 
 
 
 def assert_sums(kernels: emulated.Kernels, values: Tensor, ids: Tensor, segments: int) -> None:
-    """To the last bit, but for float64 values, whose sums in another order may differ in the last bits."""
+    """To the last bit, except for float64 values, whose sums in another order may differ in the last bits."""
     sums, counts = run(kernels, "segment_sum", values, ids, segments)
     expected, expected_counts = reference.segment_sum(values, ids, segments)
     assert same_bits(counts, expected_counts)
@@ -340,7 +340,7 @@ def test_simt_search(
 
 @pytest.mark.parametrize("d", [8, 40])
 def test_simt_search_of_several_tiles_a_block(kernels: emulated.Kernels, d: int) -> None:
-    """More tiles of codes than blocks that the device is filled with; equal codes of one thread in two tiles."""
+    """More tiles of codes than blocks on the device; equal codes of one thread in two tiles."""
     k = 34_000
     z, codes = randn(20, d, seed=1), randn(k, d, seed=2)
     first = torch.arange(300, 20_300, 1000)

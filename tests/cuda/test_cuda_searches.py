@@ -11,7 +11,8 @@ import torch
 from op_checks import assert_nearest, randn, same_bits, scores64
 from torch import Tensor
 
-from semhitok import ops
+from benchmarks.cuda import floor
+from semhitok import _C, ops
 
 METRICS = ["ip", "l2"]
 SEARCHES = emulated.SEARCHES
@@ -81,7 +82,7 @@ def test_every_shape(kernels: emulated.Kernels, shape: tuple[int, int, int], sea
 @pytest.mark.parametrize("d", [8, 32, 64])
 @pytest.mark.parametrize("kind", DATA)
 def test_every_kind_of_data(kernels: emulated.Kernels, kind: str, d: int, metric: str) -> None:
-    """And the certified search, whatever its certificates, gives the ids of fp64: those of the CPU."""
+    """The certified search, whatever its certificates, also gives the ids of fp64, those of the CPU."""
     z, codes = DATA[kind](randn(130, d, seed=3), randn(1500, d, seed=4))
     for search in TENSOR_CORES:
         scores, ids, rescored = kernels.nearest_code_probe(z, codes, metric, search)
@@ -111,7 +112,7 @@ def test_certificates_do_not_depend_on_scale(kernels: emulated.Kernels) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_bound_too_small_gives_wrong_ids(kernels: emulated.Kernels, metric: str) -> None:
-    """So the tokens here need the bound: with it, none is wrong."""
+    """This shows that these tokens need the bound: with it, none is wrong."""
     wrong = {}
     for scale in (0.0, 1.0):
         wrong[scale] = 0
@@ -135,7 +136,7 @@ def test_tokens_along_what_rounding_leaves(kernels: emulated.Kernels) -> None:
 
 
 def test_codes_that_int8_holds_as_they_are(kernels: emulated.Kernels) -> None:
-    """Nothing but the rounding of the tokens is left in the bound."""
+    """Only the rounding of the tokens is left in the bound."""
     for seed, d in itertools.product(range(3), (2, 3, 6)):
         half = (unit(randn(700, d, seed=seed)) * 127).round() / 127
         half[0] = 0
@@ -147,7 +148,7 @@ def test_codes_that_int8_holds_as_they_are(kernels: emulated.Kernels) -> None:
 
 
 def test_tokens_at_the_mean_of_the_codes(kernels: emulated.Kernels) -> None:
-    """ "l2": nothing but the rounding of the codes' norms is left in the bound; the shortest code is the nearest."""
+    """ "l2": only the rounding of the codes' norms is left in the bound; the shortest code is the nearest."""
     for seed in range(8):
         half = unit(randn(40, 8, seed=seed)) * (
             1 + 1e-4 * torch.rand(40, 1, generator=torch.Generator().manual_seed(seed))
@@ -213,6 +214,12 @@ def test_sums_that_tensor_cores_cut(kernels: emulated.Kernels) -> None:
         assert_nearest(z, codes, "ip", scores, ids)
 
 
+def test_the_list_of_searches(kernels: emulated.Kernels) -> None:
+    assert kernels.searches == SEARCHES and SEARCHES[0] == "simt"
+    assert _C.cuda_searches() == (SEARCHES if _C.build_info()["cuda"] else [])
+    assert set(floor.DESIGNS) == set(SEARCHES)
+
+
 def test_which_search_is_chosen(kernels: emulated.Kernels) -> None:
     def chosen(n: int, k: int, d: int, capability: tuple[int, int] = (9, 0), wide: bool = False) -> str:
         kernels.set_device(capability, 132)
@@ -236,6 +243,19 @@ def test_the_op_takes_the_chosen_search(kernels: emulated.Kernels) -> None:
     pix = randn(16384, 4, 8, seed=17)
     got = kernels.hier_quantize(z, z[:, :8].contiguous(), codes, pix)[2]
     assert torch.equal(got // 4, ids)
+
+
+def test_an_op_queries_the_device_once(kernels: emulated.Kernels) -> None:
+    def queries(call: Callable[[], object]) -> int:
+        before = kernels.c.device_queries()
+        call()
+        return kernels.c.device_queries() - before
+
+    once = queries(lambda: kernels.chosen_search(1, 1, 1))
+    z, sem, pix = randn(40, 16, seed=18), randn(300, 16, seed=19), randn(300, 4, 16, seed=20)
+    assert once > 0
+    assert queries(lambda: kernels.nearest_code(z, sem)) == once
+    assert queries(lambda: kernels.hier_quantize(z, z, sem, pix)) == once
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])

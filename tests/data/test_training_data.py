@@ -17,8 +17,9 @@ import torch
 
 from semhitok.config import DataConfig
 from semhitok.data import shards as shards_module
-from semhitok.data.crops import RandomCrops, crop, generator, to_uint8
-from semhitok.data.images import list_images, read_image, resize_crop, save_png
+from semhitok.data.crops import RandomCrops, crop
+from semhitok.data.images import list_images, read_image, resize_crop, save_png, to_uint8
+from semhitok.data.stream import generator
 from semhitok.data.training_images import TrainingImages, held_out_batches
 
 WHOLE = DataConfig(crop_scale=(1.0, 1.0), flip=False, shuffle_buffer=3)  # a crop tells which image it is of
@@ -130,14 +131,11 @@ def test_crops_are_a_function_of_seed_and_number(pictures):
     assert not torch.equal(other[11], crops[11])
 
 
-def test_every_epoch_sees_each_image_once(pictures):
-    paths = sorted(pictures.iterdir())
-    data = RandomCrops(paths, 16, DataConfig(), 0)
-    seen = []
-    original = data._load
-    data._load = lambda index: (seen.append(index), original(index))[1]
-    for n in range(18):
-        data[n]
+def test_every_epoch_sees_each_image_once(tmp_path):
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    data = RandomCrops(list_images([tmp_path]), 8, WHOLE, 0)
+    seen = greys(torch.stack([data[n] for n in range(18)]))
     assert [sorted(seen[i : i + 6]) for i in (0, 6, 12)] == [list(range(6))] * 3
     assert seen[:6] != seen[6:12] or seen[6:12] != seen[12:]
 
@@ -309,6 +307,21 @@ def test_shards_go_on_bit_for_bit(shards, tmp_path, processes, rank, workers):
     assert positions[0] is None and not torch.equal(whole[0], whole[1])
 
 
+def test_an_old_position_of_shards_gives_the_images_it_always_gave(shards):
+    """Positions in run folders stay readable, and the same seed keeps its order."""
+    place = {"epoch": 1, "shard": 0, "offset": 0, "block": 0, "inside": 3, "number": 22, "images": 3}
+    position = {"data": "shards", "processes": 1, "rank": 0, "workers": 2, "skipped": 0, "turn": 1}
+    position["streams"] = [place, {**place, "number": 20}]
+    data = TrainingImages([shards], 8, DataConfig(**{**vars(WHOLE), "workers": 2}), 1)
+    batches = data.batches(6, 2)
+    seen = [greys(torch.cat([micro.images for micro in next(batches)])) for _ in range(7)]
+    assert seen[0] == [32, 31, 23, 22, 30, 34]
+    assert batches.position() == position and list(batches.position()) == list(position)
+    batches.close()
+    got = [greys(images) for images in steps(data.batches(6, 2, 7, position), 2)]
+    assert got == [[10, 21, 13, 12, 11, 23], [14, 15, 22, 24, 17, 16]]
+
+
 def test_crops_of_shards_differ_by_seed_and_epoch(shards):
     config = DataConfig(shuffle_buffer=100)
     one, again, other = (
@@ -390,7 +403,7 @@ def damage_header(path):
 @pytest.mark.parametrize("damage", [damage_cut_in_an_image, damage_cut_between_members, damage_header])
 def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path, damage, capfd, monkeypatch):
     pytest.importorskip("webdataset")
-    monkeypatch.setattr(shards_module, "_PAUSE", 100)  # what is damaged is not tried again
+    monkeypatch.setattr(shards_module, "PAUSE", 100)  # what is damaged is not tried again
     assert len(png(0)) <= 512  # members of a header and a block each
     damage(write_tar(tmp_path / "a.tar", grey_members(0, 6)))
     write_tar(tmp_path / "b.tar", grey_members(10, 2))
@@ -423,7 +436,9 @@ def test_an_epoch_without_images_is_an_error(tmp_path, workers):
     pytest.importorskip("webdataset")
     paths = [write_tar(tmp_path / "a.tar", [("a.txt", b"")]), write_tar(tmp_path / "b.tar", [])]
     batches = TrainingImages(paths, 8, DataConfig(workers=workers), 0).batches(2, 1)
-    with pytest.raises(ValueError, match=r"^data: no image of a whole epoch can be used; its shards: .*\.tar"):
+    with pytest.raises(
+        ValueError, match=r"^data: expected an image that can be used, got none in an epoch of shards .*\.tar"
+    ):
         next(batches)
 
 
@@ -433,7 +448,7 @@ def test_an_epoch_without_images_after_a_good_one_is_an_error(tmp_path):
     batches = TrainingImages([path], 8, DataConfig(), 0).batches(2, 2)
     next(batches)
     write_tar(path, [("a.txt", b"")])
-    with pytest.raises(ValueError, match="no image of a whole epoch"):
+    with pytest.raises(ValueError, match="got none in an epoch of shards"):
         next(batches)
 
 
@@ -462,13 +477,16 @@ def test_shards_go_on_only_as_they_were_begun(shards, pictures):
         return TrainingImages([source], 8, DataConfig(workers=workers), 0, rank=rank, world_size=processes)
 
     position = make().batches(2, 1).position()
-    for other in (make(processes=2), make(workers=2)):
-        with pytest.raises(ValueError, match="position: it is of a run with 1 processes and 0 workers"):
+    for other, words in (
+        (make(processes=2), "processes: expected 2, got 1"),
+        (make(workers=2), "workers: expected 2, got 0"),
+    ):
+        with pytest.raises(ValueError, match=f"position: {words}; a run resumes only as it began"):
             other.batches(2, 1, 1, position)
     second = make(processes=2, rank=1).batches(2, 1).position()
-    with pytest.raises(ValueError, match="of process 1; got 0 as rank"):
+    with pytest.raises(ValueError, match="position: rank: expected 0, got 1"):
         make(processes=2).batches(2, 1, 1, second)
-    with pytest.raises(ValueError, match="position: expected one in files, got one in shards"):
+    with pytest.raises(ValueError, match="position: data: expected files, got shards"):
         make(pictures).batches(2, 1, 1, position)
 
 
@@ -500,7 +518,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 def server(shards, monkeypatch):
     """The folder of the shards over HTTP: (URL, paths asked for)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(shards_module, "_PAUSE", 0.01)
+    monkeypatch.setattr(shards_module, "PAUSE", 0.01)
     handler = type("Handler", (_Handler,), {"asked": []})
     start = functools.partial(handler, directory=os.path.dirname(shards))
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), start) as served:
@@ -535,7 +553,7 @@ def test_an_unreachable_shard_is_tried_again_then_left_out(server, capfd):
 
 
 def test_shards_from_a_command(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_PAUSE", 0.01)
+    monkeypatch.setattr(shards_module, "PAUSE", 0.01)
     path = shards.replace("{000..007}", "003")
     (images,) = steps(TrainingImages([f"pipe:cat {path}"], 8, WHOLE, 0).batches(6, 6), 1)
     assert sorted(greys(images)) == list(range(12, 18))

@@ -49,7 +49,7 @@ def folder(world, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # 240 axes take seconds; test_analyze draws them.
-    monkeypatch.setattr("semhitok.evaluation.figures.patches_of_codes", lambda *_, **__: None)
+    monkeypatch.setattr("semhitok.evaluation.plots.patches_of_codes", lambda *_, **__: None)
     monkeypatch.chdir(shutil.copytree(world, tmp_path / "pages"))
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,21 +14,24 @@ import safetensors.torch
 import timm
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception
-import training_processes
+from evaluation_processes import evaluate_checkpoint, fail, figures_of_pairs, in_processes, pairs, smooth, write_figures
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from semhitok import distributed
 from semhitok.cli import main
 from semhitok.config import SemHiTokConfig
-from semhitok.data.images import read_image, resize_crop, save_png
-from semhitok.evaluation import protocol
+from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
+from semhitok.evaluation import evaluate_reconstructions, evaluate_tokenizer, metrics
+from semhitok.evaluation import folder as evaluation_folder
+from semhitok.evaluation.fixed_batches import BATCH, exact, rebatch, rows_in_order
+from semhitok.evaluation.folder import read_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.evaluation.groups import GROUP, exact, regroup, rows_in_order
-from semhitok.evaluation.metrics import psnr
+from semhitok.evaluation.held_out import evaluate_held_out
+from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
+from semhitok.evaluation.metrics import METRICS, Metric, psnr, quick_functions
+from semhitok.evaluation.named_images import named_images
 from semhitok.evaluation.probes import probe, read_labels
-from semhitok.evaluation.protocol import Networks, evaluate_reconstructions, evaluate_tokenizer, measure, pair_rows
-from semhitok.evaluation.sets import named_images, read_uint8, to_uint8
 from semhitok.tokenizer import SemHiTok
+from semhitok.usage import CodeUsage
 
 TINY = {
     "image_size": 32, "patch_size": 8, "num_codes": 16, "num_sub_codes": 4, "sem_dim": 8, "pix_dim": 8,
@@ -38,7 +39,7 @@ TINY = {
     "semantic_decoder": {"width": 24, "depth": 1, "heads": 2},
     "encoder": {"width": 24, "depth": 1, "heads": 2}, "decoder": {"width": 24, "depth": 1, "heads": 2},
 }  # fmt: skip
-COUNT = 37  # two whole groups and a part
+COUNT = 37  # two whole batches and a part
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,10 +53,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Weights are nowhere to be had, and nothing waits for a network."""
+    """No weights are available, and nothing waits for a network."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(protocol, "perceptual_loss", fail)
+    monkeypatch.setattr(metrics, "perceptual_loss", fail)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +72,6 @@ def tokenizer(checkpoint):
     return SemHiTok.from_pretrained(checkpoint)
 
 
-def smooth(count, size=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 5, 5, generator=generator)
-    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Images of other sizes and shapes, in a folder for each of two classes, with names that meet across them."""
@@ -86,13 +81,6 @@ def photos(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         save_png(image[:, : 40 + n % 3], path)
     return folder
-
-
-def pairs(count=70):
-    """Images and noisy copies, uint8 [count, 2, 3, 32, 32]."""
-    images = smooth(count)
-    noisy = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    return torch.stack([to_uint8(images), to_uint8(noisy)], 1)
 
 
 def statistics(rows, batch=64):
@@ -162,35 +150,25 @@ def test_statistics_have_the_same_bits_for_any_batches(batch):
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 33])
-def test_networks_see_groups_of_one_size_filled_up_with_the_last_image(batch):
+def test_networks_see_batches_of_one_size_filled_up_with_the_last_image(batch):
     seen = []
 
-    def compute(group):
-        seen.append(group.tolist())
-        return {"twice": group * 2}
+    def compute(numbers):
+        seen.append(numbers.tolist())
+        return {"twice": numbers * 2}
 
     rows = torch.cat([row["twice"] for row in rows_in_order(torch.arange(COUNT).split(batch), compute)])
     assert rows.tolist() == [2 * n for n in range(COUNT)]
-    assert [len(group) for group in seen] == [GROUP] * 3
+    assert [len(numbers) for numbers in seen] == [BATCH] * 3
     assert seen[2] == [32, 33, 34, 35, 36] + [36] * 11
-    assert [len(x) for x in regroup(torch.arange(5).split(2), 4)] == [4, 1]
-
-
-def figures_of_pairs(batch):
-    networks = Networks("random:test_vit", "cpu")
-    figures, images, _ = measure(pairs().split(batch), lambda group: pair_rows(*group.unbind(1), networks))
-    return {"figures": figures, "images": images}
-
-
-def fail(*args, **kwargs):
-    raise OSError("no network")
+    assert [len(x) for x in rebatch(torch.arange(5).split(2), 4)] == [4, 1]
 
 
 @pytest.fixture(scope="module")
 def whole():
     """The figures of one process and one batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "perceptual_loss", fail)
+        patch.setattr(metrics, "perceptual_loss", fail)
         patch.setattr(torch.hub, "download_url_to_file", fail)
         return figures_of_pairs(70)
 
@@ -208,50 +186,10 @@ def test_figures_do_not_depend_on_the_batch(batch, whole):
     assert_same(figures_of_pairs(batch), whole)
 
 
-def in_processes(world_size, function, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        training_processes._context.Process(target=work, args=(rank, world_size, port, function, arguments))
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        worker.kill()
-    return [worker.exitcode for worker in workers]
-
-
-def work(rank, world_size, port, function, arguments):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    protocol.perceptual_loss = torch.hub.download_url_to_file = fail
-    distributed.join(torch.device("cpu"))
-    assert distributed.world_size() == world_size
-    function(*arguments)
-
-
-def write_figures(path):
-    figures = figures_of_pairs(7)
-    if figures["figures"]:
-        path.write_text(json.dumps(figures))
-
-
 def test_figures_do_not_depend_on_the_number_of_processes(whole, tmp_path):
     path = tmp_path / "figures.json"
     assert in_processes(3, write_figures, path) == [0, 0, 0]
     assert_same(json.loads(path.read_text()), whole)
-
-
-def evaluate_checkpoint(checkpoint, photos, out):
-    tokenizer = SemHiTok.from_pretrained(checkpoint)
-    report = evaluate_tokenizer(tokenizer, [photos], out, labels="folders", features="random:test_vit")
-    assert report["figures"]["psnr"] > 0  # on every process
 
 
 def test_three_processes_write_what_one_does(checkpoint, photos, tmp_path):
@@ -272,7 +210,7 @@ def evaluated(checkpoint, photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "out"
     arguments = ["eval", checkpoint, photos, "--out", out, "--labels", "folders", "--features", "random:test_vit"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "perceptual_loss", fail)
+        patch.setattr(metrics, "perceptual_loss", fail)
         patch.setattr(torch.hub, "download_url_to_file", fail)
         assert main(list(map(str, arguments))) == 0
     return out
@@ -311,9 +249,9 @@ def test_semantic_cosine_is_1_where_the_decoder_knows_the_features(tokenizer, mo
     target = tokenizer.semantic_head.standardize(tokenizer.semantic_features(images.float() / 255))
     monkeypatch.setattr(tokenizer.semantic_decoder, "forward", lambda q: target)
     with exact():
-        _, rows = protocol.tokenizer_rows(tokenizer, images, pool=True)
+        _, rows = tokenizer_rows(tokenizer, images, pool=True)
     assert rows["semantic_cosine"].tolist() == pytest.approx([1] * 4, abs=1e-6)
-    widths = {name: row.shape[1] for name, row in rows.items() if name.startswith("features ")}
+    widths = {name: row.shape[1] for name, row in rows.items() if name.startswith("pooled ")}
     assert list(widths.values()) == [64, 8, 16, 8]
 
 
@@ -330,7 +268,7 @@ def test_the_table_names_what_is_absent_and_no_rfid(run, checkpoint, photos, tmp
     code, out, err = run("eval", checkpoint, photos, "--out", tmp_path / "out", "--features", "random:test_vit")
     rows = dict(re.split(r"  +", line) for line in out.splitlines())
     assert code == 0
-    assert rows["rFID"] == "absent: inception: weights cannot be had: no network"
+    assert rows["rFID"] == "absent: inception: weights are not available: no network"
     assert rows["LPIPS"] == "absent: no network"
     report = report_of(tmp_path / "out")
     assert float(rows["frechet[random:test_vit]"]) == pytest.approx(
@@ -389,12 +327,12 @@ def test_an_interrupted_evaluation_starts_again(tokenizer, photos, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "resize_crop", interrupt)
+        patch.setattr(evaluation_folder, "resize_crop", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate_tokenizer(tokenizer, [photos], out)
     assert not (out / "reference").exists() and not (out / ".reference").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "pair_rows", interrupt)
+        patch.setattr(PairMetrics, "rows", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate_tokenizer(tokenizer, [photos], out)
     assert not (out / "evaluation.json").exists()
@@ -576,16 +514,16 @@ def test_lpips_is_the_mean_of_the_perceptual_network_in_its_range(monkeypatch):
 
     torch.manual_seed(0)
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    monkeypatch.setattr(protocol, "perceptual_loss", lambda: network)
+    monkeypatch.setattr(metrics, "perceptual_loss", lambda: network)
     both = pairs(20).unbind(1)
-    networks = Networks(None, "cpu")
-    figures, images, _ = measure(torch.stack(both, 1).split(3), lambda group: pair_rows(*group.unbind(1), networks))
+    pair_metrics = PairMetrics(None, "cpu")
+    figures, images, _ = measure(torch.stack(both, 1).split(3), lambda two: pair_metrics.rows(*two.unbind(1)))
     x, y = (z.float() / 127.5 - 1 for z in both)
     expected = network(y, x).flatten().tolist()
     assert min(expected) > 0
     assert images["lpips"] == pytest.approx(expected, rel=1e-4)
     assert figures["lpips"] == pytest.approx(np.mean(expected), rel=1e-4)
-    assert networks.absent.keys() == {"rfid"}
+    assert pair_metrics.absent.keys() == {"rfid"}
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
@@ -611,3 +549,55 @@ def test_stored_images_are_read_as_they_were_written(evaluated):
     path = next((evaluated / "reference").rglob("*.png"))
     image = read_uint8(path)
     assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
+
+
+def mean_absolute_error(images, targets):
+    return (images.double() - targets.double()).abs().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_row_of_the_table_adds_a_metric_everywhere(run, evaluated, checkpoint, photos, tmp_path, monkeypatch, quick):
+    row = Metric("mae", mean_absolute_error, "MAE", 5, lower_is_better=True, quick=quick)
+    monkeypatch.setitem(METRICS, "mae", row)
+    code, out, _ = run("eval", "--reconstructions", evaluated / "reconstructions", photos, "--out", tmp_path / "out")
+    assert code == 0
+    report = report_of(tmp_path / "out")
+    values = [image["mae"] for image in report["images"]]
+    assert report["figures"]["mae"] == pytest.approx(np.mean(values), rel=1e-12) and min(values) > 0
+    assert re.search(rf"^MAE +{report['figures']['mae']:.5f}$", out, re.MULTILINE)
+    best = max(report["images"], key=lambda image: image["psnr"])
+    assert f"MAE {best['mae']:.5f}" in (tmp_path / "out" / "index.html").read_text()
+
+    both = pairs(5).unbind(1)
+    x, y = (images.float() / 255 for images in both)
+    run_once = lambda images: (y, torch.zeros(5, 4, 4, dtype=torch.int64))  # noqa: E731
+    figures, _ = evaluate_held_out(run_once, [(x, 5)], quick_functions(), CodeUsage(16, 4))
+    _, printed, _ = run("reconstruct", checkpoint, photos / "a", "--out", tmp_path / "reconstructed")
+    assert ("mae" in figures) == ("MAE" in printed.splitlines()[0]) == quick
+    if quick:
+        assert figures["mae"] == pytest.approx(mean_absolute_error(y, x).mean().item(), rel=1e-12)
+
+
+def test_a_metric_whose_weights_are_missing_is_absent(monkeypatch):
+    def load(device):
+        raise OSError("no weights")
+
+    monkeypatch.setitem(METRICS, "learnt", Metric("learnt", None, "learnt", 3, load=load))
+    assert PairMetrics(None, "cpu").absent["learnt"] == "no weights"
+
+
+def test_a_figure_that_is_not_in_the_table_is_refused():
+    with pytest.raises(ValueError, match="rows: expected names of METRICS, got 'beauty'"):
+        measure([torch.zeros(2)], lambda numbers: {"beauty": numbers})
+
+
+def test_held_out_figures_are_means_over_what_counts():
+    x, y = (images.float() / 255 for images in pairs(10).unbind(1))
+    codes = torch.arange(160).view(10, 4, 4) % 64
+    run = lambda images: (y[[int((x == image).flatten(1).all(1).nonzero()) for image in images]], codes[: len(images)])  # noqa: E731
+    figures, pictures = evaluate_held_out(
+        run, [(x[:4], 4), (x[4:8], 3), (x[8:], 0)], {"psnr": psnr}, CodeUsage(16, 4), pictures=5
+    )
+    assert figures["psnr"] == pytest.approx(psnr(y[:7], x[:7]).mean().item(), rel=1e-12)
+    assert figures["flat_usage"] == 1 and set(figures) > {"semantic_perplexity", "group_usage"}
+    assert torch.equal(pictures, torch.cat([x, y], dim=-1)[:5])

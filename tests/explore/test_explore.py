@@ -23,8 +23,8 @@ from PIL import Image
 from test_tokenizer import adaptive_tokenizer, small_config
 
 from semhitok.data.images import crop_around, decode_image, resize_crop, save_png
-from semhitok.evaluation.figures import code_colors
 from semhitok.evaluation.metrics import psnr
+from semhitok.evaluation.plots import code_colors
 from semhitok.explore import explorer as module
 from semhitok.explore.explorer import Explorer
 from semhitok.tokenizer import SemHiTok

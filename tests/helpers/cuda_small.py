@@ -1,6 +1,6 @@
 """Every op and every search of nearest_code once, on small odd shapes, against float64: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python tests/helpers/cuda_small.py [op|simt|few|mma|wgmma|certified ...]
+    compute-sanitizer --tool memcheck python tests/helpers/cuda_small.py [op | a search's name ...]
 
 The references run on the CPU, so that nearly all kernels seen are ours. Exit status 1 when a result is off; a search
 that refuses a shape says so and does not count.
@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from op_checks import assert_nearest, randn
 
-from semhitok import ops, reference
+from semhitok import _C, ops, reference
 
-PATHS = ("simt", "few", "mma", "wgmma", "certified")
+PATHS = tuple(_C.cuda_searches())
 SHAPES = [(1, 1, 1), (3, 129, 7), (65, 300, 33), (130, 513, 16), (257, 1025, 48), (40, 200, 100)]  # N, K, D
 DEVICE = "cuda"
 

@@ -78,8 +78,7 @@ def assert_refused(result, *words):
 
 @pytest.mark.parametrize("resolution_id", [False, True])
 def test_images_are_what_training_makes_of_them(photos, resolution_id):
-    from semhitok.data.images import read_image, resize_crop
-    from semhitok.evaluation.sets import to_uint8
+    from semhitok.data.images import read_image, resize_crop, to_uint8
 
     assistant = small_assistant(resolution_id=resolution_id)
     images = torch.stack([to_uint8(resize_crop(read_image(path), 16)) for path in photos]).float() / 255

@@ -16,9 +16,8 @@ pytest.importorskip("transformers")
 
 from test_mllm_assistant import assert_refused, save, small_assistant
 
-from semhitok.data.images import read_image
+from semhitok.data.images import read_image, to_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.evaluation.sets import to_uint8
 from semhitok.mllm import benchmarks
 from semhitok.mllm.benchmarks import SHORT
 

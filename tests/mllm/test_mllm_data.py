@@ -15,8 +15,9 @@ transformers = pytest.importorskip("transformers")
 from semhitok.corpus.ids_file import save_codes  # noqa: E402
 from semhitok.data.images import read_image, resize_crop, save_png  # noqa: E402
 from semhitok.mllm import UnifiedMLLMConfig, join, prompts  # noqa: E402
-from semhitok.mllm.config import RowsConfig, SourceConfig  # noqa: E402
-from semhitok.mllm.rows import TASKS, Records, TrainingRows, WrongCodebook, fill, open_source  # noqa: E402
+from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig  # noqa: E402
+from semhitok.mllm.rows import TrainingRows, WrongCodebook  # noqa: E402
+from semhitok.mllm.sources import Records, open_source  # noqa: E402
 
 TOKENIZER = small_tokenizer()
 HASH = TOKENIZER.codebook_hash
@@ -180,7 +181,7 @@ def test_pictures_in_files_give_the_rows_that_their_ids_give(tmp_path, resolutio
         pictures += len(files.images)
         assert len(stored.images) == 0
         encoded = TOKENIZER.encode(files.images.float() / 255).flatten(1) + VOCABULARY.text_size
-        for left, right in zip(fill(files, encoded), stored.packed, strict=True):
+        for left, right in zip(files.with_ids(encoded), stored.packed, strict=True):
             assert torch.equal(left, right)
     assert pictures > 100
 
@@ -210,7 +211,7 @@ def test_shards_give_images_with_captions_and_conversations(tmp_path):
         found = Counter()
         for micro in take(rows_of(source), 48 // streams, streams, 1)[0]:
             encoded = TOKENIZER.encode(micro.images.float() / 255).flatten(1) + VOCABULARY.text_size
-            found.update(m[0] for m in members(micro, fill(micro, encoded)))
+            found.update(m[0] for m in members(micro, micro.with_ids(encoded)))
         assert set(found) == expected
         assert max(found.values()) - min(found.values()) <= 6
 
@@ -232,8 +233,7 @@ def test_ids_files_have_their_captions_beside_them(tmp_path):
 @pytest.mark.parametrize("streams", [1, 2, 4])  # fewer, as many as and more than shards
 def test_a_corpus_of_ids_gives_its_captions(tmp_path, streams, capfd):
     pytest.importorskip("pyarrow")
-    from semhitok.corpus.encoder import EncodingConfig, encode_corpus
-    from semhitok.corpus.format import EncodedCorpus
+    from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus
 
     write_pictures(tmp_path / "pictures")
     for n in range(11):  # the last has none
@@ -367,10 +367,26 @@ def test_rows_do_not_depend_on_processes_workers_and_micro_batches(tmp_path):
     assert torch.equal(torch.cat([torch.cat(pair) for pair in zip(*shares, strict=True)]), whole)
 
 
+def test_an_old_position_gives_the_rows_it_always_gave():
+    """Positions in run folders stay readable, and the same seed keeps its order."""
+    ready = [join((list(range(n, n + 1 + n % 5)), True)) for n in range(1, 21)]
+    sources = Records(ready, "text"), Records(ready[:7], "generation", weight=2.0)
+    data = rows_of(*sources, seed=3, length=8)
+    first, position = take(data, 7, 2, 2)
+    assert first[0].packed.input_ids.tolist() == [[7, 8, 9, 8, 9, 10, 11, 5], [1, 2, 2, 3, 4, 6, 7, 0]]
+    places = [{"draw": 16, "sources": [6, 10], "taken": []}, {"draw": 19, "sources": [4, 15], "taken": []}]
+    expected = {"streams": 2, "processes": 1, "rank": 0, "skipped": 0, "rows": places}
+    assert position == expected and list(position) == list(expected)
+    assert [rows.packed.input_ids.tolist() for rows in take(data, 2, 2, 2, position)[0]] == [
+        [[3, 4, 5, 6, 3, 4, 5, 6], [15, 1, 2, 6, 7, 0, 0, 0]],
+        [[1, 2, 5, 7, 8, 9, 0, 0], [13, 14, 15, 16, 7, 8, 9, 0]],
+    ]
+
+
 def test_positions_and_sizes_that_do_not_fit_are_refused():
     data = rows_of(Records(captioned(), "generation", codebook_hash=HASH))
     _, position = take(data, 1)
-    with pytest.raises(ValueError, match="position: expected one of 8 streams, got 4 streams"):
+    with pytest.raises(ValueError, match="position: streams: expected 8, got 4"):
         data.batches(8, 1, 1, position)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of processes x micro_batch = 1 x 3, got 4"):
         data.batches(4, 3)

@@ -13,8 +13,9 @@ transformers = pytest.importorskip("transformers")
 
 from semhitok.config import preset_names  # noqa: E402
 from semhitok.mllm import UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
-from semhitok.mllm.config import mllm_config  # noqa: E402
-from semhitok.mllm.rows import TASKS, Records, TrainingRows  # noqa: E402
+from semhitok.mllm.config import TASKS, mllm_config  # noqa: E402
+from semhitok.mllm.rows import TrainingRows  # noqa: E402
+from semhitok.mllm.sources import Records  # noqa: E402
 from semhitok.mllm.training import MLLMStage, RowBatch, _Images, run  # noqa: E402
 from semhitok.training import checkpoint, log, loop  # noqa: E402
 

@@ -331,7 +331,7 @@ def test_property_nearest_code(n: int, k: int, d: int, scale: float, metric: str
 def test_property_round_trip(
     n: int, k: int, m: int, ds: int, dp: int, z: torch.dtype, sem: torch.dtype, pix: torch.dtype, seed: int
 ) -> None:
-    """Quantising a codebook's own rows by distance gives them back, and ids survive looking up and quantising again."""
+    """Quantising a codebook's own rows by distance returns them, and ids survive a lookup and quantising again."""
     sem_codebook, pix_codebook = randn(k, ds, seed=seed, dtype=sem), randn(k, m, dp, seed=seed + 1, dtype=pix)
     z_sem, z_pix = randn(n, ds, seed=seed + 2, dtype=z), randn(n, dp, seed=seed + 3)
     q_sem, q_pix, codes = ops.hier_quantize(z_sem, z_pix, sem_codebook, pix_codebook, "l2", "l2")
@@ -453,7 +453,7 @@ def test_devices_must_agree() -> None:
 
 
 def test_without_cuda_kernels_the_error_says_how_to_get_them() -> None:
-    """The CUDA key is always registered; without a GPU and a CUDA-less build at once only that much can be seen."""
+    """The CUDA key is always registered. More than that can be tested only with a GPU and a build without CUDA."""
     for name in ("nearest_code", "nearest_subcode", "hier_quantize", "hier_lookup", "segment_sum"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"semhitok::{name}", "CUDA")
     from semhitok import _C

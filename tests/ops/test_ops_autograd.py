@@ -20,7 +20,7 @@ NAMES = ["nearest_code", "nearest_subcode", "hier_quantize", "hier_lookup", "seg
 def arguments(
     name: str, n: int, device: torch.device, dtype: torch.dtype = torch.float32, grad: bool = False
 ) -> tuple[object, ...]:
-    """Small inputs of an op, codes far enough apart that a step of a numerical gradient changes no winner."""
+    """Small inputs of an op, with codes so far apart that a step of a numerical gradient changes no winner."""
 
     def leaf(*shape: int, seed: int) -> Tensor:
         return randn(*shape, seed=seed, dtype=dtype, device=device).requires_grad_(grad)

@@ -1,4 +1,4 @@
-"""What the ops may cost and need: instruction sets, memory, import time, packages. Each in a process of its own."""
+"""What the ops may use: instruction sets, memory, import time, packages. Each test runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": paths, **environment},
-        cwd=ROOT / "tests",
+        cwd=ROOT / "tests/helpers",
         capture_output=True,
         text=True,
     )
@@ -162,7 +162,7 @@ def step(z_sem, z_pix, sem, pix):
 def test_a_training_step_needs_little_memory(step: str) -> None:
     """Forward, losses, backward, moving averages and restarts, or gradients of both codebooks.
 
-    At most one tensor of the sub-codebooks' size lives at a time beside what the tokens need; three would be 72 MiB.
+    At most one tensor of the sub-codebooks' size exists at a time besides what the tokens need; three would be 72 MiB.
     """
     assert int(answer(STEP.format(step=step, more=""))) < 72 * MIB
     mask = "torch.ones(n, k, dtype=torch.bool)"  # the least that N x K can be: the measurement sees it

@@ -1,4 +1,4 @@
-"""segment_sum: the fp64 sum in row order rounded once, to the last bit, however the rows are shared out."""
+"""segment_sum: the fp64 sum in row order rounded once, to the last bit, however the rows are distributed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_ids(n: int, low: int, high: int, seed: int) -> Tensor:
 
 
 def assert_exact(values: Tensor, ids: Tensor, segments: int, device: torch.device) -> None:
-    """Against a serial sum in float64, bit for bit; sums of float64 on CUDA, in another order, but for rounding."""
+    """Against a serial sum in float64, bit for bit; sums of float64 on CUDA, in another order, to within rounding."""
     sums, counts = ops.segment_sum(values.to(device), ids.to(device), segments)
     expected, expected_counts = reference.segment_sum(values, ids, segments)
     assert same_bits(counts.cpu(), expected_counts)
@@ -43,7 +43,7 @@ def test_exact(n: int, d: int, segments: int, dtype: torch.dtype, device: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [1, 32, 33, 70])
 def test_one_giant_segment(d: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Just as long as is not yet long, longer, and longer still with rows of another segment in between."""
+    """Of the greatest length that is not yet long, longer, and longer with rows of another segment in between."""
     for n, giant, stride in [(LONG_SEGMENT, 0, None), (LONG_SEGMENT + 1, 499, None), (LONG_SEGMENT + 7000, 250, 97)]:
         ids = torch.full((n,), giant)
         if stride is not None:
@@ -68,7 +68,7 @@ def test_bad_values_stay_in_their_segment(device: torch.device) -> None:
 
 
 def test_same_bits_with_any_number_of_threads(device: torch.device) -> None:
-    """Many rows a segment, few, one giant, none: shared out differently for every number of threads."""
+    """Many rows a segment, few, one giant, none: distributed differently for every number of threads."""
     n = 3 * LONG_SEGMENT
     giant = random_ids(n, 0, 300, 1)
     giant[torch.rand(n, generator=torch.Generator().manual_seed(2)) < 0.6] = 77

@@ -44,7 +44,7 @@ def test_many_sub_codes_of_every_dtype(
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_lowest_of_equal_sub_codes_anywhere(metric: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Two copies of a code that beats all others, at every pair of places that a tile or a piece could part."""
+    """Two copies of a code that beats all others, at every pair of places that a tile or a piece could separate."""
     for d, m in itertools.product((8, 5), (7, READ_CODES + 9)):
         z = torch.ones(1, d, dtype=dtype, device=device)
         codes = randn(1, m, d, seed=1, dtype=dtype, device=device).clamp(-0.5, 0.5)
@@ -60,7 +60,7 @@ def test_lowest_of_equal_sub_codes_anywhere(metric: str, dtype: torch.dtype, dev
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [5, 8, 32])
 def test_bad_values_at_every_place(d: int, metric: str, bad: float, dtype: torch.dtype, device: torch.device) -> None:
-    """A bad value in a code takes that code out, one in a token the token, and neither touches its neighbours."""
+    """A bad value in a code removes that code, one in a token that token; neither affects its neighbours."""
     z, codes = randn(d, d, seed=1, dtype=dtype, device=device), randn(1, 9, d, seed=2, dtype=dtype, device=device)
     zero, place = torch.zeros(d, dtype=torch.int64, device=device), torch.arange(d, device=device)
     winner = ops.nearest_subcode(z, codes, zero, metric)[1]

@@ -38,7 +38,7 @@ each_metric = pytest.mark.parametrize("metric", METRICS)
 
 
 def along(direction: Tensor, x: Tensor, cosine: float) -> Tensor:
-    """Unit vectors of which any two have about this cosine."""
+    """Unit vectors, any two of which have about this cosine."""
     return math.sqrt(cosine) * F.normalize(direction, dim=-1) + math.sqrt(1 - cosine) * F.normalize(x, dim=-1)
 
 
@@ -72,7 +72,7 @@ def kinds(n: int, k: int, d: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def residual_rows(codebook: Tensor, n: int, d: int) -> Tensor:
-    """Tokens parallel to what rounding to 8 bits takes from a code: where the bound is nearly reached."""
+    """Tokens parallel to a code's error of rounding to 8 bits, where the bound is nearly reached."""
     r = codebook.double() - codebook.double().mean(0)
     scale = r.abs().max() / 127
     lost = r - scale * (r / scale).round()
@@ -184,13 +184,13 @@ def test_any_number_of_threads(threads: int, metric: str) -> None:
 
 
 def worst_use_of_bound(z: Tensor, codebook: Tensor, metric: str, capability: str, first_pass: str) -> float:
-    """The greatest |approximate - exact| / bound over all tokens and groups of codes. Distinct finite codes only.
+    """The greatest |approximate - exact| / bound over all tokens and blocks of codes. Distinct finite codes only.
 
-    Tokens that no first pass looks at, because their fp32 scores could overflow, have an infinite bound.
+    Tokens that skip the first passes because their fp32 scores could overflow have an infinite bound.
     """
     approximate, bound, codes = bounds(z, codebook, metric, capability, first_pass)
     assert codes.shape[1] == GROUP[first_pass]
-    assert torch.equal(codes.unique(), torch.arange(len(codebook)))  # every code is in some group
+    assert torch.equal(codes.unique(), torch.arange(len(codebook)))  # every code is in some block
     exact = scores64(z, codebook, metric)[:, codes].amax(-1)
     assert (bound > 0).all()
     return float(((approximate - exact).abs() / bound).max())
@@ -212,7 +212,7 @@ def test_the_bound_holds(kind: str, metric: str, capability: str, first_pass: st
 
 @pytest.mark.parametrize("capability", INT8)
 def test_the_bound_is_reached(capability: str) -> None:
-    """It must not be so wide that a wrong one would hold too: rows along a code's rounding error come close to it."""
+    """It must not be so wide that a wrong one would hold, too: rows along a code's rounding error come close to it."""
     codebook = randn(1500, 2, seed=2)
     z = residual_rows(codebook, 400, 2)
     assert worst_use_of_bound(z, codebook, "ip", capability, "int8") > 0.6
@@ -220,7 +220,7 @@ def test_the_bound_is_reached(capability: str) -> None:
 
 @pytest.mark.parametrize("capability", INT8)
 def test_a_smaller_bound_is_wrong(capability: str) -> None:
-    """With three tenths of the bound, ids are lost on these data: so tests on them would notice."""
+    """With three tenths of the bound, ids are wrong on these data, so tests on them would notice."""
     wrong = {0.3: 0, 1.0: 0}
     for d in (2, 3, 4):
         codebook = randn(16000, d, seed=d)
@@ -243,7 +243,7 @@ def test_a_smaller_fp32_bound_is_wrong() -> None:
 @pytest.mark.parametrize("capability", INT8)
 @each_metric
 def test_few_codes_are_scored_exactly(metric: str, capability: str) -> None:
-    """What keeps the search fast on data that defeat a plain 8-bit rounding."""
+    """This keeps the search fast on data that defeat a plain 8-bit rounding."""
     for kind in ("random", "clustered", "common mean", "collapsed 1e-2", "collapsed 1e-5", "codes twice", "dead codes",
                  "one code", "two clusters", "outlier codes", "tiny", "huge"):  # fmt: skip
         z, codebook = kinds(200, 8192, 32)[kind]
@@ -255,7 +255,7 @@ def test_few_codes_are_scored_exactly(metric: str, capability: str) -> None:
 
 
 def renewed(change: Callable[[nn.Parameter], None]) -> None:
-    """After change(codebook) nearest_code must answer as for a codebook never seen before."""
+    """After change(codebook), nearest_code must answer as for a codebook that it has never seen."""
     z = randn(300, 12, seed=1)
     codebook = nn.Parameter(randn(1000, 12, seed=2))
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_two_metrics_and_dtypes_of_one_codebook() -> None:
 
 
 def test_many_codebooks_in_many_threads() -> None:
-    """More codebooks than are kept, changing under the eyes of several threads: each answer is its own codebook's."""
+    """More codebooks than are kept, changing while several threads search: each answer is for its own codebook."""
     z, wrong = randn(64, 6, seed=1), []
 
     def work(seed: int) -> None:
@@ -325,7 +325,7 @@ def test_many_codebooks_in_many_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_after_a_fork() -> None:
-    """A worker process forked from one that has searched (a data loader's) searches too."""
+    """A worker process (of a data loader) forked from one that has searched can search, too."""
     z, codebook = randn(8, 6, seed=1), randn(100, 6, seed=2)
     expected = ops.nearest_code(z, codebook)[1]
     child = os.fork()

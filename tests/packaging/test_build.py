@@ -35,6 +35,10 @@ def test_cuda_search_names_a_search() -> None:
             _C.cuda_search(1, 1, 1)
 
 
+def test_cuda_searches_are_listed_with_cuda_alone() -> None:
+    assert bool(_C.cuda_searches()) == (_C.build_info()["cuda"] is not None)
+
+
 def test_build_info() -> None:
     info = _C.build_info()
     assert set(info) == {"version", "cxx", "torch_headers", "cpu", "cuda"}

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from semhitok._files import write_atomic
-from semhitok.data.images import read_image, resize_crop
+from semhitok._messages import progress
+from semhitok.data.images import read_image, resize_crop, to_uint8
+from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.evaluation.groups import exact, rows_in_order
-from semhitok.evaluation.sets import progress, to_uint8
 from semhitok.mllm.assistant import Assistant, Job, paint
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -24,7 +24,8 @@ struct DeviceRadixSort {
       temporary_bytes = needed;
       return cudaSuccess;
     }
-    if (temporary_bytes < needed || begin_bit < 0 || end_bit > static_cast<int>(sizeof(Key)) * 8 || begin_bit >= end_bit) {
+    if (temporary_bytes < needed || begin_bit < 0 || end_bit > static_cast<int>(sizeof(Key)) * 8 ||
+        begin_bit >= end_bit) {
       return cudaErrorInvalidValue;
     }
     std::memset(temporary, 0x5A, temporary_bytes);  // it is ours to overwrite

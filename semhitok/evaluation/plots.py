@@ -1,4 +1,4 @@
-"""Figures of what codes know."""
+"""Plots of what codes know, written as PNG."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from semhitok.tokenizer import SemHiTok
 
 
 def pyplot() -> Any:
-    """matplotlib's, for files only."""
+    """matplotlib.pyplot, set up to write files only."""
     require("matplotlib", "eval").use("Agg")
     return require("matplotlib.pyplot", "eval")
 
 
 def picture(image: Tensor) -> Any:
-    """[3, H, W] as matplotlib wants it."""
+    """[3, H, W] -> the array [H, W, 3] that matplotlib shows."""
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write and close. Drawn twice, a figure must not differ by the date in it."""
+    """Write and close a figure. No date or version is stored, so that the same plot has the same bytes."""
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot().close(figure)
 
 
 def code_colors(codebook: Tensor) -> Tensor:
-    """A colour for every code of [K, D]: its place on the three principal axes, RGB in [0, 1] [K, 3].
+    """A colour for every code of [K, D]: its place on the three principal axes, as RGB in [0, 1], [K, 3].
 
-    So near codes get near colours.
+    Near codes get near colours.
     """
     centered = codebook - codebook.mean(0)
     colors = centered @ torch.linalg.svd(centered, full_matrices=False)[2][:3].T
     colors = (colors - colors.amin(0)) / (colors.amax(0) - colors.amin(0)).clamp_min(1e-9)
-    return F.pad(colors, (0, 3 - colors.shape[1]))  # of fewer than three dimensions or codes
+    return F.pad(colors, (0, 3 - colors.shape[1]))  # for fewer than three dimensions or codes
 
 
 def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]], path: Path) -> None:
-    """Images and their semantic ids, in the colours of `code_colors`.
+    """Images beside their semantic ids, in the colours of `code_colors`.
 
-    rows: image [3, H, W], the flat ids [T, h, w] of its tiles, tiles in a row.
+    rows: for each image [3, H, W], the flat ids [T, h, w] of its tiles and the number of tiles in a row.
     """
     codebook, device = tokenizer.quantizer.semantic.codebook.cpu(), tokenizer.quantizer.pix_codebook.device
     colors = code_colors(codebook)
@@ -68,12 +68,13 @@ def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]]
 def patches_of_codes(
     tokenizer: SemHiTok, images: Tensor, codes: Tensor, path: Path, *, fit: Tensor | None = None
 ) -> None:
-    """Patches that share a semantic id, a row an id, a frame's colour a sub-code.
+    """Patches that share a semantic id, in a row for each id; the colour of a frame stands for the sub-code.
 
     Args:
         images: [N, 3, size, size], float in [0, 1] or uint8.
         codes: their flat ids [N, h, w].
-        fit: how near each token is to its semantic code, [N, h, w]: the nearest patches are shown; random ones without.
+        fit: how near each token is to its semantic code, [N, h, w]; the nearest patches are shown. None shows random
+            ones.
     """
     rows, columns, context = 10, 24, 8
     config = tokenizer.config
@@ -83,7 +84,7 @@ def patches_of_codes(
     order = counts.argsort(descending=True, stable=True)
     columns = min(columns, int(counts.max()))
     order = order[counts[order] >= columns]
-    # Evenly spaced over the ids by frequency, so that rare ones are seen too.
+    # Evenly spaced by frequency, so that rare ids are shown too.
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
     scale = 1.0 if images.is_floating_point() else 255.0
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +114,7 @@ def patches_of_codes(
 
 
 def explained_variance(shares: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars of `analyze.explained_variance`."""
+    """The shares of `analyze.explained_variance` as bars."""
     figure, axis = pyplot().subplots(figsize=(9, 3.5), layout="constrained")
     for n, kind in enumerate(("pixels", "colour", "texture")):
         values = [max(0.0, share[kind]) for share in shares.values()]
@@ -126,7 +127,7 @@ def explained_variance(shares: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def sub_code_usage(bins: Sequence[dict[str, float]], path: Path) -> None:
-    """Use of sub-codebooks by the frequency of their semantic code, from `analyze.usage_by_frequency`."""
+    """Use of sub-codebooks by the frequency of their semantic code: the bins of `analyze.usage_by_frequency`."""
     figure, axis = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
     names = [f"{b['tokens_from']:.0f}-{b['tokens_to']:.0f}\n{b['codes']:.0f} codes" for b in bins]
     axis.bar(range(len(bins)), [b["usage"] for b in bins], 0.6, label="sub-codes that occur")
@@ -138,7 +139,7 @@ def sub_code_usage(bins: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def sub_codebook_distances(pairs: Tensor, figures: dict[str, float], path: Path) -> None:
-    """Distance of sub-codebooks against the angle of their semantic codes, from `analyze.distances`."""
+    """Distance of sub-codebooks over the angle between their semantic codes: the pairs of `analyze.distances`."""
     figure, axis = pyplot().subplots(figsize=(6, 3.8), layout="constrained")
     angle, distance = pairs.unbind(1)
     axis.scatter(angle.numpy(), distance.numpy(), s=2, alpha=0.15, rasterized=True)

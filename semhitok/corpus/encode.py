@@ -1,0 +1,231 @@
+"""Encoding a corpus: the sources become a folder of shards, and what was interrupted is resumed.
+
+The same sources and settings give the same bytes, whatever the engine, the number of processes and the interruptions.
+Each unit of the sources becomes a shard. It is done when it has a shard and a record that agree; when all units are
+done, the manifest is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semhitok._files import open_atomic, write_atomic
+from semhitok._messages import printable
+from semhitok._optional import require
+from semhitok.corpus import engines
+from semhitok.corpus.config import EncodingConfig
+from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, encoder_hash
+from semhitok.corpus.format import JOB, MANIFEST, SKIPPED, Layout, check_shard, count_usage
+from semhitok.corpus.sources import Unit, plan
+from semhitok.tokenizer import SemHiTok
+from semhitok.usage import CodeUsage
+
+
+@dataclass
+class Summary:
+    """What `encode_corpus` did.
+
+    Attributes:
+        images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
+        encoded: images encoded by this call; on torchrun, by this process.
+        seconds: of wall-clock time, for encoding.
+        shares: of the encoding processes' time that was spent "waiting" for images, "quantising", or "comparing" ids
+            with those in fp32.
+        changed: share of the ids compared that differ from those in fp32; see `EncodingConfig`.
+        usage: of the codes, see `CodeUsage.summary`.
+        missing: why there is no manifest yet; empty if it is written. On torchrun, another process may still be
+            encoding a shard.
+    """
+
+    images: int = 0
+    rows: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    encoded: int = 0
+    seconds: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)
+    changed: float = 0.0
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+    missing: str = ""
+
+
+def encode_corpus(
+    checkpoint: str | os.PathLike[str],
+    sources: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    config: EncodingConfig | None = None,
+    *,
+    engine: str = "local",
+    processes: int = 1,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[Iterable[UnitResult], int], Iterable[UnitResult]] | None = None,
+) -> Summary:
+    """Encode `sources` into the corpus `out`, or resume where an earlier call with the same arguments stopped.
+
+    Args:
+        checkpoint: as in `SemHiTok.from_pretrained`.
+        sources: images and folders, webdataset shards, parquet files; see `semhitok.corpus.sources`.
+        out: folder of the corpus, see `semhitok.corpus.format`; all machines must see the same folder.
+        config: the settings.
+        engine: "local": `processes` on this machine; "torchrun": this process, one of those that torchrun started,
+            takes every WORLD_SIZE-th unit, on the GPU of its LOCAL_RANK; "ray": `processes` actors of a Ray cluster.
+        processes: encoding processes of "local" and "ray".
+        workers: processes that decode images, for each encoding process; 0 decodes in the encoding process.
+        device: "cpu" or a GPU.
+        progress: wraps the iterable of the units' results; its second argument is their number.
+
+    Raises:
+        ValueError: bad arguments or sources; `out` holds another corpus; units could not be read or were lost. The
+            same call encodes those again.
+        OSError: sources or checkpoint cannot be read, or `out` cannot be written. The same call resumes.
+        ImportError: pyarrow, webdataset or ray is not installed.
+    """
+    config = config or EncodingConfig()
+    for module, extra in (("pyarrow.parquet", "corpus"), ("PIL.Image", "models"), ("numpy", "models")):
+        require(module, extra)
+    place = engines.place(engine, processes, str(device))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    begun = time.perf_counter()
+    try:
+        tokenizer = SemHiTok.from_pretrained(checkpoint)
+        job, units = _open_job(str(checkpoint), tokenizer, sources, folder, config, place.device, workers)
+        encoder = UnitEncoder(job, tokenizer) if engines.encodes_here(engine, processes) else None
+        del tokenizer  # other processes load their own
+        _remove_temporary_files(folder, engine)
+        todo = [unit for unit in units[place.rank :: place.world_size] if _finished(job, unit) is None]
+        summary = Summary()
+        problems = 0
+        busy: dict[str, float] = defaultdict(float)
+        encoding = time.perf_counter()
+        results = encoder.units(todo) if encoder else engines.run(engine, job, todo, processes)
+        with contextlib.closing(results):
+            for result in progress(results, len(todo)) if progress else results:
+                if result.record is None:
+                    problems += 1
+                    print(f"semhitok: {printable(result.problem)}", file=sys.stderr)
+                else:
+                    summary.encoded += result.record["images"]
+                for part, seconds in result.seconds.items():
+                    busy[part] += seconds
+        summary.seconds = time.perf_counter() - (encoding if todo else begun)
+        summary.shares = {part: busy[part] / busy["all"] for part in busy if part != "all"}
+        if problems and engine != "torchrun":  # which would end the other processes
+            raise ValueError(
+                f"{out}: {problems} of {len(units)} shards could not be encoded; run the same command again to retry"
+            )
+        _remove_temporary_files(folder, engine)
+        summary.missing = _finish(job, units, summary)
+        if summary.missing and engine != "torchrun":
+            raise ValueError(f"{summary.missing}; run the same command again to encode it")
+        return summary
+    finally:
+        torch.set_num_threads(threads)  # an encoder in this process sets it to one
+
+
+def _open_job(
+    checkpoint: str,
+    tokenizer: SemHiTok,
+    sources: Sequence[str | os.PathLike[str]],
+    folder: Path,
+    config: EncodingConfig,
+    device: str,
+    workers: int,
+) -> tuple[EncodingJob, list[Unit]]:
+    """The job of a folder, new or to be resumed, and its units; ValueError if the folder holds another one."""
+    model, vocabulary = tokenizer.config, tokenizer.vocabulary
+    assert vocabulary.codebook_hash is not None
+    grid = (model.grid_size, model.grid_size)
+    layout = Layout(
+        model.num_codes, model.num_sub_codes, vocabulary.codebook_hash, grid, config.packed, vocabulary.offsets
+    )
+    path = folder / JOB
+    old: dict[str, Any] = {}
+    if path.exists():
+        try:
+            old = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+    settings = {
+        **layout.metadata(),
+        "encoder_sha256": encoder_hash(tokenizer),
+        "image_size": model.image_size,
+        **asdict(config),
+        "device": torch.device(device).type,
+        "sources": [os.fspath(source).encode("utf-8", "backslashreplace").decode() for source in sources],
+    }
+    for key, value in settings.items():
+        if old and old.get(key) != value:
+            raise ValueError(f"{folder}: holds another corpus: {key} was {old.get(key)!r}, now {value!r}")
+    units, digest = plan(sources, config.images_per_shard, folder, old.get("sources_sha256"))
+    settings |= {"sources_sha256": digest, "shards": len(units)}
+    if not old:
+        write_atomic(path, (json.dumps(settings, indent=2) + "\n").encode())
+    return EncodingJob(checkpoint, folder, config, layout, device, workers, settings), units
+
+
+def _remove_temporary_files(folder: Path, engine: str) -> None:
+    """Remove what killed processes left behind; not on torchrun, where other processes may be writing."""
+    if engine != "torchrun":
+        for left in folder.glob(".semhitok-*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+def _finished(job: EncodingJob, unit: Unit) -> dict[str, Any] | None:
+    """The record of a unit that is done, after a check of its shard; damage is reported on stderr."""
+    path = job.record_path(unit)
+    try:
+        record = json.loads(path.read_bytes())
+        if record["job"] != job.digest:
+            raise ValueError(f"{path}: belongs to another job")
+        check_shard(job.shard_path(unit), record)
+        return record
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"semhitok: encoded again: {printable(str(error))}", file=sys.stderr)
+        path.unlink(missing_ok=True)  # before any process takes the unit for done
+        return None
+
+
+def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
+    """Check all shards and write the manifest; if a shard is missing or damaged, return why instead."""
+    if json.loads((job.out / JOB).read_bytes()) != job.settings:
+        raise ValueError(f"{job.out}: another corpus was started in this folder in the meantime")
+    usage = CodeUsage(job.layout.num_codes, job.layout.num_sub_codes, offsets=job.layout.offsets)
+    shards = []
+    for unit in units:
+        try:
+            record = json.loads(job.record_path(unit).read_bytes())
+            count_usage(job.out, job.layout, record, usage)
+        except FileNotFoundError:
+            return f"{job.shard_path(unit)}: no such shard"
+        except (ValueError, KeyError, TypeError) as error:
+            return str(error)
+        shards.append({k: len(v) if k == "skipped" else v for k, v in record.items() if k != "job"})
+    counts = ("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes")
+    totals = {key: sum(shard[key] for shard in shards) for key in counts}
+    with open_atomic(job.out / SKIPPED) as file:
+        for unit in units:
+            record = json.loads(job.record_path(unit).read_bytes())
+            file.writelines((json.dumps(entry) + "\n").encode() for entry in record["skipped"])
+    rounded = {view: {k: round(v, 6) for k, v in figures.items()} for view, figures in usage.summary().items()}
+    manifest = {**job.settings, "shards": shards, "totals": totals, "usage": rounded}
+    write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
+    summary.bytes, summary.usage = totals["bytes"], rounded
+    summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
+    return ""

@@ -1,0 +1,275 @@
+"""Endless streams of training data that resume exactly where they stopped: the engine under images, corpora and rows.
+
+A process has one or more *streams* and takes an item from each in turn, itself or through worker processes. With every
+item a stream gives its *place*, from which it can be opened again; `Batches` collects the places in a *position*, which
+is saved with the run. Nothing depends on timing: the same seed and position give the same batches.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from semhitok._messages import printable
+
+T = TypeVar("T")
+Place = Any  # numbers, text, lists and dicts, as JSON has them
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random order
+
+
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """A generator whose random numbers are a function of the seed and `numbers`, in their order."""
+    mixed = seed
+    for number in numbers:
+        # Odd constants spread neighbouring seeds and numbers; the sum keeps 63 bits.
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**63 - 1)
+    return torch.Generator().manual_seed(mixed)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The numbers 0 to count - 1, int64 [count], in the order of an epoch."""
+    return torch.randperm(count, generator=generator(seed, ~epoch))
+
+
+# Where a stream of `ShuffledShards` stands: in `epoch`, inside the block of shuffled items number `block`, after
+# `inside` of its items. The block begins in shard `shard` of the stream's order, after `offset` items of that shard.
+# `number` and `images` count the images used, in all and in this epoch, where the user of the stream counts them.
+START: dict[str, int] = {"epoch": 0, "shard": 0, "offset": 0, "block": 0, "inside": 0, "number": 0, "images": 0}
+
+
+@dataclass
+class ShuffledShards(Generic[T]):
+    """The items of shards in random order, as one of several streams reads them.
+
+    Every epoch has its own order of the shards, of which stream i of n takes the shards i, i + n, ... Items are
+    shuffled in blocks of `buffer`; one block is held in memory.
+
+    Attributes:
+        shards: names, or whatever `read` takes.
+        read: (shard, n) -> the items of the shard after the first n.
+        buffer: items of a block.
+        seed: another seed gives another order.
+        stream, streams: number of this stream, and how many there are.
+        share_items: every stream reads all shards and takes every n-th item. Needed for fewer shards than streams.
+    """
+
+    shards: Sequence[Any]
+    read: Callable[[Any, int], Iterator[T]]
+    buffer: int
+    seed: int
+    stream: int = 0
+    streams: int = 1
+    share_items: bool = False
+
+    def order(self, epoch: int) -> list[Any]:
+        """This stream's shards in an epoch."""
+        order = epoch_order(len(self.shards), self.seed, epoch).tolist()
+        return [self.shards[n] for n in (order if self.share_items else order[self.stream :: self.streams])]
+
+    def epoch(self, place: Mapping[str, int]) -> Iterator[tuple[T, dict[str, int]]]:
+        """(item, the place after it) from `place` to the end of its epoch."""
+        epoch, shard, offset, block, inside = (place[k] for k in ("epoch", "shard", "offset", "block", "inside"))
+        items = self._in_order(epoch, shard, offset)
+        while buffer := list(islice(items, self.buffer)):
+            end = buffer[-1][1:]
+            order = torch.randperm(len(buffer), generator=generator(self.seed, self.stream, epoch, block)).tolist()
+            for done, n in enumerate(order[inside:], inside + 1):
+                yield buffer[n][0], {**place, "shard": shard, "offset": offset, "block": block, "inside": done}
+            (shard, offset), block, inside = end, block + 1, 0
+            buffer.clear()  # before the next block is read: there may be no memory for two
+
+    def endless(self, place: Mapping[str, int]) -> Iterator[tuple[T, dict[str, int]]]:
+        """(item, the place after it) from `place` on, epoch after epoch.
+
+        Raises:
+            ValueError: an epoch without items.
+        """
+        while True:
+            found = place["block"] > 0 or place["inside"] > 0
+            for item, after in self.epoch(place):
+                found = True
+                yield item, after
+            if not found:
+                raise self.empty_epoch(place["epoch"])
+            place = {**place, "epoch": place["epoch"] + 1, "shard": 0, "offset": 0, "block": 0, "inside": 0}
+
+    def empty_epoch(self, epoch: int) -> ValueError:
+        """The error of an epoch in which nothing can be used."""
+        shards = ", ".join(map(str, self.order(epoch)[:3]))
+        return ValueError(f"data: expected an image that can be used, got none in an epoch of shards {shards}, ...")
+
+    def _in_order(self, epoch: int, shard: int, offset: int) -> Iterator[tuple[T, int, int]]:
+        """(item, its shard's number, items of that shard up to it) to the end of the epoch."""
+        for number, found in islice(enumerate(self.order(epoch)), shard, None):
+            for count, item in enumerate(self.read(found, offset), offset + 1):
+                if not self.share_items or (count + number) % self.streams == self.stream:
+                    yield item, number, count
+            offset = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Item(NamedTuple):
+    """What a stream gives.
+
+    value: data of a batch; it may come from a worker process.
+    place: where the stream stands after it. A stream opened there gives the items that follow.
+    skipped: images or records left out since the item before, because they cannot be used.
+    """
+
+    value: Any
+    place: Place
+    skipped: int = 0
+
+
+class Batches(Iterator[T]):
+    """Batches without end, made of items from streams that take turns.
+
+    Args:
+        open_stream: (number, place) -> stream `number` of this process from a place on: an endless iterable of items.
+        places: where the streams start if there is no position, one for each.
+        size: items of a batch.
+        collate: the values of `size` items -> a batch.
+        workers: reading processes, a divisor of the number of streams; 0 reads in this process.
+        identity: entries of a position that must be equal for a run to resume from it.
+        saves: what else a position holds: "skipped", "turn" (the stream that is next) and the places as "streams" or,
+            for streams that are rows of a batch, as "rows".
+        position: `position` to resume from; None starts at `places`.
+
+    Attributes:
+        skipped: images or records left out of this process's batches because they cannot be used, including those
+            before the position it started from.
+
+    `next` raises the ValueError, OSError or ImportError of a stream. After an error, and after `close`, there are no
+    more batches.
+
+    Raises:
+        ValueError: the position is of another run.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[int, Place], Iterable[Item]],
+        places: Sequence[Place],
+        size: int,
+        collate: Callable[[list[Any]], T],
+        *,
+        workers: int,
+        identity: Mapping[str, Any],
+        saves: Sequence[str],
+        position: Mapping[str, Any] | None,
+    ) -> None:
+        position = position or {}
+        for key, expected in identity.items() if position else ():
+            if (got := position.get(key)) != expected:
+                raise ValueError(f"position: {key}: expected {expected}, got {got}; a run resumes only as it began")
+        self._size, self._collate, self._identity, self._saves = size, collate, dict(identity), saves
+        self.skipped: int = position.get("skipped", 0)
+        self._turn: int = position.get("turn", 0)
+        self._places = list(position.get("rows" if "rows" in saves else "streams", places))
+        streams = [open_stream(number, place) for number, place in enumerate(self._places)]
+        turns = _Turns(streams[self._turn :] + streams[: self._turn])
+        self._items: Iterator[Item | Exception] = iter(turns)
+        if workers:
+            self._items = iter(
+                DataLoader(
+                    turns,
+                    batch_size=None,
+                    num_workers=workers,
+                    collate_fn=unchanged,
+                    worker_init_fn=leave_signals_to_parent,
+                    generator=torch.Generator(),  # the default one would be drawn from
+                )
+            )
+
+    def __next__(self) -> T:
+        items: list[Item] = []
+        for _ in range(self._size):
+            item = next(self._items)
+            if isinstance(item, Exception):
+                self.close()  # or the error's traceback would keep the workers until a garbage collection
+                raise item
+            items.append(item)
+        batch = self._collate([item.value for item in items])
+        # Nothing can fail from here on: the position is that of a complete batch.
+        for item in items:
+            self.skipped += item.skipped
+            self._places[self._turn] = item.place
+            self._turn = (self._turn + 1) % len(self._places)
+        return batch
+
+    def position(self) -> dict[str, Any]:
+        """Where the streams stand after the last batch: numbers and text, as JSON has them."""
+        places = list(self._places)
+        state = {"skipped": self.skipped, "turn": self._turn, "streams": places, "rows": places}
+        return {**self._identity, **{key: state[key] for key in self._saves}}
+
+    def close(self) -> None:
+        """End the worker processes. There are no more batches."""
+        self._items = iter(())  # a DataLoader's iterator ends its workers when nothing refers to it
+
+
+def share_of(batch_size: int, micro_batch: int, processes: int) -> int:
+    """How many items of a batch each process takes.
+
+    Raises:
+        ValueError: the batch cannot be divided into micro-batches for all processes.
+    """
+    if batch_size < 1 or micro_batch < 1 or batch_size % (processes * micro_batch):
+        product = f"{processes} x {micro_batch}"
+        raise ValueError(f"batch_size: expected a multiple of processes x micro_batch = {product}, got {batch_size}")
+    return batch_size // processes
+
+
+class _Turns(IterableDataset[Any]):
+    """An item of each stream in turn; worker w of n has the streams w, w + n, ... An error is the last item."""
+
+    def __init__(self, streams: Sequence[Iterable[Item]]) -> None:
+        self.streams = streams
+
+    def __iter__(self) -> Iterator[Item | Exception]:
+        worker = get_worker_info()
+        mine = self.streams[worker.id :: worker.num_workers] if worker else self.streams
+        try:
+            running = [iter(stream) for stream in mine]
+            while True:
+                for stream in running:
+                    yield next(stream)
+        except (ValueError, OSError, ImportError) as error:
+            yield error  # raised in a worker, it would have the worker's traceback as its message
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+def unchanged(item: Any) -> Any:
+    """A `collate_fn` that leaves items as they are."""
+    return item
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A `worker_init_fn`: workers survive a signal to the process group, so that the parent can finish its step.
+
+    The second SIGTERM ends a worker, for one that hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def warn_skipped(problem: str) -> None:
+    """Report on stderr what is skipped and why."""
+    print(f"semhitok: skipped: {printable(problem)}", file=sys.stderr)

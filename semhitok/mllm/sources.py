@@ -1,0 +1,309 @@
+"""Sources of records for the unified model: JSONL and ids files, webdataset shards, corpora of ids.
+
+A record is one of
+
+    {"messages": [{"role", "content"}, ...], ...}   a conversation, with `<image>` where its images stand
+    {"caption": text, ...}                          one image and what it shows
+    {"text": text}                                  text alone
+
+with the images as "images": [paths], relative to the file's folder, or as "codes": [ids of an image, row by row, ...]
+and the "codebook_hash" they belong to. A JSONL file has a record in each line. In webdataset shards a sample's .txt is
+its caption, and its .json such a record. An ids file of `semhitok encode` has its captions in a file beside it, a
+corpus has them inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from semhitok.corpus.ids_file import load_codes
+from semhitok.corpus.reader import Encoded, EncodedCorpus
+from semhitok.data.kinds import FOLDER, IDS_FILE, JSONL, SHARDS, kind_of
+from semhitok.data.shards import ShardSample, expand_shards, read_shard
+from semhitok.data.stream import START, ShuffledShards, epoch_order
+from semhitok.mllm import prompts
+from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig
+from semhitok.mllm.packing import Sample
+
+Record = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Records of one kind, in any number of streams.
+
+    task, weight, question: see `SourceConfig`.
+    description: identifies the records, as JSON: two runs on the same data have the same.
+    """
+
+    task: str
+    weight: float
+    question: str
+    description: dict[str, Any]
+
+    def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
+        """(record or the ValueError in its stead, place after it) from a place on, endless; None is the beginning."""
+
+    def texts(self) -> Iterator[str]:
+        """All texts, once, to make a text tokenizer from."""
+
+
+class Records:
+    """Records that can be counted; each comes once an epoch, in an order that follows from the seed and the epoch.
+
+    Args:
+        records: see the module, with "codes" as integers or tensors [h, w]; or finished samples made by `join`, from
+            which no caption is dropped.
+        task, weight, question: see `SourceConfig`.
+        codebook_hash: of "codes" in records that do not name theirs.
+        folder: that paths of images are relative to.
+        description: for records that are not to be hashed.
+
+    Raises:
+        ValueError: no records, or no such task.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record | Sample],
+        task: str,
+        *,
+        weight: float = 1.0,
+        question: str = "",
+        codebook_hash: str | None = None,
+        folder: str | os.PathLike[str] = ".",
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        if not len(records):
+            raise ValueError("records: expected at least one, got none")
+        self.records, self.task, self.weight, self.question = records, task, weight, question
+        self.codebook_hash, self.folder = codebook_hash, Path(folder)
+        self.description = description or {"records": len(records), "sha256": _digest(records)}
+        self._orders: dict[tuple[int, int], Tensor] = {}
+
+    def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
+        drawn = place or 0
+        while True:
+            epoch, position = divmod(drawn * streams + number, len(self.records))
+            drawn += 1
+            try:
+                index = int(self._order(seed, epoch)[position])
+                record: Any = self.records[index]
+                if not isinstance(record, Sample):
+                    known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
+                    record = {**known, **record}
+            except (ValueError, TypeError) as error:
+                record = ValueError(str(error))
+            yield record, drawn
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) > 3:  # streams are in two epochs at most
+                self._orders.clear()
+            self._orders[seed, epoch] = epoch_order(len(self.records), seed, epoch)
+        return self._orders[seed, epoch]
+
+    def texts(self) -> Iterator[str]:
+        for n in range(len(self.records)):
+            record = self.records[n]
+            if not isinstance(record, Sample):
+                yield from _texts(record)
+
+
+class Lines(Sequence[Record]):
+    """The objects of a JSONL file, each read from the file when it is asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.starts = path, array("Q")
+        with open(path, "rb") as file:
+            start = 0
+            for line in file:
+                if not line.isspace():
+                    self.starts.append(start)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, n: Any) -> Any:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[n])
+            line = file.readline()
+        where = f"{self.path}: record {n + 1}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+        return {**record, "name": where}
+
+
+class CaptionedIds(Sequence[Record]):
+    """The images of an ids file with the captions of a JSON file {name: caption}."""
+
+    def __init__(self, path: str, captions: str | None) -> None:
+        file = load_codes(path)
+        self.codes, self.names, self.codebook_hash = file.codes, file.names, file.codebook_hash
+        if captions is None:
+            raise ValueError(f"captions: expected a JSON file {{name: caption}} for {path}, got none")
+        try:
+            self.captions = json.loads(Path(captions).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{captions}: not JSON: {error}") from None
+        if not isinstance(self.captions, dict) or not all(isinstance(c, str) for c in self.captions.values()):
+            raise ValueError(f"{captions}: expected an object {{name: caption}}")
+        lacking = [name for name in self.names if name not in self.captions]
+        if lacking:
+            raise ValueError(f"{captions}: expected a caption for each image of {path}, got none for {lacking[0]!r}")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, n: Any) -> Any:
+        name = self.names[n]
+        return {"caption": self.captions[name], "codes": [self.codes[n]], "name": name}
+
+
+class Shards:
+    """The samples of webdataset shards, which the streams share, in the order of `ShuffledShards`.
+
+    With fewer shards than streams, every stream reads all shards and takes its share of the samples.
+    """
+
+    def __init__(self, config: SourceConfig, rows: RowsConfig) -> None:
+        self.urls = list(dict.fromkeys(expand_shards(config.path)))
+        self.task, self.weight, self.question = config.task, config.weight, config.question
+        self.shuffle_buffer = rows.shuffle_buffer
+        digest = hashlib.sha256("\n".join(self.urls).encode(errors="surrogateescape")).hexdigest()
+        self.description = {"shards": len(self.urls), "sha256": digest}
+
+    def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
+        order = ShuffledShards(
+            self.urls, _read_shard, self.shuffle_buffer, seed, number, streams, share_items=len(self.urls) < streams
+        )
+        for sample, after in order.endless(place or START):
+            yield _record(sample), after
+
+    def texts(self) -> Iterator[str]:
+        for url in self.urls:
+            for sample in _read_shard(url):
+                record = _record(sample)
+                if not isinstance(record, ValueError):
+                    yield from _texts(record)
+
+
+class Corpus:
+    """The rows of a corpus of ids (`semhitok encode`), whose shards the streams share.
+
+    With fewer shards than streams, every stream reads all shards and takes its share of the rows.
+    """
+
+    def __init__(self, config: SourceConfig, rows: RowsConfig) -> None:
+        self.corpus = EncodedCorpus(config.path, shuffle_buffer=rows.shuffle_buffer)
+        if not self.corpus.rows:
+            raise ValueError(f"{config.path}: expected at least one image, got none")
+        self.task, self.weight, self.question = config.task, config.weight, config.question
+        self.description = {"rows": self.corpus.rows, "sha256": self.corpus.identity()["corpus"]}
+
+    def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
+        corpus = copy.copy(self.corpus)
+        corpus.seed = seed
+        share_rows = corpus.num_shards < streams
+        epoch, done = place or (0, 0)
+        while True:
+            for row in corpus.stream(epoch, *((0, 1) if share_rows else (number, streams)), done):
+                done += 1
+                if not share_rows or done % streams == number:
+                    yield self._record(row), [epoch, done]
+            epoch, done = epoch + 1, 0
+
+    def _record(self, row: Encoded) -> Any:
+        if not row.caption:
+            return ValueError(f"{row.key}: expected a caption, got none")
+        codebook_hash = self.corpus.layout.codebook_hash
+        return {"caption": row.caption, "codes": [row.ids], "codebook_hash": codebook_hash, "name": row.key}
+
+    def texts(self) -> Iterator[str]:
+        for row in self.corpus.stream(0):
+            if row.caption:
+                yield row.caption
+
+
+def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
+    """The source that a configuration names.
+
+    Raises:
+        ValueError, OSError: it is of no kind that has records, damaged, or cannot be read.
+    """
+    path, kind = config.path, kind_of(config.path)
+    options: dict[str, Any] = {"weight": config.weight, "question": config.question}
+    if kind == JSONL:
+        size = {"file": Path(path).name, "bytes": Path(path).stat().st_size}
+        return Records(Lines(path), config.task, folder=Path(path).parent, description=size, **options)
+    if kind == IDS_FILE:
+        images = CaptionedIds(path, config.captions)
+        size = {"file": Path(path).name, "images": len(images)}
+        return Records(images, config.task, codebook_hash=images.codebook_hash, description=size, **options)
+    if kind == SHARDS:
+        return Shards(config, rows)
+    if kind == FOLDER:
+        return Corpus(config, rows)
+    raise ValueError(f"path: expected .jsonl, .safetensors, webdataset shards or a corpus of ids, got {path}")
+
+
+def _read_shard(url: str, skip: int = 0) -> Iterator[ShardSample]:
+    return islice(read_shard(url, texts=True), skip, None)
+
+
+def _record(sample: ShardSample) -> Any:
+    """A shard's sample as a record, or the ValueError that says why it is none."""
+    if sample.problem:
+        return ValueError(sample.problem)
+    record: dict[str, Any] = {}
+    for suffix, content in sample.texts:
+        try:
+            text = content.decode()
+            if suffix.endswith("json"):
+                found = json.loads(text)
+                if isinstance(found, dict):
+                    record = {k: found[k] for k in ("messages", "caption") if k in found} | record
+            else:
+                record["caption"] = text.strip()
+        except ValueError as error:
+            return ValueError(f"{sample.name}.{suffix}: {error}")
+    if not record:
+        return ValueError(f"{sample.name}: expected a caption or messages in a .txt or .json, got none")
+    return {**record, "images": [sample], "name": sample.name}
+
+
+def _texts(record: Record) -> Iterator[str]:
+    for key in ("caption", "text"):
+        if isinstance(record.get(key), str):
+            yield record[key]
+    for message in record.get("messages", ()):
+        if isinstance(message.get("content"), str):
+            yield message["content"].replace(prompts.IMAGE, " ")
+
+
+def _digest(records: Sequence[Record | Sample]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        parts = record._asdict() if isinstance(record, Sample) else record
+        digest.update(json.dumps(parts, default=_plain, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else str(value)
