@@ -17,7 +17,8 @@ MAX_LINES, MAX_README_LINES = 450, 150
 
 # The floors of semhitok, lowest first. A module imports from its own floor and those below it.
 FLOORS = [
-    "__init__ _C _files _messages _optional clustering config distributed grouping ops quantizer reference usage vocabulary",
+    "__init__ _C _files _messages _optional clustering config distributed grouping ops quantizer reference usage "
+    "vocabulary",
     "models",
     "tokenizer",
     "data",

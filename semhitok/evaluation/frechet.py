@@ -19,7 +19,7 @@ from semhitok._optional import require
 from semhitok.evaluation.fixed_batches import BATCH
 
 # The network of published figures, as torch-fidelity converted it from TensorFlow.
-_INCEPTION_PREFIX = "6726825d"  # of the SHA-256 of its weights, as in the published file's name
+INCEPTION_PREFIX = "6726825d"  # of the SHA-256 of its weights, as in the published file's name
 
 Network = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> features [B, D], fp32
 
@@ -141,13 +141,13 @@ def _inception(file: str, device: torch.device | str) -> Network:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=_INCEPTION_PREFIX, progress=False)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_PREFIX, progress=False)
             except Exception as error:  # downloads raise many types
                 raise OSError(f"inception: weights are not available: {error}") from error
     # With other weights the numbers would look plausible, but would not be rFID.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(_INCEPTION_PREFIX):
-        raise ValueError(f"inception: {path}: expected SHA-256 {_INCEPTION_PREFIX}..., got {digest[:8]}...")
+    if not digest.startswith(INCEPTION_PREFIX):
+        raise ValueError(f"inception: {path}: expected SHA-256 {INCEPTION_PREFIX}..., got {digest[:8]}...")
     network = module.FeatureExtractorInceptionV3("inception", ["2048"], str(path)).to(device)
     return lambda images: network(images.to(device))[0]
 

@@ -27,7 +27,7 @@ SMALLEST = 16  # pixels a side of an image: the coarsest level of the sliced Was
 _PATCH = 7  # pixels a side of its patches
 _PATCHES = 128  # of an image and level
 _DIRECTIONS = 512  # that patches are projected to
-_CHUNK = 16  # images, or directions, at once
+CHUNK = 16  # images, or directions, at once
 
 
 def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def sliced_wasserstein(
     for a, b in zip(first, second, strict=True):
         directions = torch.randn(_DIRECTIONS, a.shape[1], generator=generator).to(a.device)
         total = 0.0
-        for part in (directions / directions.norm(dim=1, keepdim=True)).split(_CHUNK):
+        for part in (directions / directions.norm(dim=1, keepdim=True)).split(CHUNK):
             total += float(((part @ a.T).sort().values - (part @ b.T).sort().values).abs().mean(1).sum())
         levels.append(total / _DIRECTIONS * 1e3)
     return levels, sum(levels) / len(levels)
@@ -181,8 +181,8 @@ def _patches(images: torch.Tensor, places: list[torch.Tensor]) -> list[torch.Ten
     """Normalised patches at `places` in each level of Laplacian pyramids: fp32 [N * 128, 3 * 49] for each level."""
     offset = torch.arange(_PATCH, device=images.device)
     levels: list[list[torch.Tensor]] = [[] for _ in places]
-    for start in range(0, len(images), _CHUNK):
-        coarse = images[start : start + _CHUNK].float()
+    for start in range(0, len(images), CHUNK):
+        coarse = images[start : start + CHUNK].float()
         number = torch.arange(len(coarse), device=images.device).view(-1, 1, 1, 1)
         for n, place in enumerate(places):
             level = coarse
@@ -191,7 +191,7 @@ def _patches(images: torch.Tensor, places: list[torch.Tensor]) -> list[torch.Ten
                 spread = torch.zeros_like(level)
                 spread[:, :, ::2, ::2] = coarse
                 level = level - 4 * _binomial(spread)
-            top, left = place[:, start : start + _CHUNK, :, None, None].to(images.device)
+            top, left = place[:, start : start + CHUNK, :, None, None].to(images.device)
             # [n, patches, 7, 7, 3]: with index tensors on both sides of the slice, the channels come last
             found = level[number, :, top + offset[:, None], left + offset]
             levels[n].append(found.flatten(0, 1))

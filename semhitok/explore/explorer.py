@@ -16,7 +16,7 @@ from semhitok.evaluation.plots import code_colors
 from semhitok.tokenizer import SemHiTok
 
 MAX_SUB_CODES = 64  # shown for a patch; adaptive sub-codebooks may have more
-_DECODED_AT_ONCE = 16
+DECODED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Explorer:
         codes = view.codes.repeat(len(sub), 1, 1)
         codes[:, row, column] = first + sub
         p = self.tokenizer.config.patch_size
-        parts = [self.tokenizer.decode(part.to(self.device)) for part in codes.split(_DECODED_AT_ONCE)]
+        parts = [self.tokenizer.decode(part.to(self.device)) for part in codes.split(DECODED_AT_ONCE)]
         return crop_around(torch.cat(parts).float().cpu(), row, column, p, margin=p)
 
     def sharing(self, view: View, limit: int) -> Sharing:

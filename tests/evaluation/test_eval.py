@@ -499,7 +499,7 @@ def test_rfid_is_inceptions_pooled_features_and_its_weights_are_checked(tmp_path
     path = tmp_path / "weights.pth"
     torch.save(reference.state_dict(), path)
     monkeypatch.setattr(
-        "semhitok.evaluation.frechet._INCEPTION_PREFIX", hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        "semhitok.evaluation.frechet.INCEPTION_PREFIX", hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     )
     label, network = feature_network(f"inception={path}")
     images = to_uint8(smooth(2, 64))

@@ -170,7 +170,7 @@ def swd_by_scipy(a, b, generator):
 
 @pytest.mark.parametrize("chunk", [64, 2])
 def test_sliced_wasserstein_equals_scipy(chunk, monkeypatch):
-    monkeypatch.setattr("semhitok.evaluation.metrics._CHUNK", chunk)
+    monkeypatch.setattr("semhitok.evaluation.metrics.CHUNK", chunk)
     images, noisy = pair((3, 3, 64, 64), 0.1)
     levels, mean = sliced_wasserstein(noisy, images, seeded())
     assert levels == pytest.approx(swd_by_scipy(noisy, images, seeded()), rel=1e-3)

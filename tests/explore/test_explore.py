@@ -158,7 +158,7 @@ def test_alternatives_and_swaps(explorer, view):
 
 def test_of_a_large_sub_codebook_the_nearest_are_shown(explorer, view, monkeypatch):
     monkeypatch.setattr(module, "MAX_SUB_CODES", 2)
-    monkeypatch.setattr(module, "_DECODED_AT_ONCE", 1)
+    monkeypatch.setattr(module, "DECODED_AT_ONCE", 1)
     full = (view.z_pix[view.place] - sub_codebook(explorer, view)).square().sum(-1)
     sub, distances = explorer.sub_codes(view)
     assert sub.tolist() == sorted(full.argsort()[:2].tolist()) and torch.equal(distances, full[sub])
