@@ -98,7 +98,7 @@ class Page:
 
     def json(self, block: Block, file: str | None, run: bool) -> None:
         keys = {key for line in block.code.splitlines() for key in json.loads(line)}
-        read = (ROOT / "semhitok/mllm/data.py").read_text()
+        read = "".join((ROOT / "semhitok/mllm" / name).read_text() for name in ("sources.py", "rows.py"))
         assert all(f'"{key}"' in read for key in keys), f"expected keys that training reads, got {keys}"
 
     def text(self, block: Block, file: str | None, run: bool) -> None:
@@ -144,7 +144,7 @@ class Page:
                 Path(target).write_text(config)
         if not run or getattr(args, "print_config", False):
             return ""
-        own = SHORT.get(args.command, []) if args.command != "encode" or args.processes else []
+        own = SHORT.get(args.command, []) if args.command != "encode" or getattr(args, "processes", 1) > 1 else []
         code = None
 
         def call() -> None:
