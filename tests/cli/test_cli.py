@@ -16,7 +16,7 @@ from PIL import Image
 
 from semhitok.cli import COMMANDS, main
 from semhitok.cli.text import png_names
-from semhitok.config import preset
+from semhitok.config import preset, preset_names
 from semhitok.corpus.ids_file import load_codes, save_codes
 from semhitok.data.images import read_image, resize_crop
 from semhitok.evaluation.metrics import psnr, ssim
@@ -367,6 +367,16 @@ def test_help_has_an_example(command, capsys):
         main([command, "--help"])
     assert exit.value.code == 0
     assert f"semhitok {command}" in capsys.readouterr().out.partition("\n\n")[2]
+
+
+def test_the_help_names_every_benchmark_and_preset(capsys):
+    benchmarks = pytest.importorskip("semhitok.mllm.benchmarks")
+    names = {"eval-mllm": benchmarks.BENCHMARKS, "train": preset_names(), "train-mllm": preset_names("mllm")}
+    for command, expected in names.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines after hyphens
+        assert expected and all(name in printed for name in expected)
 
 
 def test_usage_errors(capsys):

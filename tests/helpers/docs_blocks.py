@@ -98,7 +98,7 @@ class Page:
 
     def json(self, block: Block, file: str | None, run: bool) -> None:
         keys = {key for line in block.code.splitlines() for key in json.loads(line)}
-        read = (ROOT / "semhitok/mllm/data.py").read_text()
+        read = "".join((ROOT / "semhitok/mllm" / name).read_text() for name in ("sources.py", "rows.py"))
         assert all(f'"{key}"' in read for key in keys), f"expected keys that training reads, got {keys}"
 
     def text(self, block: Block, file: str | None, run: bool) -> None:
