@@ -12,17 +12,13 @@ from typing import Any, BinaryIO
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write `data` to `path`: readers see the old file or the new one, never a part.
-
-    Raises:
-        OSError: the folder does not exist or is not writable, or the disk is full.
-    """
+    """Write `data` to `path`, as `open_atomic` does."""
     with open_atomic(path) as file:
         file.write(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON with a last line end, atomically; errors as from `write_atomic`."""
+    """Write `value` as indented JSON with a last line end, as `open_atomic` does."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

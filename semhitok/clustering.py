@@ -27,6 +27,12 @@ def randperm(n: int, generator: Generator, device: torch.device) -> Tensor:
     return torch.randperm(n, generator=generator, device=generator.device).to(device)
 
 
+def segment_means(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means [count, D] of the rows of x [N, D] with equal ids [N], 0 where there are none, and their numbers."""
+    sums, counts = ops.segment_sum(x, ids, count)
+    return sums / counts.clamp_min(1).unsqueeze(-1), counts
+
+
 def spherical_kmeans(x: Tensor, k: int, iterations: int, *, generator: Generator) -> Tensor:
     """k unit centres [k, D] of unit vectors x [N, D], by cosine.
 
@@ -52,22 +58,14 @@ def spherical_kmeans(x: Tensor, k: int, iterations: int, *, generator: Generator
 def grouped_kmeans(
     codebook: Tensor, x: Tensor, group: Tensor, iterations: int, offsets: Tensor | None = None
 ) -> Tensor:
-    """Euclidean k-means inside every group at once, starting from `codebook`; a code without vectors stays.
+    """Euclidean k-means of x [N, D] inside every group [N] at once; a code without vectors stays.
 
-    Args:
-        codebook: [K, m, D] fp32, or with offsets [T, D].
-        x: [N, D] fp32.
-        group: [N] int64 in [0, K).
-        iterations: of assignment and update.
-        offsets: [K + 1] int64, the first codes of groups of different sizes, and T.
-
-    Returns:
-        The codes, in the shape of `codebook`.
+    It starts from `codebook`, fp32 [K, m, D] or with offsets [T, D], and returns the codes in that shape.
     """
     grouping = Grouping.of(codebook, offsets)
     for _ in range(iterations):
         _, place = ops.nearest_subcode(x, codebook, group, "l2", offsets)
-        means, counts = _means(x, grouping.join(group, place), grouping.num_ids)
+        means, counts = segment_means(x, grouping.join(group, place), grouping.num_ids)
         used = (counts > 0).view(*codebook.shape[:-1], 1)
         codebook = torch.where(used, means.view_as(codebook), codebook)
     return codebook
@@ -76,13 +74,8 @@ def grouped_kmeans(
 def tokens_of_groups(group: Tensor, counts: Tensor, owner: Tensor, rank: Tensor, generator: Generator) -> Tensor:
     """The index of a random token for each of n sub-codes, from its own group; distinct while the group has enough.
 
-    Args:
-        group: [N] int64 in [0, K), of each token.
-        counts: [K] int64, tokens of each group.
-        owner, rank: [n] int64, of each sub-code its group and its place there.
-
-    Returns:
-        [n] int64 in [0, N); for a group without tokens, that of a token of some other group.
+    Tokens are in groups `group` [N], which have `counts` [K] tokens. Sub-codes [n] are in the groups `owner`, at the
+    places `rank`. For a group without tokens the result is the index of a token of some other group.
     """
     shuffle = randperm(len(group), generator, group.device)
     order = shuffle[torch.argsort(group[shuffle], stable=True)]
@@ -144,7 +137,7 @@ def allocate(z: Tensor, group: Tensor, num_groups: int, total: int) -> tuple[Ten
     final = (~made & ~dropped).nonzero().squeeze(1)
     final = final[cells.group[final].argsort(stable=True)]
     place = torch.zeros_like(kept).index_put_((final,), torch.arange(len(final), device=z.device))
-    means, counts = _means(z, place[kept[cell]], len(final))
+    means, counts = segment_means(z, place[kept[cell]], len(final))
     codes = torch.where(counts.unsqueeze(-1) > 0, means, z.mean(0))
     return torch.bincount(cells.group[final], minlength=num_groups), codes
 
@@ -156,14 +149,9 @@ def _cut_in_rounds(z: Tensor, group: Tensor, num_groups: int, cuts: int) -> tupl
     known. So all cells that may still count are cut at once, in about as many rounds as the most often cut group has
     levels, without a loop over cells.
     """
-    device = z.device
-    cell = group.clone()
-    cells = _Cells(
-        torch.arange(num_groups, device=device),
-        torch.full((num_groups,), -1, device=device),
-        torch.full((num_groups,), torch.inf, dtype=torch.float64, device=device),
-        torch.ones(num_groups, dtype=torch.bool, device=device),
-    )
+    cell, groups = group.clone(), torch.arange(num_groups, device=z.device)
+    endless = torch.full_like(groups, torch.inf, dtype=torch.float64)
+    cells = _Cells(groups, torch.full_like(groups, -1), endless, torch.ones_like(groups, dtype=torch.bool))
     while cuts:
         known = cells.worth[~cells.untried]
         least = known.topk(cuts).values[-1] if len(known) >= cuts else known.new_zeros(())
@@ -179,7 +167,7 @@ def _cut_in_rounds(z: Tensor, group: Tensor, num_groups: int, cuts: int) -> tupl
         divided = gain > 0
         parents = cut[divided].repeat_interleave(2)
         first = torch.full_like(cut, -1)
-        first[divided] = len(cells.group) + torch.arange(0, len(parents), 2, device=device)
+        first[divided] = len(cells.group) + torch.arange(0, len(parents), 2, device=z.device)
         halves = first[number[cell[tokens]]]
         cell[tokens] = torch.where(halves >= 0, halves + half, cell[tokens])
         new = _Cells(cells.group[parents], parents, cells.worth[parents], torch.ones_like(parents, dtype=torch.bool))
@@ -194,7 +182,7 @@ def cut_cells(x: Tensor, cell: Tensor, count: int) -> tuple[Tensor, Tensor]:
         gain [count] fp64, by how much the squared error falls, 0 where there is nothing to cut; and half [n] int64, 0
         or 1, the side of every point.
     """
-    away = x - _means(x, cell, count)[0][cell]
+    away = x - segment_means(x, cell, count)[0][cell]
     # The longest axis by power iteration, from the coordinate that varies most.
     spread = ops.segment_sum(away.square(), cell, count)[0]
     axis = F.one_hot(spread.argmax(-1), x.shape[1]).to(x.dtype)
@@ -213,11 +201,5 @@ def cut_cells(x: Tensor, cell: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _half_means(x: Tensor, cell: Tensor, half: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Means [count, 2, D] and numbers [count, 2] of the points in both halves of every cell."""
-    means, counts = _means(x, 2 * cell + half, 2 * count)
+    means, counts = segment_means(x, 2 * cell + half, 2 * count)
     return means.view(count, 2, -1), counts.view(count, 2)
-
-
-def _means(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means [count, D] of the rows of x [N, D] with equal ids [N], 0 where there are none, and their numbers."""
-    sums, counts = ops.segment_sum(x, ids, count)
-    return sums / counts.clamp_min(1).unsqueeze(-1), counts

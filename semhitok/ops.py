@@ -16,7 +16,8 @@ Their contract is the same on every backend (csrc/ops.cpp states and checks it):
   offsets[K] = T. A flat code is offsets[i] + j. Other offsets raise on the CPU; on CUDA, where a check would wait for
   the device, they give meaningless ids, but in range, and nothing outside the table is read.
 - Ids out of range do not raise, since a check would wait for the device; each op says what they give.
-- Every other mistake raises RuntimeError with the argument, what was expected and what it got.
+- Every other mistake (a wrong dtype, shape, device or metric) raises RuntimeError with the argument, what was expected
+  and what it got.
 - The same input gives the same bits, on every run and with any number of threads.
 - Under autocast the floating-point inputs are cast to float32 first, and so are the outputs.
 """
@@ -59,9 +60,6 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tenso
         scores [...] (float32, or float64 when an input is), differentiable in z and codebook;
         ids [...] int64 in [0, K).
 
-    Raises:
-        RuntimeError: a wrong dtype, shape, device or metric.
-
     Equivalent to: `(z @ codebook.T + bias).max(-1)`.
 
     On the CPU the packed form of a codebook is cached, and packed again once its values change.
@@ -85,9 +83,6 @@ def nearest_subcode(
         scores [...] (float32, or float64 when an input is), differentiable in z and sub_codebooks;
         ids [...] int64 in [0, m), with offsets in [0, m_i).
 
-    Raises:
-        RuntimeError: a wrong dtype, shape, device or metric.
-
     Equivalent to: `(einsum("...d,...md->...m", z, sub_codebooks[group]) + bias).max(-1)`.
     """
     return _ops.nearest_subcode(z, sub_codebooks, group, metric, offsets)
@@ -109,17 +104,13 @@ def hier_quantize(
         z_pix: [..., Dp], floating point, the leading dimensions of z_sem.
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        sem_metric: "ip" or "l2".
-        pix_metric: "ip" or "l2".
+        sem_metric, pix_metric: "ip" or "l2".
         offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:
         q_sem [..., Ds] = sem_codebook[i] and q_pix [..., Dp] = pix_codebook[i, j], differentiable in the codebooks and
         constant in z (straight-through estimation is the quantizer module's);
         codes [...] int64 = i * m + j, with offsets offsets[i] + j.
-
-    Raises:
-        RuntimeError: a wrong dtype, shape, device or metric.
 
     Equivalent to: nearest_code, nearest_subcode with group = i, and two gathers, without an N x K or N x m x Dp
     intermediate.
@@ -141,9 +132,6 @@ def hier_lookup(
     Returns:
         q_sem [..., Ds] and q_pix [..., Dp], in their codebook's dtype and differentiable in it.
 
-    Raises:
-        RuntimeError: a wrong dtype, shape or device.
-
     Equivalent to: `sem_codebook[codes // m], pix_codebook.flatten(0, 1)[codes]`.
     """
     return _ops.hier_lookup(codes, sem_codebook, pix_codebook, offsets)
@@ -161,9 +149,6 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
         sums [S, D] (float32, or float64 for float64 values), added in fp64 in a fixed order (on the CPU that
         of the rows) and rounded once, differentiable in values; counts [S] int64.
 
-    Raises:
-        RuntimeError: a wrong dtype, shape or device.
-
     Equivalent to: `zeros(S, D).index_add_(0, ids, values), bincount(ids, minlength=S)`.
     """
     return _ops.segment_sum(values, ids, num_segments)
@@ -173,13 +158,14 @@ def segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor,
 
 
 def _check(condition: Any, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
+    """RuntimeError unless `condition` holds; it may compare symbolic sizes."""
+    torch._check(condition, lambda: message)
 
 
-def _check_float(name: str, t: Tensor) -> None:
-    got = str(t.dtype).removeprefix("torch.")
-    _check(t.dtype in _FLOATS, f"{name}: expected float32, float16, bfloat16 or float64, got {got}")
+def _check_floats(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        got = str(t.dtype).removeprefix("torch.")
+        _check(t.dtype in _FLOATS, f"{name}: expected float32, float16, bfloat16 or float64, got {got}")
 
 
 def _check_ids(name: str, t: Tensor) -> None:
@@ -190,23 +176,22 @@ def _check_dims(name: str, t: Tensor, dims: int, layout: str) -> None:
     _check(t.dim() == dims, f"{name}: expected {dims} dimensions {layout}, got {t.dim()}")
 
 
-def _check_metric(name: str, metric: str) -> None:
-    _check(metric in ("ip", "l2"), f'{name}: expected "ip" or "l2", got "{metric}"')
+def _check_metrics(**metrics: str) -> None:
+    for name, metric in metrics.items():
+        _check(metric in ("ip", "l2"), f'{name}: expected "ip" or "l2", got "{metric}"')
 
 
 def _check_tokens(name: str, z: Tensor, codebook_name: str, codebook: Tensor) -> None:
     _check(z.dim() >= 1, f"{name}: expected at least 1 dimension [..., D], got a scalar")
-    torch._check(
-        z.shape[-1] == codebook.shape[-1],
-        lambda: f"{name}: expected last dimension {codebook.shape[-1]} ({codebook_name}.shape[-1]), got {z.shape[-1]}",
-    )
+    expected, got = codebook.shape[-1], z.shape[-1]
+    _check(got == expected, f"{name}: expected last dimension {expected} ({codebook_name}.shape[-1]), got {got}")
 
 
 def _check_leading(name: str, got: torch.Size, other: str, expected: torch.Size) -> None:
     message = f"{name}: expected leading dimensions {list(expected)} (those of {other}), got {list(got)}"
     _check(len(got) == len(expected), message)
     for a, b in zip(got, expected, strict=True):
-        torch._check(a == b, lambda: message)
+        _check(a == b, message)
 
 
 def _score_dtype(*tensors: Tensor) -> torch.dtype:
@@ -215,9 +200,8 @@ def _score_dtype(*tensors: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("semhitok::nearest_code")
 def _(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
-    _check_metric("metric", metric)
-    _check_float("z", z)
-    _check_float("codebook", codebook)
+    _check_metrics(metric=metric)
+    _check_floats(z=z, codebook=codebook)
     _check_dims("codebook", codebook, 2, "[K, D]")
     _check_tokens("z", z, "codebook", codebook)
     return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, codebook)), z.new_empty(z.shape[:-1], dtype=torch.int64)
@@ -226,34 +210,28 @@ def _(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
 def _check_sub_codebooks(
     name: str, table: Tensor, depth: str, offsets: Tensor | None, sem_codebook: Tensor | None = None
 ) -> None:
+    num_codes = None if sem_codebook is None else sem_codebook.shape[0]
     if offsets is None:
         _check_dims(name, table, 3, f"[K, m, {depth}]")
-        if sem_codebook is not None:
-            num_codes = sem_codebook.shape[0]
-            message = f"{name}: expected first dimension {num_codes} (sem_codebook.shape[0]), got {table.shape[0]}"
-            torch._check(table.shape[0] == num_codes, lambda: message)
+        message = f"{name}: expected first dimension {num_codes} (sem_codebook.shape[0]), got {table.shape[0]}"
+        _check(num_codes is None or table.shape[0] == num_codes, message)
         return
     _check_dims(name, table, 2, f"[T, {depth}] (with offsets)")
     _check_ids("offsets", offsets)
-    if sem_codebook is None:
-        _check(
-            offsets.dim() == 1 and offsets.shape[0] >= 2,
-            f"offsets: expected shape [K + 1] with K of at least 1, got {list(offsets.shape)}",
-        )
+    if num_codes is None:
+        expected, fits = "[K + 1] with K of at least 1", offsets.dim() == 1 and offsets.shape[0] >= 2
     else:
-        num_codes = sem_codebook.shape[0]
-        message = f"offsets: expected shape [{num_codes + 1}] (sem_codebook.shape[0] + 1), got {list(offsets.shape)}"
-        _check(offsets.dim() == 1, message)
-        torch._check(offsets.shape[0] == num_codes + 1, lambda: message)
+        expected = f"[{num_codes + 1}] (sem_codebook.shape[0] + 1)"
+        fits = offsets.dim() == 1 and offsets.shape[0] == num_codes + 1
+    _check(fits, f"offsets: expected shape {expected}, got {list(offsets.shape)}")
 
 
 @torch.library.register_fake("semhitok::nearest_subcode")
 def _(
     z: Tensor, sub_codebooks: Tensor, group: Tensor, metric: str = "l2", offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check_metric("metric", metric)
-    _check_float("z", z)
-    _check_float("sub_codebooks", sub_codebooks)
+    _check_metrics(metric=metric)
+    _check_floats(z=z, sub_codebooks=sub_codebooks)
     _check_ids("group", group)
     _check_sub_codebooks("sub_codebooks", sub_codebooks, "D", offsets)
     _check_tokens("z", z, "sub_codebooks", sub_codebooks)
@@ -262,8 +240,7 @@ def _(
 
 
 def _check_codebooks(sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
-    _check_float("sem_codebook", sem_codebook)
-    _check_float("pix_codebook", pix_codebook)
+    _check_floats(sem_codebook=sem_codebook, pix_codebook=pix_codebook)
     _check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]")
     _check_sub_codebooks("pix_codebook", pix_codebook, "Dp", offsets, sem_codebook)
 
@@ -278,10 +255,8 @@ def _(
     pix_metric: str = "l2",
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_metric("sem_metric", sem_metric)
-    _check_metric("pix_metric", pix_metric)
-    _check_float("z_sem", z_sem)
-    _check_float("z_pix", z_pix)
+    _check_metrics(sem_metric=sem_metric, pix_metric=pix_metric)
+    _check_floats(z_sem=z_sem, z_pix=z_pix)
     _check_codebooks(sem_codebook, pix_codebook, offsets)
     _check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook)
     _check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook)
@@ -308,12 +283,11 @@ def _(
 
 @torch.library.register_fake("semhitok::segment_sum")
 def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    _check_float("values", values)
+    _check_floats(values=values)
     _check_ids("ids", ids)
     _check_dims("values", values, 2, "[N, D]")
-    message = f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}"
-    _check(ids.dim() == 1, message)
-    torch._check(ids.shape[0] == values.shape[0], lambda: message)
+    fits = ids.dim() == 1 and ids.shape[0] == values.shape[0]
+    _check(fits, f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}")
     return (
         values.new_empty((num_segments, values.shape[1]), dtype=_score_dtype(values)),
         values.new_empty((num_segments,), dtype=torch.int64),
@@ -329,55 +303,42 @@ def _rows_gradient(grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype)
     return sums.to(dtype)
 
 
-def _score_gradients(
-    ctx: Any, grad: Tensor, z: Tensor, rows: Tensor, ids: Tensor, found: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of scores [...] with respect to z [..., D] and the codebook rows [C, D], of which ids [...] won."""
-    weight = torch.where(found, grad, 0.0).to(_score_dtype(z, rows))[..., None]
-    # Where nothing was found the row may hold NaN, which a weight of zero would keep.
-    won = torch.where(found[..., None], rows[ids].to(weight.dtype), 0.0)
-    token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
-    grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
-    grad_rows = None
-    if ctx.needs_input_grad[1]:
-        pull = token - won if ctx.metric == "l2" else token
-        grad_rows = _rows_gradient(weight * pull, ids, rows.shape[0], rows.dtype)
-    return grad_z, grad_rows
-
-
 def _nearest_code_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, codebook, ctx.metric = inputs
-    scores, ids = output
-    ctx.mark_non_differentiable(ids)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, codebook, ids, ~scores.detach().isnan())
-
-
-def _nearest_code_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
-    if grad is None:
-        return None, None, None
-    z, codebook, ids, found = ctx.saved_tensors
-    return *_score_gradients(ctx, grad, z, codebook, ids, found), None
+    z, codebook, metric = inputs
+    _nearest_subcode_setup(ctx, (z, codebook, None, metric, None), output)
 
 
 def _nearest_subcode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, sub_codebooks, group, ctx.metric, offsets = inputs
+    z, codebook, group, ctx.metric, offsets = inputs
     scores, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, sub_codebooks, group, ids, ~scores.detach().isnan(), offsets)
+    ctx.save_for_backward(z, codebook, group, ids, ~scores.detach().isnan(), offsets)
+
+
+def _nearest_code_backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+    return _nearest_subcode_backward(ctx, grad, _)[:3]
 
 
 def _nearest_subcode_backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
     if grad is None:
         return None, None, None, None, None
-    z, sub_codebooks, group, ids, found, offsets = ctx.saved_tensors
-    rows = sub_codebooks.reshape(-1, sub_codebooks.shape[-1])
-    flat = Grouping.of(sub_codebooks, offsets).join(torch.where(found, group, 0), ids)
-    # Offsets on a GPU may hold anything: no row outside the table is read.
-    flat = torch.where(found, flat, 0).clamp(0, rows.shape[0] - 1)
-    grad_z, grad_rows = _score_gradients(ctx, grad, z, rows, flat, found)
-    return grad_z, None if grad_rows is None else grad_rows.view(sub_codebooks.shape), None, None, None
+    z, codebook, group, ids, found, offsets = ctx.saved_tensors
+    rows = codebook.reshape(-1, codebook.shape[-1])
+    if group is not None:
+        flat = Grouping.of(codebook, offsets).join(torch.where(found, group, 0), ids)
+        # Offsets on a GPU may hold anything: no row outside the table is read.
+        ids = torch.where(found, flat, 0).clamp(0, rows.shape[0] - 1)
+    weight = torch.where(found, grad, 0.0).to(_score_dtype(z, rows))[..., None]
+    # Where nothing was found the row may hold NaN, which a weight of zero would keep.
+    won = torch.where(found[..., None], rows[ids].to(weight.dtype), 0.0)
+    token = torch.where(found[..., None], z.to(weight.dtype), 0.0)
+    grad_z = (weight * won).to(z.dtype) if ctx.needs_input_grad[0] else None
+    grad_codebook = None
+    if ctx.needs_input_grad[1]:
+        pull = token - won if ctx.metric == "l2" else token
+        grad_codebook = _rows_gradient(weight * pull, ids, rows.shape[0], rows.dtype).view(codebook.shape)
+    return grad_z, grad_codebook, None, None, None
 
 
 def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, sem: bool, pix: bool) -> Any:
@@ -393,26 +354,22 @@ def _codebook_gradients(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | No
     return to_sem, to_pix
 
 
-def _save_codes(ctx: Any, codes: Tensor, sem_codebook: Tensor, pix_codebook: Tensor, offsets: Tensor | None) -> None:
+def _hier_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    _hier_lookup_setup(ctx, (output[2], inputs[2], inputs[3], inputs[6]), output)
+
+
+def _hier_lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    codes, sem_codebook, pix_codebook, offsets = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(codes, offsets)
     ctx.num_groups, ctx.pix_shape = sem_codebook.shape[0], pix_codebook.shape
     ctx.sem_dtype, ctx.pix_dtype = sem_codebook.dtype, pix_codebook.dtype
 
 
-def _hier_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[2])
-    _save_codes(ctx, output[2], inputs[2], inputs[3], inputs[6])
-
-
 def _hier_quantize_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None, _: None) -> Any:
-    needs = ctx.needs_input_grad
-    to_sem, to_pix = _codebook_gradients(ctx, grad_sem, grad_pix, needs[2], needs[3])
-    return None, None, to_sem, to_pix, None, None, None
-
-
-def _hier_lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save_codes(ctx, *inputs)
+    gradients = _codebook_gradients(ctx, grad_sem, grad_pix, *ctx.needs_input_grad[2:4])
+    return None, None, *gradients, None, None, None
 
 
 def _hier_lookup_backward(ctx: Any, grad_sem: Tensor | None, grad_pix: Tensor | None) -> Any:

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from semhitok import distributed, ops
-from semhitok.clustering import allocate, grouped_kmeans, randint, randperm, spherical_kmeans, tokens_of_groups
+from semhitok import clustering, distributed, ops
 from semhitok.grouping import Grouping
 from semhitok.usage import CodeUsage
 
@@ -83,22 +82,19 @@ class SemanticQuantizer(nn.Module):
             ValueError: fewer vectors than codes, or no generator where there are several processes.
         """
         generator = _generator(generator)
-        if distributed.rank() == 0 or len(z) < len(self.codebook):
-            self.codebook.copy_(spherical_kmeans(z.float(), len(self.codebook), iterations, generator=generator))
+        k = len(self.codebook)
+        if distributed.rank() == 0 or len(z) < k:
+            self.codebook.copy_(clustering.spherical_kmeans(z.float(), k, iterations, generator=generator))
         distributed.broadcast(self.codebook)
         distributed.check_equal(self.codebook, "codebook")
         self.misses.zero_()
 
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor) -> None:
-        """Norm-EMA: w <- normalize(decay w + (1 - decay) mean of the code's tokens).
+        """Norm-EMA by unit vectors z [..., Ds] and the codes [...] that `forward` gave for them.
 
-        The step does not depend on how many tokens a code has; a code without tokens stays as it is. Processes exchange
-        one tensor [K, Ds + 1].
-
-        Args:
-            z: unit vectors [..., Ds].
-            codes: [...] int64, what `forward` gave for them.
+        w <- normalize(decay w + (1 - decay) mean of the code's tokens). The step does not depend on how many tokens a
+        code has; a code without tokens stays as it is. Processes exchange one tensor [K, Ds + 1].
         """
         z, codes = z.float().reshape(-1, z.shape[-1]), codes.reshape(-1)
         sums, counts = ops.segment_sum(z, codes, len(self.codebook))
@@ -117,8 +113,7 @@ class SemanticQuantizer(nn.Module):
     def restart(self, z: Tensor, window: int, *, generator: Generator | None = None) -> int:
         """Move every code unused for window * K tokens onto a random token of z [..., Ds], of any process.
 
-        Returns:
-            The number of codes moved.
+        Returns the number of codes moved. Without a generator torch's default one draws, where there is one process.
 
         Raises:
             ValueError: no generator where there are several processes.
@@ -127,7 +122,7 @@ class SemanticQuantizer(nn.Module):
         z = z.float().reshape(-1, z.shape[-1])
         dead = (self.misses >= window * len(self.misses)).nonzero().squeeze(1)
         if len(dead):  # the same on every process
-            pick = randint(len(z) * distributed.world_size(), len(dead), generator, z.device)
+            pick = clustering.randint(len(z) * distributed.world_size(), len(dead), generator, z.device)
             self.codebook[dead] = distributed.pick_rows(z, pick)
             self.misses[dead] = 0
         return len(dead)
@@ -243,8 +238,7 @@ class HierarchicalQuantizer(nn.Module):
         if self.offsets is None:
             means = self.pix_codebook.mean(1)
         else:
-            sums, sizes = ops.segment_sum(self.pix_codebook, self._places()[0], self.num_codes)
-            means = sums / sizes.unsqueeze(-1)
+            means, _ = clustering.segment_means(self.pix_codebook, self._places()[0], self.num_codes)
         return F.embedding(self.split(codes)[0], means)
 
     @torch.no_grad()
@@ -253,24 +247,21 @@ class HierarchicalQuantizer(nn.Module):
     ) -> None:
         """Set the sub-codes by k-means inside every semantic group, fitted by the first process.
 
-        A group starts from m of its own tokens. Adaptive sizes are set first, by `allocate`, and k-means starts from
-        its codes. Codes for which a group has no tokens start at the group's mean plus the difference of a random token
-        from the mean of its own group: sub-codes that started from one point would tie and stay together.
+        A group starts from m of its own tokens. Adaptive sizes are set first, by `clustering.allocate`, and k-means
+        starts from its codes. Codes for which a group has no tokens start at the group's mean plus the difference of a
+        random token from the mean of its own group: sub-codes that started from one point would tie and stay together.
 
         Args:
             z_pix: [N, Dp], floating point.
             sem_codes: [N] int64 in [0, K).
             iterations: of k-means.
-            generator: None takes torch's default one, where there is one process.
-
-        Raises:
-            ValueError: no generator where there are several processes.
+            generator: as in `SemanticQuantizer.restart`, with the same error.
         """
         generator = _generator(generator)
         if distributed.rank() == 0:
             z = z_pix.float()
             start = self._start(z, sem_codes, generator)
-            self.pix_codebook.copy_(grouped_kmeans(start, z, sem_codes, iterations, self.offsets))
+            self.pix_codebook.copy_(clustering.grouped_kmeans(start, z, sem_codes, iterations, self.offsets))
         for name in ("pix_codebook", "offsets"):
             if (tensor := getattr(self, name)) is not None:
                 distributed.broadcast(tensor)
@@ -281,16 +272,15 @@ class HierarchicalQuantizer(nn.Module):
     def _start(self, z: Tensor, sem_codes: Tensor, generator: Generator) -> Tensor:
         """Where k-means starts, in the shape of `pix_codebook`. Sets adaptive sizes."""
         total, K = self.weights.numel(), self.num_codes
-        sums, counts = ops.segment_sum(z, sem_codes, K)
-        centers = sums / counts.clamp_min(1).unsqueeze(-1)
+        centers, counts = clustering.segment_means(z, sem_codes, K)
         centers = torch.where(counts.unsqueeze(-1) > 0, centers, z.mean(0))
-        shuffle = randperm(len(z), generator, z.device)
-        strangers = randint(len(z), K, generator, z.device)
+        shuffle = clustering.randperm(len(z), generator, z.device)
+        strangers = clustering.randint(len(z), K, generator, z.device)
         if self.offsets is None:
             owner, rank = self._places()
-            own, have = z[tokens_of_groups(sem_codes, counts, owner, rank, generator)], counts
+            own, have = z[clustering.tokens_of_groups(sem_codes, counts, owner, rank, generator)], counts
         else:
-            have, found = allocate(z, sem_codes, K, total)
+            have, found = clustering.allocate(z, sem_codes, K, total)
             lacking = total - len(found)
             sizes = have + lacking // K + (torch.arange(K, device=z.device) < lacking % K)
             self.offsets[1:] = sizes.cumsum(0)
@@ -310,32 +300,25 @@ class HierarchicalQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z_pix: Tensor, codes: Tensor, *, z_sem: Tensor | None = None) -> None:
-        """Moving averages: w <- decay w + (1 - decay) n, then c <- c + (1 - decay) n / w (mean of its n tokens - c).
+        """Moving averages, by z_pix [..., Dp] and the codes [...] that `forward` gave for them.
 
-        This is the quotient of a moving sum and a moving count, without keeping the sum. A sub-code without tokens
-        stays where it is while its weight fades, so that it follows the next ones faster.
-
-        Args:
-            z_pix: [..., Dp].
-            codes: [...] int64, what `forward` gave for them.
-            z_sem: [..., Ds], to update the semantic codes too.
+        w <- decay w + (1 - decay) n, then c <- c + (1 - decay) n / w (mean of its n tokens - c). This is the quotient
+        of a moving sum and a moving count, without keeping the sum. A sub-code without tokens stays where it is while
+        its weight fades, so that it follows the next ones faster. z_sem [..., Ds] updates the semantic codes too.
         """
         if z_sem is not None:
             self.semantic.update(z_sem, self.split(codes)[0])
-        total, dim = self.weights.numel(), self.pix_codebook.shape[-1]
-        # Whole tokens are exchanged: fewer bytes than sums of all K * m sub-codes, and the same bits as one process.
-        z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
-        codes = distributed.gather_rows(codes.reshape(-1))
+        z, codes = _gathered(z_pix, codes)
         # One row for every sub-code that has tokens: there are far fewer of those than K * m.
         present, place = codes.unique(return_inverse=True)
         sums, counts = ops.segment_sum(z, place, len(present))
-        all_counts = torch.zeros(total, dtype=torch.int64, device=codes.device)
+        all_counts = torch.zeros_like(self.misses).flatten()
         all_counts[present] = counts
         self.usage.offsets = self.offsets  # loading or moving the module may have replaced them
         self.usage.add(all_counts)
         self.weights.lerp_(all_counts.view_as(self.weights).float(), 1 - self.decay)
         rate = (1 - self.decay) / self.weights.view(-1)[present].clamp_min(torch.finfo(torch.float32).tiny)
-        book = self.pix_codebook.view(total, dim)
+        book = self.pix_codebook.view(-1, z.shape[-1])
         old = book[present]
         book[present] = old + rate.unsqueeze(-1) * (sums - counts.unsqueeze(-1) * old)
 
@@ -355,23 +338,10 @@ class HierarchicalQuantizer(nn.Module):
         absent semantic code do not age. It is moved at the age of `window` tokens; where sizes are adaptive, of
         `window` * m_i: there sub-codes are where errors are large, not where tokens are many, and rare ones matter.
 
-        Args:
-            z_pix: [..., Dp].
-            codes: [...] int64, what `forward` gave for them.
-            window: tokens.
-            z_sem: [..., Ds], to restart the semantic codes too.
-            generator: None takes torch's default one, where there is one process.
-
-        Returns:
-            The number of codes moved.
-
-        Raises:
-            ValueError: no generator where there are several processes.
+        Arguments are as in `update`; generators, the result and errors as in `SemanticQuantizer.restart`.
         """
         generator = _generator(generator)
-        dim = self.pix_codebook.shape[-1]
-        z = distributed.gather_rows(z_pix.float().reshape(-1, dim))
-        codes = distributed.gather_rows(codes.reshape(-1))
+        z, codes = _gathered(z_pix, codes)
         semantic, _ = self.split(codes)
         counts = torch.zeros_like(self.semantic.misses).scatter_add_(0, semantic, torch.ones_like(codes))
         self.misses += self._repeat(counts)
@@ -379,8 +349,8 @@ class HierarchicalQuantizer(nn.Module):
         limit = window if self.offsets is None else window * self._repeat(self.sizes)
         dead = ((self.misses >= limit) & (self._repeat(counts) > 0)).view(-1).nonzero().squeeze(1)
         if len(dead):
-            pick = tokens_of_groups(semantic, counts, *self.split(dead), generator)
-            self.pix_codebook.view(-1, dim)[dead] = z[pick]
+            pick = clustering.tokens_of_groups(semantic, counts, *self.split(dead), generator)
+            self.pix_codebook.view(-1, z.shape[-1])[dead] = z[pick]
             self.weights.view(-1)[dead] = 1
             self.misses.view(-1)[dead] = 0
         return len(dead) + (0 if z_sem is None else self.semantic.restart(z_sem, window, generator=generator))
@@ -389,6 +359,15 @@ class HierarchicalQuantizer(nn.Module):
 def _commitment(z: Tensor, q: Tensor) -> Tensor:
     """The mean over tokens of |z - sg(q)|^2, of z and q [..., Ds]."""
     return (z - q).square().sum(-1).mean()
+
+
+def _gathered(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens [N, D] fp32 and codes [N] of all processes.
+
+    Whole tokens are exchanged: fewer bytes than sums of all K * m sub-codes, and the same bits as one process.
+    """
+    z, codes = z.float().reshape(-1, z.shape[-1]), codes.reshape(-1)
+    return distributed.gather_rows(z), distributed.gather_rows(codes)
 
 
 def _generator(generator: Generator | None) -> Generator:

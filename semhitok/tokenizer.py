@@ -73,13 +73,9 @@ class SemHiTok(nn.Module):
     @property
     def vocabulary(self) -> Vocabulary:
         """The image ids, with the hash of the codebooks they belong to."""
-        offsets = self.quantizer.offsets
-        return Vocabulary(
-            self.config.num_codes,
-            self.config.num_sub_codes,
-            codebook_hash=self.codebook_hash,
-            offsets=None if offsets is None else tuple(offsets.tolist()),
-        )
+        q = self.quantizer
+        offsets = None if q.offsets is None else tuple(q.offsets.tolist())
+        return Vocabulary(q.num_codes, q.num_sub_codes, codebook_hash=self.codebook_hash, offsets=offsets)
 
     @property
     def codebook_hash(self) -> str:
@@ -108,13 +104,7 @@ class SemHiTok(nn.Module):
     def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
         """Ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
 
-        Args:
-            codes: int64 [B, h, w].
-            semantic_only: replace every sub-code by the mean of its sub-codebook, so that only the semantic codes are
-                decoded.
-
-        Raises:
-            ValueError: another shape or dtype, or an id outside [0, K * m).
+        With `semantic_only` the mean of a sub-codebook replaces each of its sub-codes. Errors are those of `features`.
         """
         q = self.features(codes)
         q_pix = self.quantizer.group_means(codes) if semantic_only else q.pixel
@@ -173,17 +163,10 @@ class SemHiTok(nn.Module):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in (state or self.stored_state()).items()}
-        # Not a format of ours: readers of safetensors expect "pt" for tensors of PyTorch.
-        weights = safetensors.save(state, metadata={"format": "pt"})
-        description = {
-            "format": "semhitok",
-            "version": FORMAT_VERSION,
-            "codebook_sha256": self.codebook_hash,
-            "model": self.config.to_dict(),
-        }
-        # The weights go first: a folder with config.json is a complete checkpoint.
-        write_atomic(folder / WEIGHTS_FILE, weights)
-        write_json(folder / CONFIG_FILE, description)
+        # The weights go first: a folder with config.json is a complete checkpoint. Readers of safetensors expect "pt".
+        write_atomic(folder / WEIGHTS_FILE, safetensors.save(state, metadata={"format": "pt"}))
+        description = {"format": "semhitok", "version": FORMAT_VERSION, "codebook_sha256": self.codebook_hash}
+        write_json(folder / CONFIG_FILE, description | {"model": self.config.to_dict()})
 
     @classmethod
     def from_pretrained(
@@ -200,8 +183,8 @@ class SemHiTok(nn.Module):
             OSError: a file is missing or cannot be fetched.
             ValueError: a file is damaged or does not fit the others; the message names it.
         """
-        safetensors = require("safetensors", "models")
-        safetensors_torch = require("safetensors.torch", "models")
+        safetensors = require("safetensors")
+        require("safetensors.torch")
         folder = Path(source)
         if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.exists():
             folder = _fetch(str(source), revision)
@@ -219,7 +202,7 @@ class SemHiTok(nn.Module):
         except (ValueError, TypeError) as error:  # UnicodeDecodeError, JSONDecodeError are ValueErrors
             raise ValueError(f"{config_path}: not a SemHiTok config: {error}") from error
         try:
-            state = safetensors_torch.load_file(weights_path)
+            state = safetensors.torch.load_file(weights_path)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{weights_path}: not a whole safetensors file: {error}") from error
         model = cls(config, teacher=teacher, load_teacher=config.teacher.pretrained)
@@ -229,9 +212,8 @@ class SemHiTok(nn.Module):
         found = {k: v.shape for k, v in state.items()}
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
-                raise ValueError(
-                    f"{weights_path}: {key}: expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
-                )
+                shapes = f"expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
+                raise ValueError(f"{weights_path}: {key}: {shapes}")
         if config.adaptive:
             offsets = state["quantizer.offsets"]
             try:

@@ -79,17 +79,12 @@ class CodeUsage:
         if not bool(tokens.any()):
             return {view: {"usage": 0.0, "perplexity": 0.0} for view in ("semantic", "flat", "group")}
         used = tokens > 0
-        return {
-            "semantic": {"usage": used.double().mean().item(), "perplexity": _entropy(tokens).exp().item()},
-            "flat": {
-                "usage": (counts > 0).double().mean().item(),
-                "perplexity": _entropy(counts.flatten()).exp().item(),
-            },
-            "group": {
-                "usage": (within_used[used].sum() / sizes[used].sum()).item(),
-                "perplexity": ((within * tokens).sum() / tokens.sum()).item(),
-            },
+        views = {
+            "semantic": (used.double().mean(), _entropy(tokens).exp()),
+            "flat": ((counts > 0).double().mean(), _entropy(counts.flatten()).exp()),
+            "group": (within_used[used].sum() / sizes[used].sum(), (within * tokens).sum() / tokens.sum()),
         }
+        return {view: {"usage": share.item(), "perplexity": even.item()} for view, (share, even) in views.items()}
 
     def figures(self) -> dict[str, float]:
         """`summary` as one level: {"semantic_usage", "semantic_perplexity", "flat_usage", ...}."""

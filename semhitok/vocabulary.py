@@ -124,20 +124,12 @@ class Vocabulary:
         return codes if isinstance(semantic, torch.Tensor) or isinstance(sub, torch.Tensor) else int(codes)
 
     def split(self, codes: Ids) -> tuple[Ids, Ids]:
-        """Semantic codes and sub-codes (i, j) of flat ids h: (h // m, h % m), or by the offsets.
-
-        Raises:
-            ValueError: not integers, or out of [0, K * m).
-        """
+        """Semantic codes and sub-codes (i, j) of flat ids h: (h // m, h % m), or by the offsets; errors as `check`."""
         semantic, sub = self.grouping.split(torch.as_tensor(self.check(codes)))
         return (semantic, sub) if isinstance(codes, torch.Tensor) else (int(semantic), int(sub))
 
     def to_text(self, codes: Ids) -> Ids:
-        """Flat ids -> ids of the language model: adds `text_size`.
-
-        Raises:
-            ValueError: not integers, or out of [0, K * m).
-        """
+        """Flat ids -> ids of the language model: adds `text_size`; errors as `check`."""
         return self.check(codes) + self.text_size
 
     def from_text(self, ids: Ids) -> Ids:
@@ -210,7 +202,7 @@ class Vocabulary:
 
 
 def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offsets: torch.Tensor | None = None) -> str:
-    """SHA-256 of a pair of codebooks: of their shapes and little-endian fp32 values, and of the offsets.
+    """SHA-256 of a pair of codebooks, in 64 hexadecimal digits: of their shapes, fp32 values and offsets.
 
     The same on every device and machine. Codebooks in fp16 and bf16 are hashed as fp32.
 
@@ -218,9 +210,6 @@ def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offset
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
         offsets: [K + 1] int64, the first rows of sub-codebooks of different sizes, and T.
-
-    Returns:
-        64 hexadecimal digits.
 
     Raises:
         ValueError: other shapes.
@@ -241,9 +230,8 @@ def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offset
         if sys.byteorder == "big":
             values = values.view(torch.uint8).unflatten(-1, (-1, 4)).flip(-1).contiguous()
         # Without NumPy, which torch does not require.
-        num_bytes = values.numel() * values.element_size()
-        if num_bytes:
-            digest.update((ctypes.c_char * num_bytes).from_address(values.data_ptr()))
+        if values.numel():
+            digest.update((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
     return digest.hexdigest()
 
 

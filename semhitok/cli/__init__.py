@@ -70,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command line, with `command` and the command's `run`.
-
-    Raises:
-        SystemExit: from argparse, after `--help` (code 0) or bad usage (code 2).
-    """
+    """The arguments of a command line, with `command` and the command's `run`; exits as `main` does."""
     parser = argparse.ArgumentParser(
         prog="semhitok",
         description="Images to discrete ids and back: a unified image tokenizer.",

@@ -122,11 +122,7 @@ def natural(text: str) -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: torch knows no such device, or this machine has none.
-    """
+    """The device called `name`; "auto" is a GPU if there is one. ValueError if torch cannot use it here."""
     import torch
 
     if name == "auto":
@@ -140,23 +136,15 @@ def find_device(name: str) -> torch.device:
 
 
 def load_tokenizer(checkpoint: str, device: str, *, teacher: bool = True) -> SemHiTok:
-    """`SemHiTok.from_pretrained` in eval mode on a device; only `encode` needs the teacher.
-
-    Raises:
-        OSError, ValueError: no such checkpoint or device, or a damaged checkpoint.
-    """
+    """`SemHiTok.from_pretrained` on a device; only `encode` needs the teacher."""
     from semhitok.tokenizer import SemHiTok
 
-    target = find_device(device)
-    return SemHiTok.from_pretrained(checkpoint, teacher=teacher).to(target).eval()
+    target = find_device(device)  # a wrong name fails before the weights are read
+    return SemHiTok.from_pretrained(checkpoint, teacher=teacher).to(target)
 
 
 def load_assistant(args: argparse.Namespace, *, teacher: bool = True) -> Assistant:
-    """`Assistant.load` of the arguments of `add_assistant_arguments`; only reading images needs the teacher.
-
-    Raises:
-        OSError, ValueError: as `Assistant.load`, or no such device.
-    """
+    """`Assistant.load` of the arguments of `add_assistant_arguments`; only reading images needs the teacher."""
     # transformers draws progress bars even where stderr is no terminal.
     require("transformers.utils.logging", "mllm").disable_progress_bar()
     from semhitok.mllm.assistant import Assistant
@@ -165,12 +153,7 @@ def load_assistant(args: argparse.Namespace, *, teacher: bool = True) -> Assista
 
 
 def check_output_file(path: str) -> Path:
-    """`path` of an ids file to be written, checked before the work starts.
-
-    Raises:
-        ValueError: the name does not end in .safetensors.
-        OSError: the path is a folder, or its parent folder does not exist.
-    """
+    """`path` of an ids file to be written: ValueError or OSError before the work starts if that cannot succeed."""
     out = Path(path)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {path}")
@@ -182,11 +165,7 @@ def check_output_file(path: str) -> Path:
 
 
 def make_output_folder(path: str) -> Path:
-    """The folder `path`, created if it does not exist.
-
-    Raises:
-        OSError: it cannot be created, or a file has its name.
-    """
+    """The folder `path`, created if it does not exist; OSError if that fails or a file has its name."""
     out = Path(path)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: expected a folder, got the file {path}")

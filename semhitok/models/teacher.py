@@ -25,8 +25,7 @@ class Teacher(nn.Module):
             be loaded from a checkpoint.
 
     Raises:
-        ValueError: timm has no such model, it is not a Vision Transformer, or it has no such block.
-        OSError: its weights are not available.
+        ValueError, OSError: as `vision_transformer`, or the model has no such block.
     """
 
     vit: Any
@@ -37,13 +36,10 @@ class Teacher(nn.Module):
         super().__init__()
         self.config = config
         self.grid_size = grid_size
+        load = load and (config.pretrained or config.checkpoint is not None)
+        size, file = config.image_size, config.checkpoint
         self.vit = vision_transformer(
-            "teacher",
-            config.name,
-            load=load and (config.pretrained or config.checkpoint is not None),
-            checkpoint=config.checkpoint,
-            image_size=config.image_size,
-            **config.options,
+            "teacher", config.name, load=load, checkpoint=file, image_size=size, **config.options
         )
         depth = len(self.vit.blocks)
         if not -depth <= config.block < depth:
@@ -69,17 +65,9 @@ class Teacher(nn.Module):
         """Images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(
-                0, 1
-            )
-        maps = self.vit.forward_intermediates(
-            (images - self.mean) / self.std,
-            indices=[self.block],
-            norm=False,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )[0]
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        options = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+        maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=[self.block], **options)[0]
         if maps.shape[-1] != self.grid_size:
             maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)
         return maps.permute(0, 2, 3, 1).float()
@@ -104,7 +92,6 @@ def vision_transformer(
     """
     timm = require("timm", "models")
     importlib.import_module("semhitok.models.small_vit")  # registers its model with timm
-
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": checkpoint}
     try:

@@ -82,14 +82,16 @@ def test_capability_is_chosen_by_the_environment() -> None:
 
 # ---- memory ----
 
+STATUS = """
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+"""
+reads_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 MEASURE = """
 import torch
 from semhitok import ops, reference
 from op_checks import randn
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 n, k, d, m, dp = 4096, 16384, 32, 12, 32
 torch.set_num_threads(2)
@@ -102,11 +104,11 @@ print(status("VmHWM") - before - sum(o.nbytes for o in outputs))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@reads_proc
 def test_hier_quantize_needs_little_memory() -> None:
     """N = 4096, K = 16,384, D = 32, m = 12, Dp = 32: < 64 MiB beyond inputs and outputs; one N x K matrix is 256."""
-    assert int(answer(MEASURE.format(op="ops.hier_quantize"))) < 64 * MIB
-    assert int(answer(MEASURE.format(op="reference.hier_quantize"))) >= 512 * MIB
+    assert int(answer(STATUS + MEASURE.format(op="ops.hier_quantize"))) < 64 * MIB
+    assert int(answer(STATUS + MEASURE.format(op="reference.hier_quantize"))) >= 512 * MIB
 
 
 # 16,384 tokens, K = 16,384 codes with m = 12 sub-codes of 32 values. Scores would be 1 GiB, a mask of bools 256 MiB;
@@ -115,10 +117,6 @@ STEP = """
 import torch
 from semhitok import ops
 from semhitok.quantizer import HierarchicalQuantizer
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 {step}
 torch.set_num_threads(2)
@@ -157,25 +155,21 @@ def step(z_sem, z_pix, sem, pix):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@reads_proc
 @pytest.mark.parametrize("step", [TRAIN, LEARN], ids=["train", "learn codebooks"])
 def test_a_training_step_needs_little_memory(step: str) -> None:
     """Forward, losses, backward, moving averages and restarts, or gradients of both codebooks.
 
     At most one tensor of the sub-codebooks' size exists at a time besides what the tokens need; three would be 72 MiB.
     """
-    assert int(answer(STEP.format(step=step, more=""))) < 72 * MIB
+    assert int(answer(STATUS + STEP.format(step=step, more=""))) < 72 * MIB
     mask = "torch.ones(n, k, dtype=torch.bool)"  # the least that N x K can be: the measurement sees it
-    assert int(answer(STEP.format(step=step, more=mask))) > 192 * MIB
+    assert int(answer(STATUS + STEP.format(step=step, more=mask))) > 192 * MIB
 
 
 LARGE = """
 import torch
 from semhitok import ops
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 torch.set_num_threads(2)
 z, codebook = torch.rand(65536, 32), torch.rand(16384, 32)
@@ -187,26 +181,22 @@ print(status("VmHWM") - before - sum(o.nbytes for o in outputs))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@reads_proc
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_nearest_code_needs_little_memory(metric: str) -> None:
     """N = 65,536, K = 16,384: at most 8 MiB and 1 MiB a thread beyond outputs and the packed codebook."""
-    assert int(answer(LARGE.format(metric=metric, prepare=""))) <= 10 * MIB
+    assert int(answer(STATUS + LARGE.format(metric=metric, prepare=""))) <= 10 * MIB
     # Also where the int8 pass settles nothing: two clusters of nearly equal codes.
     hard = "codebook = torch.rand(2, 32)[torch.arange(16384) % 2] + 1e-6 * codebook; z = z[:2048]"
-    assert int(answer(LARGE.format(metric=metric, prepare=hard))) <= 10 * MIB
+    assert int(answer(STATUS + LARGE.format(metric=metric, prepare=hard))) <= 10 * MIB
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@reads_proc
 def test_codebooks_that_change_do_not_pile_up() -> None:
     """Five hundred versions of one codebook, as in training, and two hundred codebooks, each used once."""
     code = """
 import torch
 from semhitok import ops
-
-def resident():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 z, codebook = torch.rand(8, 32), torch.rand(16384, 32)
 def versions(count):
@@ -216,15 +206,15 @@ def others(count):
     for _ in range(count):
         ops.nearest_code(z, torch.rand(16384, 32))
 versions(10)
-before = resident()
+before = status("VmRSS")
 versions(500)
-print(resident() - before)
+print(status("VmRSS") - before)
 others(20)
-before = resident()
+before = status("VmRSS")
 others(200)
-print(resident() - before)
+print(status("VmRSS") - before)
 """
-    same, other = map(int, answer(code).split())
+    same, other = map(int, answer(STATUS + code).split())
     assert same <= 8 * MIB and other <= 16 * MIB
 
 
