@@ -147,10 +147,8 @@ class HierarchicalQuantizer(nn.Module):
     SemHiTok trains `semantic` alone first and then freezes it: it leaves out `z_sem=`, and z_sem has no gradient.
 
     Args:
-        num_codes: K semantic codes.
-        num_sub_codes: m pixel sub-codes of each.
-        sem_dim: Ds.
-        pix_dim: Dp.
+        num_codes, num_sub_codes: K semantic codes, and m pixel sub-codes of each.
+        sem_dim, pix_dim: Ds and Dp.
         decay: of the moving averages in `update`.
         adaptive: every semantic code owns m_i >= 1 sub-codes, K * m in all. The sizes are even until `initialize` sets
             them, and stay the same afterwards.

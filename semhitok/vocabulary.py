@@ -195,10 +195,8 @@ class Vocabulary:
             ValueError: the hashes differ, or one of them is unknown.
         """
         if self.codebook_hash is None or self.codebook_hash != other:
-            raise ValueError(
-                f"codebook_hash: expected ids of codebook {_shown(self.codebook_hash)}, "
-                f"got ids of codebook {_shown(other)}"
-            )
+            expected, got = ("unknown" if digest is None else digest[:12] for digest in (self.codebook_hash, other))
+            raise ValueError(f"codebook_hash: expected ids of codebook {expected}, got ids of codebook {got}")
 
 
 def codebook_hash(sem_codebook: torch.Tensor, pix_codebook: torch.Tensor, offsets: torch.Tensor | None = None) -> str:
@@ -253,7 +251,3 @@ def _checked(name: str, ids: Ids, start: int, stop: int) -> Ids:
     if low < start or high >= stop:
         raise ValueError(f"{name}: expected ids in [{start}, {stop}), got {low if low < start else high}")
     return ids
-
-
-def _shown(digest: str | None) -> str:
-    return "unknown" if digest is None else digest[:12]

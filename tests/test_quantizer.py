@@ -412,9 +412,8 @@ def test_adaptive_ids_means_and_averages():
     far = torch.cdist(z_pix.view(-1, 6).double(), quantizer.pix_codebook.double())
     far = far.masked_fill(owner != i.view(-1, 1), math.inf)
     assert torch.equal(out.codes.flatten(), far.argmin(1))
-    assert torch.equal(quantizer.split(out.codes)[0], i) and torch.equal(
-        offsets[i] + quantizer.split(out.codes)[1], out.codes
-    )
+    semantic, sub = quantizer.split(out.codes)
+    assert torch.equal(semantic, i) and torch.equal(offsets[i] + sub, out.codes)
     assert torch.equal(quantizer.lookup(out.codes)[1], quantizer.pix_codebook[out.codes])
     means = torch.stack([book.mean(0) for book in quantizer.pix_codebook.split(quantizer.sizes.tolist())])
     torch.testing.assert_close(quantizer.group_means(out.codes), means[i])

@@ -57,14 +57,9 @@ class PixelDecoder(nn.Module):
         return self.to_pixels(maps) / 2 + 0.5
 
     def last_layer_gradient(self, maps: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient of the last layer's weight, [3, CHANNELS, 3, 3], from its input and the gradient at its output.
+        """The gradient of the last layer's weight, from its input `maps` and the `gradient` [B, 3, H, W] at its output.
 
         Needs no backward pass, and not the weight itself, which may be sharded.
-
-        Args:
-            maps: [B, CHANNELS, H, W].
-            gradient: [B, 3, H, W].
         """
         padded = F.pad(maps.detach().float(), (1, 1, 1, 1), mode="replicate")
-        shape = (3, self.CHANNELS, 3, 3)
-        return conv2d_weight(padded, shape, gradient.float() / 2)
+        return conv2d_weight(padded, (3, self.CHANNELS, 3, 3), gradient.float() / 2)

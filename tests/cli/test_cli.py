@@ -272,10 +272,15 @@ def test_reconstruct_keeps_the_originals(run, checkpoint, photos, tmp_path):
     assert (tmp_path / "rgb.png").read_bytes() == original
 
 
-def test_info_of_ids(run, ids, tokenizer):
-    code, printed, err = run("info", ids)
+def info(run, *subject):
+    """The rows that `semhitok info` prints: {name: value}."""
+    code, printed, err = run("info", *subject)
     assert (code, err) == (0, [])
-    rows = dict(re.split(r"  +", line) for line in printed.splitlines())
+    return dict(re.split(r"  +", line, maxsplit=1) for line in printed.splitlines())
+
+
+def test_info_of_ids(run, ids, tokenizer):
+    rows = info(run, ids)
     assert rows["shape"] == "8 images of 16 x 16 ids"
     assert (rows["num_codes K"], rows["num_sub_codes m"]) == ("256", "8")
     assert rows["codebook hash"] == tokenizer.codebook_hash
@@ -293,9 +298,7 @@ def test_info_of_ids_that_claim_a_huge_codebook(run, tmp_path):
 
 
 def test_info_of_a_checkpoint(run, checkpoint, tokenizer):
-    code, printed, err = run("info", checkpoint)
-    assert (code, err) == (0, [])
-    rows = dict(re.split(r"  +", line) for line in printed.splitlines())
+    rows = info(run, checkpoint)
     assert (rows["image_size"], rows["num_codes"], rows["encoder.width"]) == ("64", "256", "128")
     assert rows["codebook hash"] == tokenizer.codebook_hash
     parameters = sum(parameter.numel() for parameter in tokenizer.decoder.parameters())
@@ -312,17 +315,13 @@ def test_info_of_adaptive_sizes(run, tmp_path):
     model.save_pretrained(tmp_path)
     save_codes(tmp_path / "ids", torch.arange(6).view(1, 2, 3), ["x"], model.vocabulary)
     for subject in (tmp_path, tmp_path / "ids"):
-        code, printed, err = run("info", subject)
-        assert (code, err) == (0, [])
-        rows = dict(re.split(r"  +", line, maxsplit=1) for line in printed.splitlines())
+        rows = info(run, subject)
         assert rows["sub-codes of a code"] == "least 1, quartiles 2 3 3, most 6"
     assert rows["group usage"] == "1.000, perplexity 6.0"
 
 
 def test_info_of_the_installation(run):
-    code, printed, err = run("info")
-    assert (code, err) == (0, [])
-    rows = dict(re.split(r"  +", line, maxsplit=1) for line in printed.splitlines())
+    rows = info(run)
     assert rows["torch"] == torch.__version__.partition("+")[0]
     assert any(name.startswith("build ") for name in rows)
 

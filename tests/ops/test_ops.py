@@ -258,16 +258,13 @@ def test_any_strides(device: torch.device) -> None:
     sub = randn(7, 5, 60, seed=3, device=device).permute(2, 1, 0)
     group = torch.tensor(4, device=device).expand(25)
     assert not (z.is_contiguous() or codebook.is_contiguous() or sub.is_contiguous())
-    same = zip(
-        (*ops.nearest_code(z, codebook), *ops.nearest_subcode(z, sub, group), *ops.hier_quantize(z, z, codebook, sub)),
-        (
-            *ops.nearest_code(z.contiguous(), codebook.contiguous()),
-            *ops.nearest_subcode(z.contiguous(), sub.contiguous(), group.contiguous()),
-            *ops.hier_quantize(z.contiguous(), z.contiguous(), codebook.contiguous(), sub.contiguous()),
-        ),
-        strict=True,
-    )
-    assert all(torch.equal(a, b) for a, b in same)
+
+    def outputs(z: torch.Tensor, codebook: torch.Tensor, sub: torch.Tensor, group: torch.Tensor) -> list[torch.Tensor]:
+        searches = *ops.nearest_code(z, codebook), *ops.nearest_subcode(z, sub, group)
+        return [*searches, *ops.hier_quantize(z, z, codebook, sub)]
+
+    same = outputs(*(x.contiguous() for x in (z, codebook, sub, group)))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(z, codebook, sub, group), same, strict=True))
     sums = ops.segment_sum(z, group, 5)[0]
     torch.testing.assert_close(sums[4], z.sum(0))
     expanded = ops.nearest_code(z[:1].expand(30, 7), codebook)[1]

@@ -76,10 +76,8 @@ def test_gradcheck(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_score_gradients_are_those_of_the_reference(metric: str, device: torch.device) -> None:
     def leaves() -> tuple[Tensor, Tensor]:
-        return (
-            randn(50, 8, seed=1, device=device).requires_grad_(),
-            randn(30, 8, seed=2, device=device).requires_grad_(),
-        )
+        z, codebook = randn(50, 8, seed=1, device=device), randn(30, 8, seed=2, device=device)
+        return z.requires_grad_(), codebook.requires_grad_()
 
     weight = randn(50, seed=3, device=device)
     ours, theirs = leaves(), leaves()
@@ -183,8 +181,8 @@ def test_compile(backend: str, dynamic: bool, device: torch.device) -> None:
         a, b = compiled(*ours), every_op(*eager)
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
-        (a[0].sum() + a[1].sum() + a[2].sum() + a[3].sum()).backward()
-        (b[0].sum() + b[1].sum() + b[2].sum() + b[3].sum()).backward()
+        for outputs in (a, b):
+            sum(o.sum() for o in outputs[:4]).backward()
         for x, y in zip(ours, eager, strict=True):
             torch.testing.assert_close(x.grad, y.grad)
 

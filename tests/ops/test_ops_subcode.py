@@ -109,13 +109,8 @@ def test_groups_out_of_range_beside_others(dtype: torch.dtype, device: torch.dev
 
 @pytest.mark.parametrize("sem_dtype,pix_dtype", list(itertools.product(FLOATS, FLOATS)), ids=str)
 def test_lookup_is_indexing(sem_dtype: torch.dtype, pix_dtype: torch.dtype, device: torch.device) -> None:
-    for n, k, m, ds, dp in [
-        (0, 1, 1, 1, 1),
-        (1, 1, 1, 1, 3),
-        (15, 4, 3, 7, 33),
-        (16, 300, 1, 1, 64),
-        (900, 50, 6, 64, 9),
-    ]:
+    shapes = [(0, 1, 1, 1, 1), (1, 1, 1, 1, 3), (15, 4, 3, 7, 33), (16, 300, 1, 1, 64), (900, 50, 6, 64, 9)]
+    for n, k, m, ds, dp in shapes:
         sem = randn(k, ds, seed=1, dtype=sem_dtype, device=device)
         pix = randn(k, m, dp, seed=2, dtype=pix_dtype, device=device)
         codes = torch.randint(-1, k * m + 1, (n,), generator=torch.Generator().manual_seed(3)).to(device)
