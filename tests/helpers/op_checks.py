@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 EPS32 = 2.0**-23
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+METRICS = ["ip", "l2"]
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch works with `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def scores64(z: Tensor, codes: Tensor, metric: str) -> Tensor:

@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import assert_nearest, randn, same_bits
+from op_checks import FLOATS, METRICS, assert_nearest, randn, same_bits, threads
 
 from semhitok import ops, reference
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-METRICS = ["ip", "l2"]
 SHAPES = [  # N, K, D
     (0, 5, 4), (1, 1, 1), (3, 1, 7), (1, 129, 1), (65, 127, 33), (64, 128, 32),
     (130, 257, 5), (513, 1000, 48), (9, 4097, 8), (33, 300, 100),
@@ -287,13 +285,9 @@ def all_ops(device: torch.device) -> list[torch.Tensor]:
 
 def test_same_bits_every_run_and_thread_count(device: torch.device) -> None:
     expected = all_ops(device)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3, 7):
+        with threads(count):
             assert all(same_bits(a, b) for a, b in zip(all_ops(device), expected, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_token_does_not_depend_on_its_neighbours(device: torch.device) -> None:

@@ -8,15 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import assert_nearest, randn, same_bits
+from op_checks import FLOATS, METRICS, assert_nearest, randn, same_bits
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from semhitok import ops, reference
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-METRICS = ["ip", "l2"]
 # Sizes of sub-codebooks: one of all, single codes, tiles cut short (4 at a time), one beyond what is read at once (64).
 SIZES = [[1], [5], [1, 1, 1], [3, 1, 4, 2, 8, 1, 7], [2, 200, 1, 65, 64, 13]]
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import randn, same_bits
+from op_checks import FLOATS, randn, same_bits, threads
 from torch import Tensor
 
 from semhitok import ops, reference
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LONG_SEGMENT = 1 << 16  # rows beyond which the CPU splits a segment over its columns
 
 
@@ -73,13 +72,10 @@ def test_same_bits_with_any_number_of_threads(device: torch.device) -> None:
     giant = random_ids(n, 0, 300, 1)
     giant[torch.rand(n, generator=torch.Generator().manual_seed(2)) < 0.6] = 77
     cases = [(random_ids(n, -5, 2000, 3), 1900), (random_ids(n, 0, 150_000, 4), 150_000), (giant, 300)]
-    values, threads, results = randn(n, 40, seed=5).to(device), torch.get_num_threads(), []
-    try:
-        for count in range(1, 9):
-            torch.set_num_threads(count)
+    values, results = randn(n, 40, seed=5).to(device), []
+    for count in range(1, 9):
+        with threads(count):
             results.append([t for ids, s in cases for t in ops.segment_sum(values, ids.to(device), s)])
-    finally:
-        torch.set_num_threads(threads)
     for outputs in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(outputs, results[0], strict=True))
     for (ids, segments), sums in zip(cases, results[0][::2], strict=True):

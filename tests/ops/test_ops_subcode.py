@@ -6,13 +6,11 @@ import itertools
 
 import pytest
 import torch
-from op_checks import assert_nearest, randn, same_bits
+from op_checks import FLOATS, METRICS, assert_nearest, randn, same_bits, threads
 from torch import Tensor
 
 from semhitok import ops, reference
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-METRICS = ["ip", "l2"]
 READ_CODES = 64  # sub-codes the CPU converts at a time when it cannot read them in place
 
 
@@ -123,17 +121,13 @@ def test_same_bits_with_any_number_of_threads(device: torch.device) -> None:
     n, k, m = 30_000, 500, 12
     group, results = random_groups(n, k, 1, device), []
     sem = randn(k, 16, seed=2, device=device)
-    threads = torch.get_num_threads()
-    try:
-        for count in range(1, 9):
-            torch.set_num_threads(count)
+    for count in range(1, 9):
+        with threads(count):
             outputs = []
             for d, dtype in [(32, torch.float32), (7, torch.float32), (16, torch.float16), (8, torch.float64)]:
                 z, codes = randn(n, d, seed=3, device=device), randn(k, m, d, seed=4, dtype=dtype, device=device)
                 scores, ids = ops.nearest_subcode(z, codes, group)
                 outputs += [scores, ids, *ops.hier_lookup(group * m + ids, sem, codes)]
             results.append(outputs)
-    finally:
-        torch.set_num_threads(threads)
     for outputs in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(outputs, results[0], strict=True))

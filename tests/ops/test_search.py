@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import randn, same_bits, scores64
+from op_checks import METRICS, randn, same_bits, scores64, threads
 from torch import Tensor, nn
 
 from benchmarks.exact import exact_winners
@@ -27,7 +27,6 @@ bounds = torch.ops.semhitok.nearest_code_bounds
 FOUND = _C.build_info()["cpu"]["found"]
 PASSES = [(c, p) for c in FOUND for p in ("int8", "fp32") if (c, p) != ("default", "int8")]
 INT8 = [c for c, p in PASSES if p == "int8"]
-METRICS = ["ip", "l2"]
 GROUP = {"int8": 16, "fp32": 128}
 
 each_pass = pytest.mark.parametrize("capability,first_pass", PASSES)
@@ -164,20 +163,16 @@ def test_scores_beyond_fp32(capability: str, first_pass: str) -> None:
     assert torch.equal(ids, exact_winners(z, codebook, "l2")) and scores.isinf().all()
 
 
-@pytest.mark.parametrize("threads", range(1, 9))
+@pytest.mark.parametrize("count", range(1, 9))
 @each_metric
-def test_any_number_of_threads(threads: int, metric: str) -> None:
+def test_any_number_of_threads(count: int, metric: str) -> None:
     z, codebook = randn(1000, 16, seed=1), randn(2000, 16, seed=2)
-    before = torch.get_num_threads()
     expected = probe(z, codebook, metric, FOUND[-1], "fp32")
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         for capability in FOUND:
             codes = codebook + 0.0  # a new tensor, so that packing is threaded too
             scores, ids, _ = probe(z, codes, metric, capability, "")
             assert same_bits(scores, expected[0]) and torch.equal(ids, expected[1])
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- the bound ----
@@ -315,11 +310,11 @@ def test_many_codebooks_in_many_threads() -> None:
             if not torch.equal(ops.nearest_code(z, codebook)[1], scores64(z, codebook, "ip").argmax(1)):
                 wrong.append((seed, turn))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert not wrong
 
 
