@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from semhitok._optional import require
+from semhitok._settings import from_dict as from_dict
+from semhitok._settings import override as override
 
 T = TypeVar("T")
 
@@ -114,11 +116,11 @@ class SemHiTokConfig:
 class DataConfig:
     """Images for training: files and folders, or webdataset shards.
 
-    crop_scale: range of a random square crop's side, as a share of the image's shorter side,
-        before it is resized; None takes crops of exactly image_size pixels, not resized.
+    crop_scale: range of the side of a random square crop, as a share of the image's shorter side, before it is resized;
+        None takes crops of exactly image_size pixels, not resized.
     flip: mirror half of the crops.
     workers: processes that read and decode, for each training process; 0 reads in the training process itself.
-    shuffle_buffer: samples of a shard stream that are shuffled together; image files are shuffled over the whole set.
+    shuffle_buffer: samples of a shard stream that are shuffled together; image files are all shuffled together.
     """
 
     crop_scale: tuple[float, float] | None = (0.6, 1.0)
@@ -129,7 +131,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; no weight decay on vectors and positions."""
+    """AdamW with linear warm-up and cosine decay; there is no weight decay on vectors and positions."""
 
     lr: float = 2e-4
     min_lr: float = 1e-5
@@ -148,9 +150,9 @@ class StageConfig:
     """What all stages have.
 
     steps: updates of the weights.
-    batch_size: images of an update, over all processes and accumulated gradients.
-    micro_batch: images a process takes through the network at once; None takes its whole share of the batch. Gradients
-        are accumulated over batch_size / (processes * micro_batch) passes.
+    batch_size: images in an update, over all processes and accumulated gradients.
+    micro_batch: images that a process passes through the network at once; None is its whole share of the batch.
+        Gradients are accumulated over batch_size / (processes * micro_batch) passes.
     checkpoint_every: steps between two saved states.
     """
 
@@ -171,11 +173,11 @@ class StageConfig:
 class SemanticStageConfig(StageConfig):
     """Stage 1: distil the teacher into the semantic codebook.
 
-    continuous_steps: first steps without quantisation, after which k-means sets the codebook.
+    continuous_steps: number of first steps without quantisation, after which k-means sets the codebook.
     init_tokens_per_code: tokens gathered for that k-means, per code.
-    decay: weight of the old code in the moving average that a code is (norm-EMA).
-    restart_window: a code is restarted after this many tokens *per code* without a use.
-    collapse_usage: warn when the share of codes in use over a window of tokens falls below this.
+    decay: of the moving average that a code is (norm-EMA): the weight of its old value.
+    restart_window: a code is restarted after this many tokens *per code* without being used.
+    collapse_usage: warn when the share of codes used in a window of tokens falls below this.
     """
 
     continuous_steps: int = 1000
@@ -193,18 +195,18 @@ class SemanticStageConfig(StageConfig):
 class CriticConfig:
     """The critic (discriminator) of the reconstruction loss; `weight` 0 leaves it out.
 
-    kind: "patch", a PatchGAN trained from nothing; "dino", trainable heads on a frozen timm backbone.
+    kind: "patch", a PatchGAN trained from scratch; "dino", trainable heads on a frozen timm backbone.
     loss: "hinge" or "non_saturating".
     weight: of the critic's verdict in the reconstruction loss.
     adaptive: multiply the weight by |gradient of the other terms| / |gradient of the critic's term|, both at the
         decoder's last layer (VQGAN, equation 7), clamped to `adaptive_range`.
     train_from: step from which the critic learns.
-    start: step from which the reconstruction loss hears it; its weight ramps up over `ramp` steps.
+    start: step from which its verdict is in the reconstruction loss; the weight ramps up over `ramp` steps.
     lecam: weight of the LeCAM regulariser (Tseng et al. 2021); 0 leaves it out.
     augment: DiffAugment (Zhao et al. 2020) of what the critic sees: colour, translation and cutout.
-    shift: show the critic a random window, up to this many pixels smaller than the image, so that the decoder's grid of
+    shift: the critic sees a random window this many pixels smaller than the image, so that the decoder's grid of
         patches and its own do not coincide; None takes the patch size.
-    width, layers: of the PatchGAN: channels of its first layer, number of layers that halve the map.
+    width, layers: of "patch": channels of its first layer, number of layers that halve the map.
     backbone, checkpoint, image_size, blocks: of "dino": the timm model, a local weights file instead of the hub's, the
         side in pixels it sees, and the blocks whose tokens the heads judge.
     """
@@ -239,7 +241,7 @@ class ReconstructionConfig:
     """Weights of the terms of the reconstruction loss; a term of weight 0 is left out.
 
     l1, l2: mean absolute and mean squared error of pixels in [0, 1].
-    lpips: the learnt perceptual distance (extra `train`), VGG backbone.
+    lpips: the learnt perceptual distance (extra `train`), with VGG backbone.
     """
 
     l1: float = 1.0
@@ -250,16 +252,16 @@ class ReconstructionConfig:
 
 @dataclass
 class PixelStageConfig(StageConfig):
-    """Stage 2: pixel branch on top of the frozen semantic branch.
+    """Stage 2: the pixel branch on top of the frozen semantic branch.
 
-    continuous_steps: first steps without pixel quantisation, after which k-means inside each
-        semantic group sets the sub-codebooks.
-    restart_window: a sub-code is restarted after its group received this many tokens without it; with adaptive sizes,
-        this many for each sub-code of the group.
+    continuous_steps: number of first steps without pixel quantisation, after which k-means inside each semantic group
+        sets the sub-codebooks.
+    restart_window: a sub-code is restarted after its group received this many tokens without using it; with adaptive
+        sizes, this many for each sub-code of the group.
     decay: of the moving averages that the sub-codes are.
-    drop: share of images decoded with the mean of its sub-codebook in every sub-code's place, so that the semantic part
-        alone stays decodable.
-    ema_decay: of the moving average of the weights, which is what is evaluated and published; 0 publishes the weights.
+    drop: share of images decoded with the mean of its sub-codebook in place of every sub-code, so that the semantic
+        part can be decoded alone.
+    ema_decay: of the moving average of the weights, which is evaluated and published; 0 publishes the weights.
     """
 
     steps: int = 200_000
@@ -278,7 +280,7 @@ class PixelStageConfig(StageConfig):
 
 @dataclass
 class DecoderStageConfig(StageConfig):
-    """Stage 3, optional: the pixel decoder alone learns on, all codes frozen (paper: enhanced decoder).
+    """Stage 3, optional: the pixel decoder alone keeps learning, with all codes frozen (paper: enhanced decoder).
 
     ema_decay: as in the pixel stage.
     """
@@ -294,10 +296,10 @@ class DecoderStageConfig(StageConfig):
 class EvaluationConfig:
     """Evaluation on held-out images while training.
 
-    every: steps between two evaluations; there is one at the end of every stage, too.
-    batch_size: images of one process at once.
-    pictures: held-out images drawn with their reconstructions.
-    best: metric by which the best checkpoint is kept, of those the evaluation prints.
+    every: steps between two evaluations; there is also one at the end of every stage.
+    batch_size: images that a process passes through the network at once.
+    pictures: held-out images shown with their reconstructions.
+    best: metric by which the best checkpoint is kept, one of those that the evaluation prints.
     """
 
     every: int = 5000
@@ -307,29 +309,19 @@ class EvaluationConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Everything a training run depends on besides its images.
+class EngineConfig:
+    """What the training loop reads from the configuration of a run.
 
-    stages: which stages run, in order.
-    start_from: a finished tokenizer (folder, or name on the Hub) to start from; None starts from nothing.
-    precision: "bf16" runs the networks under bf16 autocast; quantisation and losses stay in fp32.
-    compile: torch.compile the transformer trunks and the teacher.
-    gradient_checkpointing: compute activations of transformer blocks again instead of keeping them.
+    stages: the stages that run, in order.
+    precision: "bf16" runs the networks under bf16 autocast; weights, optimiser, quantisation and losses stay in fp32.
+    gradient_checkpointing: recompute the activations of transformer blocks instead of keeping them.
     shard: split weights, gradients and optimiser state over the processes (FSDP2) instead of copying them (DDP).
     keep_checkpoints: states kept for each stage.
     tracker: "tensorboard", "wandb" or "none".
     """
 
-    model: SemHiTokConfig = field(default_factory=SemHiTokConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    stages: list[str] = field(default_factory=lambda: ["semantic", "pixel"])
-    start_from: str | None = None
-    semantic: SemanticStageConfig = field(default_factory=SemanticStageConfig)
-    pixel: PixelStageConfig = field(default_factory=PixelStageConfig)
-    decoder: DecoderStageConfig = field(default_factory=DecoderStageConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stages: list[str] = field(default_factory=list)
     precision: str = "fp32"
-    compile: bool = False
     gradient_checkpointing: bool = False
     shard: bool = False
     keep_checkpoints: int = 2
@@ -337,17 +329,43 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none")),
-        ):  # fmt: skip
+        for name, choices in (("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        order = ["semantic", "pixel", "decoder"]
+        order = list(self.stage_configs)
         if not self.stages or [s for s in order if s in self.stages] != self.stages:
             raise ValueError(f"stages: expected some of {', '.join(order)}, in this order, got {self.stages}")
 
+    @property
+    def stage_configs(self) -> Mapping[str, StageConfig]:
+        """The configurations of all stages there are, in the order in which they run."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass
+class TrainConfig(EngineConfig):
+    """Everything that the training of a tokenizer depends on besides its images.
+
+    start_from: a finished tokenizer (folder, or name on the Hub) to start from; None starts from scratch.
+    compile: torch.compile the transformer trunks.
+    """
+
+    stages: list[str] = field(default_factory=lambda: ["semantic", "pixel"])
+    start_from: str | None = None
+    model: SemHiTokConfig = field(default_factory=SemHiTokConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    semantic: SemanticStageConfig = field(default_factory=SemanticStageConfig)
+    pixel: PixelStageConfig = field(default_factory=PixelStageConfig)
+    decoder: DecoderStageConfig = field(default_factory=DecoderStageConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compile: bool = False
+
+    @property
+    def stage_configs(self) -> dict[str, StageConfig]:
+        return {"semantic": self.semantic, "pixel": self.pixel, "decoder": self.decoder}
 
 
 def preset_names(family: str = "semhitok") -> list[str]:
@@ -368,7 +386,7 @@ def train_config(source: str) -> TrainConfig:
 
 
 def read_config(cls: type[T], source: str, family: str) -> T:
-    """A configuration from a YAML file or a preset of `family`; errors as `train_config` raises them."""
+    """A configuration from a YAML file or a preset of `family`; raises what `train_config` raises."""
     yaml = require("yaml")
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
@@ -389,73 +407,3 @@ def read_config(cls: type[T], source: str, family: str) -> T:
 def preset(name: str) -> SemHiTokConfig:
     """A preset's model configuration, a new one at every call; ValueError lists the presets."""
     return train_config(name).model
-
-
-def override(config: Any, assignment: str) -> None:
-    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML."""
-    path, separator, text = assignment.partition("=")
-    if not separator:
-        raise ValueError(f"override: expected name=value, got {assignment!r}")
-    *parents, name = path.strip().split(".")
-    target = config
-    for parent in parents:
-        target = getattr(target, parent, None)
-    hints = typing.get_type_hints(type(target)) if dataclasses.is_dataclass(target) else {}
-    if name not in hints:
-        raise ValueError(f"override: no such setting {path.strip()!r}")
-    setattr(target, name, _convert(hints[name], require("yaml").safe_load(text), path.strip()))
-    if hasattr(target, "__post_init__"):
-        target.__post_init__()
-
-
-def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
-    """Build a dataclass from nested dicts, refusing unknown keys and wrong types.
-
-    A key that is not there keeps its value in `default`, or else the default that its class states.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {data!r}")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints), key=str)
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
-    values: dict[str, Any] = {}
-    for field_ in dataclasses.fields(typing.cast(Any, cls)):
-        name = field_.name
-        value = None
-        if default is not None:
-            value = values[name] = getattr(default, name)
-        elif field_.default_factory is not dataclasses.MISSING:
-            value = field_.default_factory()
-        if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}.{name}", value)
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value` as the annotated type `hint`, or ValueError. What a dict leaves out is as in `default`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if type(None) in arguments:
-        return None if value is None else _convert(arguments[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where, default)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
-        return [_convert(arguments[0], v, f"{where}[{n}]") for n, v in enumerate(value)]
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
-        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads "1e-3" (no dot) as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = origin or hint
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
-    return value

@@ -61,6 +61,11 @@ def gather_objects(thing: Any) -> list[Any]:
     return things
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """`tensor` itself; if it is sharded (FSDP2), put together, for which all processes must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def pick_rows(tensor: Tensor, picks: Tensor) -> Tensor:
     """Rows `picks` [k] of `gather_rows(tensor)`, without gathering the others: [k, ...]."""
     if world_size() == 1:

@@ -17,8 +17,8 @@ MAX_LINES, MAX_README_LINES = 450, 150
 
 # The floors of semhitok, lowest first. A module imports from its own floor and those below it.
 FLOORS = [
-    "__init__ _C _files _messages _optional clustering config distributed grouping ops quantizer reference usage "
-    "vocabulary",
+    "__init__ _C _files _messages _optional _settings "
+    "clustering config distributed grouping ops quantizer reference usage vocabulary",
     "models",
     "tokenizer",
     "data",
@@ -32,7 +32,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 # Folders whose files are imported by their bare names (pyproject.toml, `pythonpath`).
-BARE = ("tests/helpers/", "tests/cuda/", "tests/mllm/", "tests/")
+BARE = ("tests/helpers/", "tests/cuda/")
 
 NAMED_TUPLE = ("_asdict", "_fields", "_make", "_replace")  # public, though they begin with an underscore
 

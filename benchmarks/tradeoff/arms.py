@@ -1,4 +1,4 @@
-"""The designs that `tradeoff.py` compares: the same networks and one training loop, other codebooks and stages.
+"""The designs that `run.py` compares: the same networks and one training loop, other codebooks and stages.
 
 | kind        | id of a patch                                          | trained                              |
 |-------------|--------------------------------------------------------|--------------------------------------|

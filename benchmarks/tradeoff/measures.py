@@ -1,4 +1,4 @@
-"""What `tradeoff.py` measures of a trained design: fidelity, use of the ids, and probes of their understanding."""
+"""What `run.py` measures of a trained design: fidelity, use of the ids, and probes of their understanding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.tradeoff import shapes
 from benchmarks.tradeoff.arms import GRID, PATCH, Network
-from semhitok.demo import shapes
+from semhitok.demo.scenes import cell_of_patches
 from semhitok.evaluation.metrics import psnr, ssim
 
 PAIRS = len(shapes.SHAPES) * len(shapes.COLOURS)
@@ -84,7 +85,7 @@ def explained(pixels: dict[str, Tensor], ids: dict[str, Tensor]) -> float:
 def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: int, steps: int) -> dict[str, float]:
     """shape, colour and pair_ap from vectors [N, 8, 8, D] of the sets "probe" and "test"."""
     vectors = {name: vectors[name] for name in ("probe", "test")}
-    cells = F.one_hot(shapes.cell_of_patches(GRID).flatten(), 9).float()
+    cells = F.one_hot(cell_of_patches(GRID).flatten(), 9).float()
     cells = (cells / cells.sum(0)).T  # [9, 64]: the mean of each cell
     center = vectors["probe"].float().flatten(0, 2)
     shift, scale = center.mean(0), center.std(0).clamp_min(1e-6)
@@ -158,7 +159,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> float:
 
 def probe_ids(ids: dict[str, Tensor], labels: dict[str, Tensor], vocabulary: int, steps: int = 150) -> float:
     """Shape accuracy from the ids [N, 8, 8] of an object's cell alone: an embedding of each id is learned."""
-    cell = shapes.cell_of_patches(GRID).flatten()
+    cell = cell_of_patches(GRID).flatten()
     rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, of in ids.items():
         held = labels[name][..., 0] >= 0

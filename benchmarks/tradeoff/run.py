@@ -3,8 +3,8 @@
     python -m benchmarks.tradeoff.run --quick --out tradeoff      # one seed, about ten minutes on two cores
     python -m benchmarks.tradeoff.run --out tradeoff-full         # three seeds, longer training, all sizes
 
-On generated pictures (`semhitok.demo.shapes`) with a small text-aligned teacher trained on their captions. The designs
-are described in tradeoff_arms.py. Columns, all of held-out pictures:
+On generated pictures (`shapes.py`) with a small text-aligned teacher trained on their captions. `arms.py` describes the
+designs. Columns, all of held-out pictures:
 
     shape, colour   accuracy of a linear probe on the mean code vector of the cell that an object lies in
     by id           shape again, from learned values of the ids in place of their code vectors
@@ -39,15 +39,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.tradeoff import shapes
 from benchmarks.tradeoff.arms import GRID, Arm, Network, fit, stages
 from benchmarks.tradeoff.measures import Data, measure, understanding
 from semhitok._files import write_atomic
 from semhitok.config import DataConfig
 from semhitok.data.crops import RandomCrops
 from semhitok.data.images import list_images
-from semhitok.demo import shapes
 from semhitok.demo.photographs import write_photographs
-from semhitok.demo.teacher import ContrastiveConfig, shapes_lesson, train_teacher
+from semhitok.demo.teacher import ContrastiveConfig, train_teacher
 from semhitok.models.teacher import Teacher
 
 COLUMNS = {
@@ -101,7 +101,7 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
     sets = {"train": (0, settings.pictures), "probe": (1, settings.probe), "test": (2, settings.test)}
     made = {name: shapes.pictures(seed, 0, count) for name, (seed, count) in sets.items()}
     _say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
-    teacher = Teacher(train_teacher(config, out, lambda: shapes_lesson(made["train"])), GRID)
+    teacher = Teacher(train_teacher(config, out, lambda: shapes.lesson(made["train"])), GRID)
     images = {name: pictures.images for name, pictures in made.items()}
     if settings.photographs:
         folders = write_photographs(out / "photographs")

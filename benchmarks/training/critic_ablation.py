@@ -20,7 +20,7 @@ import torch
 from semhitok.config import override, train_config
 from semhitok.data.images import list_images, read_image, tiles, whole_tiles
 from semhitok.demo.photographs import write_photographs
-from semhitok.demo.tokenizer import _decode, _encode
+from semhitok.demo.tokenizer import decode, encode
 from semhitok.evaluation.metrics import gmsd, psnr, sliced_wasserstein, ssim
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
@@ -38,7 +38,7 @@ ROWS = {
 
 def evaluate(tokenizer: SemHiTok, photographs: list[torch.Tensor]) -> dict[str, float]:
     size = tokenizer.config.image_size
-    pictures = [_decode(tokenizer, _encode(tokenizer, x), x) for x in photographs]
+    pictures = [decode(tokenizer, encode(tokenizer, x), x) for x in photographs]
     figures = {
         f.__name__: sum(f(x[None], y[None]).item() for x, y in zip(pictures, photographs, strict=True)) / len(pictures)
         for f in (psnr, ssim, gmsd)

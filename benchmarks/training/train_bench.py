@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -136,12 +137,13 @@ class Observer:
         self.steps, self.begun, self.last = 0, 0.0, 0.0
         self.kernels = ""
         self.profiler: Any = None
-        self.update = stage.update
-        stage.update = self.after
+        self.after_step = stage.after_step
+        stage.after_step = self.after
         for part in stage.parts:
             critic = part.name == "critic"
-            part.loss = clock.timed("critic's own loss" if critic else "losses, rest of forward", part.loss)
-            part.accumulate = clock.timed("critic's backward" if critic else "backward, clipping", part.accumulate)
+            forward = "critic's own loss" if critic else "losses, rest of forward"
+            timed = partial(self.accumulate, part.accumulate, forward)
+            part.accumulate = clock.timed("critic's backward" if critic else "backward, clipping", timed)
             part.step = clock.timed("optimizers, EMA", part.step)
         model, reconstruction = stage.model, getattr(stage, "reconstruction", None)
         clock.watch("teacher", model.teacher)
@@ -155,9 +157,13 @@ class Observer:
             clock.watch("LPIPS", reconstruction.perceptual)
             clock.watch("critic", reconstruction.critic)
 
-    def after(self, step: int, seed: int) -> dict[str, Any]:
-        """The stage's update, and what comes at a step's end."""
-        figures = self.clock.timed("codebook updates", self.update)(step, seed)
+    def accumulate(self, accumulate: Any, forward: str, items: Any, loss: Any) -> Any:
+        """A part's `accumulate` with its loss timed as a section."""
+        return accumulate(items, self.clock.timed(forward, loss))
+
+    def after(self, outputs: Any, step: int, seed: int) -> dict[str, Any]:
+        """The stage's `after_step`, and what comes at the end of a step."""
+        figures = self.clock.timed("codebook updates", self.after_step)(outputs, step, seed)
         now = self.clock.now()
         self.steps += 1
         cuda = self.clock.device.type == "cuda"
@@ -208,15 +214,15 @@ def write_images(folder: Path, count: int, side: int) -> None:
 
 def flops_per_image(stage: Any, size: int, device: torch.device) -> float:
     """Of the loss and its gradient, of all parts."""
-    from semhitok.training.parts import Batch
+    from semhitok.data.batch import Batch
 
     count = 2
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     batch = Batch(images, 0, count, ("flops",))
+    for part in stage.parts:
+        part.setup(shard=False)
     with FlopCounterMode(display=False) as counter:
-        for part in stage.parts:
-            loss, _ = part.loss(batch, stage.config.steps - 1)
-            loss.backward()
+        stage.backward([batch], stage.config.steps - 1)
     for part in stage.parts:
         part.module.zero_grad(set_to_none=True)
     return counter.get_total_flops() / count
@@ -247,16 +253,18 @@ def peak_memory(device: torch.device) -> float:
 def measure(name: str, model: Any, config: TrainConfig, folder: Path, device: torch.device, minutes: float) -> Observer:
     """Train one stage, observed."""
     from semhitok.training.loop import Interrupted, Run, StopOnSignal, run_stage
-    from semhitok.training.run import _STAGES
+    from semhitok.training.run import STAGES
 
     clock = Clock(device)
     images = TimedImages([folder / "images"], config.model.image_size, config.data, config.seed)
     images.clock, images.waits = clock, []
     with StopOnSignal() as stop:
-        stage = _STAGES[name](model, config)
+        stage = STAGES[name](model, config)
         observer = Observer(stage, clock, images, minutes, stop)
         with contextlib.suppress(Interrupted):
-            run_stage(stage, Run(config, folder / "run", images, None, stop, device))
+            run_stage(
+                stage, Run(config, folder / "run", images, stop, config.evaluation.every, lambda: images.other(0x5EED))
+            )
     return observer
 
 
@@ -291,7 +299,7 @@ def main() -> int:
         print("train_bench.py: timm is not installed: pip install semhitok[train]", file=sys.stderr)
         return SKIPPED
     from semhitok.tokenizer import SemHiTok
-    from semhitok.training.run import _STAGES
+    from semhitok.training.run import STAGES
 
     device = torch.device(args.device)
     config = train_config(args.preset)
@@ -327,10 +335,10 @@ def main() -> int:
         torch.manual_seed(0)
         model = SemHiTok(config.model, load_teacher=False).to(device).train()
         for name in config.stages:
-            flops = flops_per_image(_STAGES[name](model, config), config.model.image_size, device)
+            flops = flops_per_image(STAGES[name](model, config), config.model.image_size, device)
             observer = measure(name, model, config, folder, device, args.minutes)
             ceilings = {"peak": peak, "matmul": matmul}
-            lines = rows(observer, getattr(config, name), flops, ceilings, device)
+            lines = rows(observer, config.stage_configs[name], flops, ceilings, device)
             print(f"{name:9}{next(lines)}")
             print("\n".join(lines), flush=True)
             kernels.append(observer.kernels and f"\n{name}: {observer.kernels}")

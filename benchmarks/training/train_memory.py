@@ -21,9 +21,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from semhitok.config import TrainConfig, preset_names, train_config
+from semhitok.data.batch import Batch
 from semhitok.models.vit import Trunk
 from semhitok.tokenizer import SemHiTok
-from semhitok.training.loop import Batch
 from semhitok.training.pixel import PixelStage
 from semhitok.training.semantic import SemanticStage
 
@@ -51,7 +51,7 @@ def kept_for_backward(stage: SemanticStage | PixelStage, config: TrainConfig) ->
     side = config.model.image_size
     batch = Batch(torch.rand(1, 3, side, side), 0, 1, (0,))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stage.parts[0].loss(batch, stage.config.steps)
+        stage.loss(batch, stage.config.steps)
     return sum(storage.nbytes() for storage in seen.values())
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from semhitok._optional import require
 
 if TYPE_CHECKING:
     import torch
 
+    from semhitok.mllm import Sampling
     from semhitok.mllm.assistant import Assistant
     from semhitok.tokenizer import SemHiTok
 
@@ -97,9 +98,12 @@ def add_drawing_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_drawing_arguments` that `Assistant.draw` takes."""
-    return {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The `Sampling` of these arguments."""
+    from semhitok.mllm import Sampling
+
+    names = ("temperature", "top_k", "top_p", "guidance")
+    return Sampling(**{name: getattr(args, name) for name in names if name in args})
 
 
 def positive(text: str) -> int:

@@ -1,6 +1,6 @@
 """Ask a unified model about images: one question, or a conversation line by line.
 
-Without --question, every line of the standard input is a question, until its end (Ctrl-D); the model remembers the
+Without --question, every line of the standard input is a question, until it ends (Ctrl-D); the model remembers the
 conversation. An empty question (--question "") asks for a caption.
 
 examples:
@@ -34,15 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm.assistant import Chat
 
-    assistant = arguments.load_assistant(args)
-    chat = Chat(assistant, assistant.read(args.images))
     options = {
         "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
+        "sampling": arguments.sampling(args),
         "seed": args.seed,
-        "tell": _tell,
+        "callback": _print,
     }
+    assistant = arguments.load_assistant(args)
+    chat = Chat(assistant, assistant.read(args.images))
     if args.question is not None:
         chat.ask(args.question, **options)
         print()
@@ -58,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             chat.ask(line.strip(), **options)
             print(flush=True)
-        except ValueError as error:  # a question too long, say: the conversation goes on
+        except ValueError as error:  # a question that is too long, say: the conversation continues
             print(printable(f"semhitok chat: {message(error)}"), file=sys.stderr)
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), end="", flush=True)

@@ -1,11 +1,11 @@
 """Train a tiny tokenizer on real photographs and show what it does.
 
-The photographs are samples that scikit-image and scikit-learn ship. The right quarter of each and one
+The photographs are samples that come with scikit-image and scikit-learn. The right quarter of each and one
 whole photograph are held out of training. The teacher is a stand-in (a fixed Vision Transformer with
-random weights): it shows the machinery, not the meaning that SigLIP's features would give the codes.
+random weights): it shows the mechanism, not the meaning that SigLIP's features would give the codes.
 
-Leaves pictures, ids, the checkpoint and metrics.json in the output folder, and prints a table.
-Interrupted, the same command goes on. Takes some minutes on two cores.
+Writes pictures, ids, the checkpoint and metrics.json to the output folder, and prints a table. If it is
+interrupted, the same command resumes. Takes some minutes on two cores.
 
 example:
   semhitok demo --out demo_output

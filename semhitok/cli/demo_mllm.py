@@ -1,11 +1,11 @@
-"""Train a tiny tokenizer and a tiny unified model on generated pictures, show captions and pictures of captions.
+"""Train a tiny tokenizer and a tiny unified model on generated pictures; show captions and pictures of captions.
 
-Everything starts from nothing: a teacher learns from pictures and their captions, the tokenizer distils it, and a
-language model of 3 layers learns the ids and words of both directions. What is shown and measured are combinations of
-attributes that training never had. Needs the extra `demo` and `mllm`.
+Everything is trained from scratch: a teacher learns from pictures and their captions, the tokenizer distils it, and a
+language model of 3 layers learns to translate ids to words and back. All figures are of combinations of attributes that
+training does not have. Needs the extras `demo` and `mllm`.
 
-Leaves pictures, checkpoints and metrics.json in the output folder, and prints a table. Interrupted, the same command
-goes on.
+Writes pictures, checkpoints and metrics.json to the output folder, and prints a table. If it is interrupted, the same
+command resumes.
 
 example:
   semhitok demo-mllm --out demo_mllm_output

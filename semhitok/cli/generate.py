@@ -20,14 +20,9 @@ from semhitok.cli import arguments, text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_assistant_arguments(parser)
-    # Not "*", which argparse would take for empty as soon as an option comes first.
     captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
-
-    class Prompts(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            namespace.prompts, captions.required = values, False
-
-    parser.add_argument("--prompts", action=Prompts, metavar="FILE", help="captions, or more of them, one a line")
+    captions.required = False  # --prompts may have them; argparse would match "*" to nothing in front of an option
+    parser.add_argument("--prompts", metavar="FILE", help="captions, or more of them, one a line")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
     parser.add_argument(
         "--count", type=arguments.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
@@ -42,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
     from semhitok.data.images import save_png
-    from semhitok.mllm.assistant import Job, file_stem, grid, paint
+    from semhitok.mllm.assistant import Job, draw_files, file_stem, grid
 
+    sampling = arguments.sampling(args)
     assistant = arguments.load_assistant(args, teacher=False)
     out = arguments.make_output_folder(args.out)
     stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
@@ -54,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     pictures = []
     with progress(None, "generate", len(jobs)) as bar:
-        for _, picture in paint(assistant, jobs, args.batch_size, **arguments.drawing_options(args)):
+        for _, picture in draw_files(assistant, jobs, args.batch_size, sampling=sampling):
             pictures.append(picture)
             bar.update()
             if len(pictures) == args.count:

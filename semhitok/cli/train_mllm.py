@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm.config import mllm_config
-    from semhitok.mllm.training import run as train
+    from semhitok.mllm.training import train
 
     config = mllm_config(args.config)
     if args.stages:

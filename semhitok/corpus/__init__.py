@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers, which cannot see what __getattr__ returns
     from semhitok.corpus.config import EncodingConfig
     from semhitok.corpus.encode import encode_corpus
-    from semhitok.corpus.format import EncodedCorpus, verify
+    from semhitok.corpus.format import verify
     from semhitok.corpus.ids_file import load_codes, save_codes
+    from semhitok.corpus.reader import EncodedCorpus
 
 __all__ = ["EncodedCorpus", "EncodingConfig", "encode_corpus", "load_codes", "save_codes", "verify"]
 _HOME = {
-    "EncodedCorpus": "format",
+    "EncodedCorpus": "reader",
     "EncodingConfig": "config",
     "encode_corpus": "encode",
     "load_codes": "ids_file",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from semhitok._files import open_atomic, write_atomic
+from semhitok._files import open_atomic, write_atomic, write_json
 from semhitok._messages import printable
 from semhitok._optional import require
 from semhitok.corpus import engines
@@ -173,7 +173,7 @@ def _open_job(
     units, digest = plan(sources, config.images_per_shard, folder, old.get("sources_sha256"))
     settings |= {"sources_sha256": digest, "shards": len(units)}
     if not old:
-        write_atomic(path, (json.dumps(settings, indent=2) + "\n").encode())
+        write_json(path, settings)
     return EncodingJob(checkpoint, folder, config, layout, device, workers, settings), units
 
 

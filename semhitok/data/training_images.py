@@ -20,26 +20,12 @@ import torch
 from torch import Tensor
 
 from semhitok.config import DataConfig
+from semhitok.data.batch import Batch
 from semhitok.data.crops import RandomCrops, crop
 from semhitok.data.images import list_images, read_image, resize_crop, to_uint8
 from semhitok.data.kinds import SHARDS, kind_of
 from semhitok.data.shards import ShardSample, expand_shards, read_shard
 from semhitok.data.stream import START, Batches, Item, ShuffledShards, generator, share_of, warn_skipped
-
-
-@dataclass
-class MicroBatch:
-    """Images that go through the network at once.
-
-    Attributes:
-        images: float32 [b, 3, size, size] in [0, 1], on the CPU.
-        first: place of the first of them in the global batch.
-        total: images of the global batch.
-    """
-
-    images: Tensor
-    first: int
-    total: int
 
 
 class TrainingImages:
@@ -119,7 +105,7 @@ class TrainingImages:
 
     def batches(
         self, batch_size: int, micro_batch: int, step: int = 0, position: Mapping[str, Any] | None = None
-    ) -> Batches[list[MicroBatch]]:
+    ) -> Batches[list[Batch]]:
         """The batches of the steps from `step` on, each the list of this process's micro-batches.
 
         Their `next` raises ValueError if no image can be read: none of the files, or none of the samples that a reading
@@ -127,7 +113,7 @@ class TrainingImages:
 
         Args:
             batch_size: images of a step over all processes.
-            micro_batch: images of one `MicroBatch`.
+            micro_batch: images of one `Batch`.
             step: steps already done; files are resumed from it.
             position: `Batches.position` after those steps; shards are resumed from it, and start from their beginning
                 without one.
@@ -157,7 +143,7 @@ class TrainingImages:
             of_shards if self.shards else of_files,
             [START] * count,
             len(firsts),
-            lambda images: [MicroBatch(i, first, batch_size) for i, first in zip(images, firsts, strict=True)],
+            lambda images: [Batch(i, first, batch_size) for i, first in zip(images, firsts, strict=True)],
             workers=workers,
             identity=identity,
             saves=("skipped", "turn", "streams") if self.shards else ("skipped",),

@@ -1,1 +1,1 @@
-"""The demos and their toy world: photographs, generated pictures, small teachers."""
+"""The demos, and what they need: photographs, generated pictures, a small teacher."""

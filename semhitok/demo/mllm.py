@@ -1,10 +1,10 @@
-"""The demo of the unified model: from generated pictures and captions alone to captions of pictures and back, on a CPU.
+"""The demo of the unified model: from generated pictures and captions to a model that translates both ways, on a CPU.
 
-1. a reader: a small CNN that tells what is in a picture, the judge of what follows
-2. a teacher: SigLIP in small, on pictures and captions
-3. a tokenizer: SemHiTok with that teacher, the stages that photographs get, too
-4. the unified model: a tiny Qwen2 from nothing, on ids and words: captions, questions, text to image
-5. figures, on combinations of attributes that training never showed
+1. a reader: a small CNN that reads the attributes of a picture, to judge what follows
+2. a teacher: a small SigLIP, trained on pictures and captions
+3. an image tokenizer: SemHiTok with that teacher, in the usual stages
+4. the unified model: a tiny Qwen2, trained from scratch on captions, questions and text to image
+5. figures, on combinations of attributes that training does not have
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ from semhitok.demo.reader import (
     train_reader,
 )
 from semhitok.demo.teacher import ContrastiveConfig, scenes_lesson, train_teacher
-from semhitok.mllm import generate, generate_images
+from semhitok.mllm import Sampling
+from semhitok.mllm.assistant import Assistant
 from semhitok.mllm.config import MLLMTrainConfig, mllm_config
-from semhitok.mllm.model import UnifiedMLLM
-from semhitok.mllm.prompts import end_of_answer, generation, understanding
 from semhitok.mllm.sources import Records
-from semhitok.mllm.training import run
+from semhitok.mllm.training import train as train_mllm
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 
@@ -47,12 +47,12 @@ SIZE, PATCH = 64, 8  # pixels: 8 x 8 ids
 SPLITS = ("random", "comp")
 HELD_OUT = 480  # pictures of a split
 TEACHER_STEPS, TEACHER_BATCH, READER_STEPS = 400, 64, 400
-GUIDANCE = (1.0, 1.5)
-SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 30}
+SAMPLINGS = [Sampling(temperature=0.7, top_k=30, guidance=scale) for scale in (1.0, 1.5)]
+BATCH = 120  # prompts at a time
 
 
 def tokenizer_config() -> TrainConfig:
-    """How the tokenizer is trained, but for its teacher."""
+    """The training of the image tokenizer, without its teacher."""
     settings: dict[str, Any] = {
         "model": {
             "adaptive": True,
@@ -80,7 +80,7 @@ def tokenizer_config() -> TrainConfig:
 
 
 def model_config() -> MLLMTrainConfig:
-    """How the unified model is trained."""
+    """The training of the unified model."""
     config = mllm_config("mllm-tiny")
     for setting in (
         "data.length=256", "data.caption_drop=0.1", "tracker=none", "joint.steps=1600", "joint.batch_size=16",
@@ -93,15 +93,19 @@ def model_config() -> MLLMTrainConfig:
 def demo(
     out: Path, *, pictures: int = 12_000, tokenizer: TrainConfig | None = None, model: MLLMTrainConfig | None = None
 ) -> str:
-    """Train everything in folder `out`, or go on with it; evaluate, draw; the table as text.
+    """Train everything in folder `out`, or resume; evaluate and draw.
 
     Args:
-        pictures: of the training set.
-        tokenizer, model: trainings, in place of `tokenizer_config` and `model_config`.
+        pictures: number of pictures to train with.
+        tokenizer: the training of the image tokenizer; by default `tokenizer_config`.
+        model: the training of the unified model; by default `model_config`.
+
+    Returns:
+        The table of figures.
 
     Raises:
-        semhitok.training.Interrupted: a signal came; the same call continues.
-        ValueError, OSError: as the trainings raise them.
+        semhitok.training.Interrupted: a signal came; the same call resumes.
+        ValueError, OSError: see the trainings.
     """
     clock = _Clock(out / "seconds.json")
     with clock("reader"):
@@ -116,27 +120,28 @@ def demo(
     with clock("tokenizer"):
         images = write_pictures(made.images, out / "pictures")
         train(config, [images], out / "tokenizer")
-    tok = SemHiTok.from_pretrained(out / "tokenizer" / "checkpoint")
+    image_tokenizer = SemHiTok.from_pretrained(out / "tokenizer" / "checkpoint")
     held = {split: scenes.pictures(1, 0, HELD_OUT, split, SIZE) for split in SPLITS}
     with clock("ids"):
-        codes = {split: encode(tok, x.images) for split, x in held.items()}
-        training_codes = _training_codes(tok, made.images, out / "ids.safetensors")
+        codes = {split: encode(image_tokenizer, x.images) for split, x in held.items()}
+        training_codes = _training_codes(image_tokenizer, made.images, out / "ids.safetensors")
     with clock("model"):
-        run(
+        train_mllm(
             model or model_config(),
             out / "model",
-            sources={"joint": _sources(tok, training_codes, made)},
-            tokenizer=tok,
+            sources={"joint": _sources(image_tokenizer, training_codes, made)},
+            image_tokenizer=image_tokenizer,
         )
     with clock("evaluation"):
-        both = _Both(out / "model" / "checkpoint", tok)
+        tokenizer_folder = str(out / "tokenizer" / "checkpoint")
+        assistant = Assistant.load(out / "model" / "checkpoint", tokenizer_folder, teacher=False)
         metrics: dict[str, Any] = {"tokens": training_codes[0].numel()}
         drawn = {}
-        for split, some in held.items():
-            metrics[split], drawn[split] = _evaluate(both, reader, some, codes[split])
-            _draw(both, some, codes[split], drawn[split], out / f"{split}.png")
+        for split, data in held.items():
+            metrics[split], drawn[split] = _evaluate(assistant, reader, data, codes[split])
+            _draw_figure(assistant, data, codes[split], drawn[split], out / f"{split}.png")
     first = metrics[SPLITS[0]]
-    best = first["images"][f"guidance {GUIDANCE[-1]:g}"]
+    best = first["images"][f"guidance {SAMPLINGS[-1].guidance:g}"]
     short = {
         "caption_attributes": first["captions"]["right image"]["mean"],
         "caption_exact": first["captions"]["right image"]["all"],
@@ -152,7 +157,7 @@ def demo(
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """What `metrics.json` holds, for people."""
+    """The figures of `metrics.json` as a table."""
     names = list(scenes.ATTRIBUTES)
     lines = []
     for split, title in zip(SPLITS, ("unseen combinations", "unseen (shape, colour, background)"), strict=True):
@@ -167,18 +172,18 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{metrics['seconds']:.0f} s: {spent}"])
 
 
-def encode(tokenizer: SemHiTok, images: Tensor) -> Tensor:
+def encode(image_tokenizer: SemHiTok, images: Tensor) -> Tensor:
     """uint8 images [N, 3, S, S] -> flat ids [N, h, w]."""
-    return torch.cat([tokenizer.encode(x.float() / 255) for x in images.split(100)])
+    return torch.cat([image_tokenizer.encode(x.float() / 255) for x in images.split(100)])
 
 
-def decode(tokenizer: SemHiTok, codes: Tensor) -> Tensor:
+def decode(image_tokenizer: SemHiTok, codes: Tensor) -> Tensor:
     """Flat ids [N, h, w] -> images [N, 3, S, S] in [0, 1]."""
-    return torch.cat([tokenizer.decode(x) for x in codes.split(100)])
+    return torch.cat([image_tokenizer.decode(x) for x in codes.split(100)])
 
 
 def write_pictures(images: Tensor, folder: Path) -> Path:
-    """uint8 images [N, 3, S, S] as files in `folder`, which it returns; those that are there stay."""
+    """Write uint8 images [N, 3, S, S] to `folder`, unless they are there, and return it."""
     pil = require("PIL.Image", "models")
     folder.mkdir(parents=True, exist_ok=True)
     for n, image in enumerate(images):
@@ -194,7 +199,7 @@ def write_pictures(images: Tensor, folder: Path) -> Path:
 
 
 class _Clock:
-    """Seconds of each part, over all sittings."""
+    """Seconds of each part, over all calls."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -210,7 +215,7 @@ class _Clock:
     def __exit__(self, *_: object) -> None:
         spent = time.perf_counter() - self.began
         if self.part == "evaluation":
-            self.seconds[self.part] = spent  # made anew every time
+            self.seconds[self.part] = spent  # repeated in every call
         else:
             self.seconds[self.part] = self.seconds.get(self.part, 0.0) + spent
         write_atomic(self.path, json.dumps(self.seconds).encode())
@@ -227,19 +232,19 @@ def _reader(path: Path) -> Reader:
     return reader
 
 
-def _training_codes(tokenizer: SemHiTok, images: Tensor, path: Path) -> Tensor:
+def _training_codes(image_tokenizer: SemHiTok, images: Tensor, path: Path) -> Tensor:
     if path.exists():
         file = load_codes(path)
-        if file.codebook_hash == tokenizer.codebook_hash and len(file.codes) == len(images):
+        if file.codebook_hash == image_tokenizer.codebook_hash and len(file.codes) == len(images):
             return file.codes
-    codes = encode(tokenizer, images)
-    save_codes(path, codes, [f"{n:05}" for n in range(len(codes))], tokenizer.vocabulary)
+    codes = encode(image_tokenizer, images)
+    save_codes(path, codes, [f"{n:05}" for n in range(len(codes))], image_tokenizer.vocabulary)
     return codes
 
 
-def _sources(tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) -> list[Records]:
-    """Text to image, captions, questions, by weights 3 : 1 : 1."""
-    own = tokenizer.codebook_hash
+def _sources(image_tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) -> list[Records]:
+    """Text to image, captions and questions, with weights 3 : 1 : 1."""
+    codebook_hash = image_tokenizer.codebook_hash
     captioned = [
         {"caption": text, "codes": [x.flatten().tolist()]} for text, x in zip(data.captions, codes, strict=True)
     ]
@@ -252,85 +257,67 @@ def _sources(tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) -> list[
         ]
         asked.append({"messages": messages, "codes": row["codes"]})
     return [
-        Records(captioned, "generation", weight=3, codebook_hash=own),
-        Records(captioned, "understanding", codebook_hash=own),
-        Records(asked, "understanding", codebook_hash=own),
+        Records(captioned, "generation", weight=3, codebook_hash=codebook_hash),
+        Records(captioned, "understanding", codebook_hash=codebook_hash),
+        Records(asked, "understanding", codebook_hash=codebook_hash),
     ]
 
 
-class _Both:
-    """The trained model with its two tokenizers."""
+def _answer(assistant: Assistant, codes: Tensor, questions: list[str]) -> list[str]:
+    """Greedy answers to a question about each image's ids [N, h, w]; "" asks for a caption."""
+    images = assistant.image_ids(codes)
+    return [
+        text
+        for n in range(0, len(images), BATCH)
+        for text in assistant.answer(questions[n : n + BATCH], images[n : n + BATCH], max_new_tokens=24)
+    ]
 
-    def __init__(self, folder: Path, tokenizer: SemHiTok) -> None:
-        transformers = require("transformers", "mllm")
-        self.tokenizer = tokenizer
-        self.model: Any = UnifiedMLLM.from_pretrained(folder).eval()
-        self.words = transformers.AutoTokenizer.from_pretrained(folder)
-        self.eos = end_of_answer(self.words, self.model.vocabulary)
 
-    def answer(self, codes: Tensor, questions: list[str]) -> list[str]:
-        """Greedy answers to a question about each image's ids [N, h, w]; "" asks for a caption."""
-        images = self.model.vocabulary.image(codes, self.tokenizer.codebook_hash)
-        prompts = [
-            understanding(self.words, self.model.vocabulary, image, question)
-            for image, question in zip(images, questions, strict=True)
-        ]
-        said = []
-        for start in range(0, len(prompts), 120):
-            rows = generate(
-                self.model, prompts[start : start + 120], max_new_tokens=24, images=False, temperature=0.0,
-                num_text_ids=len(self.words), eos_id=self.eos,
-            )  # fmt: skip
-            said += [self.words.decode(row, skip_special_tokens=True) for row in rows]
-        return said
+def _describe(assistant: Assistant, codes: Tensor) -> list[str]:
+    return _answer(assistant, codes, [""] * len(codes))
 
-    def describe(self, codes: Tensor) -> list[str]:
-        return self.answer(codes, [""] * len(codes))
 
-    def paint(self, captions: list[str], guidance: float) -> Tensor:
-        """Flat ids [N, h, w] of images for captions."""
-        draw = torch.Generator().manual_seed(0)
-        vocabulary = self.model.vocabulary
-        prompts = [generation(self.words, vocabulary, text) for text in captions]
-        return torch.cat([
-            generate_images(
-                self.model, prompts[start : start + 120], guidance=guidance, generator=draw,
-                unconditional=generation(self.words, vocabulary, None), **SAMPLING,
-            )
-            for start in range(0, len(prompts), 120)
-        ])  # fmt: skip
+def _draw(assistant: Assistant, captions: list[str], sampling: Sampling) -> Tensor:
+    """Images [N, 3, S, S] of captions."""
+    generator = torch.Generator().manual_seed(0)
+    batches = (captions[n : n + BATCH] for n in range(0, len(captions), BATCH))
+    codes = [assistant.draw_codes(batch, generator, sampling=sampling) for batch in batches]
+    return decode(assistant.image_tokenizer, torch.cat(codes))
 
 
 def _evaluate(
-    both: _Both, reader: Reader, data: scenes.Pictures, codes: Tensor
+    assistant: Assistant, reader: Reader, data: scenes.Pictures, codes: Tensor
 ) -> tuple[dict[str, dict[str, Scores]], Tensor]:
-    """All scores on one split, and its pictures from captions at the last guidance."""
-    painted = {scale: decode(both.tokenizer, both.paint(data.captions, scale)) for scale in GUIDANCE}
+    """All scores of one split, and the pictures drawn from its captions with the last of `SAMPLINGS`."""
+    drawn = {f"guidance {s.guidance:g}": _draw(assistant, data.captions, s) for s in SAMPLINGS}
+    reconstructed = decode(assistant.image_tokenizer, codes)
     scores = {
         "reader": {
             "real pictures": score(reader.read(data.images), data.labels),
-            "reconstructions": score(reader.read(decode(both.tokenizer, codes)), data.labels),
+            "reconstructions": score(reader.read(reconstructed), data.labels),
         },
-        "captions": evaluate_captions(both.describe, codes, data.labels),
-        "questions": evaluate_questions(both.answer, codes, data.labels),
-        "images": {f"guidance {scale:g}": score(reader.read(x), data.labels) for scale, x in painted.items()},
+        "captions": evaluate_captions(partial(_describe, assistant), codes, data.labels),
+        "questions": evaluate_questions(partial(_answer, assistant), codes, data.labels),
+        "images": {name: score(reader.read(x), data.labels) for name, x in drawn.items()},
     }
-    return scores, painted[GUIDANCE[-1]]
+    return scores, drawn[f"guidance {SAMPLINGS[-1].guidance:g}"]
 
 
-def _draw(both: _Both, data: scenes.Pictures, codes: Tensor, painted: Tensor, path: Path, count: int = 8) -> None:
-    """Pictures with the model's captions, and pictures that it made of captions."""
+def _draw_figure(
+    assistant: Assistant, data: scenes.Pictures, codes: Tensor, drawn: Tensor, path: Path, count: int = 8
+) -> None:
+    """Pictures with the model's captions, their reconstructions, and the model's pictures of captions."""
     matplotlib: Callable[..., Any] = require("matplotlib", "demo")
     matplotlib.use("Agg")  # type: ignore[attr-defined]
     import matplotlib.pyplot as plt
 
     count = min(count, len(codes))
-    said = both.describe(codes[:count])
+    captions = _describe(assistant, codes[:count])
     figure, axes = plt.subplots(3, count, figsize=(2 * count, 7), layout="constrained")
     rows = (
-        ("picture, and the model's caption", data.images[:count].float() / 255, said),
-        ("its reconstruction", decode(both.tokenizer, codes[:count]), [""] * count),
-        ("from this caption", painted[:count], data.captions[:count]),
+        ("picture, and the model's caption", data.images[:count].float() / 255, captions),
+        ("its reconstruction", decode(assistant.image_tokenizer, codes[:count]), [""] * count),
+        ("from this caption", drawn[:count], data.captions[:count]),
     )
     for line, (name, images, texts) in zip(axes, rows, strict=True):
         for n, (axis, image, text) in enumerate(zip(line, images, texts, strict=True)):

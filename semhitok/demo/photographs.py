@@ -1,4 +1,4 @@
-"""Real photographs for the demo: the samples that scikit-image and scikit-learn install with them."""
+"""Real photographs for the demo: the samples that come with scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from semhitok._optional import require
 from semhitok.data.images import save_png
 
-# By their names in skimage.data. The right image of the stereo pair stays out: it shows what is
-# held out of the left one.
+# Names in skimage.data. The right image of the stereo pair is left out: it shows what is held out of the left one.
 _SKIMAGE = (
     "astronaut", "brick", "camera", "coffee", "grass", "gravel", "hubble_deep_field",
     "immunohistochemistry", "moon", "retina", "rocket",
@@ -23,8 +22,8 @@ _UNSEEN = "chelsea"
 def write_photographs(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """Write the photographs as PNG into three folders below `folder`.
 
-    train: the left three quarters of 14 photographs. held_out: their right quarters. unseen: one
-    photograph (a cat) that gives nothing to training.
+    train: the left three quarters of 14 photographs. held_out: their right quarters. unseen: one photograph, of a cat,
+    no part of which is in train.
 
     Returns:
         {"train" | "held_out" | "unseen": folder}.

@@ -1,9 +1,9 @@
-"""What texts and pictures of `semhitok.demo.scenes` say of the five attributes, right or wrong.
+"""Which of the five attributes of `semhitok.demo.scenes` texts and pictures get right.
 
-Texts are read by their words; pictures by a small CNN trained on real ones (`train_reader`), whose own accuracy belongs
-beside every figure it gives, on real pictures and on a tokenizer's reconstructions: what it cannot read there,
-generation cannot show. A model that looks at its image does worse with another's (`other`) or with the same ids in
-random order (`shuffled`); what guessing gives is `chance`.
+Texts are read by their words, pictures by a small CNN trained on real ones (`train_reader`). Report its own accuracy on
+real pictures and on reconstructions beside its figures for generated pictures, which it limits. A model that looks at
+its image gets worse with the ids of another image (`other`) or with the same ids in random order (`shuffled`). `chance`
+is what guessing scores.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Answer = Callable[[Tensor, list[str]], Sequence[str]]  # flat ids [N, h, w] and 
 
 
 def score(said: Tensor, labels: Tensor) -> Scores:
-    """Shares that are right, of each attribute by name, their mean ("mean"), and of rows wholly right ("all").
+    """Accuracy of each attribute by name, their mean ("mean"), and the share of rows that are all right ("all").
 
     Args:
-        said: int64 [N, 5], -1 where nothing was said.
+        said: predicted labels, int64 [N, 5]; -1 for none.
         labels: int64 [N, 5].
 
     Raises:
-        ValueError: other shapes, or no rows.
+        ValueError: wrong shapes, or no rows.
     """
     if said.shape != labels.shape or labels.ndim != 2 or labels.shape[1] != len(scenes.ATTRIBUTES) or not len(labels):
         raise ValueError(f"said: expected [N, {len(scenes.ATTRIBUTES)}] like labels, got {list(said.shape)}")
@@ -39,29 +39,29 @@ def score(said: Tensor, labels: Tensor) -> Scores:
 
 
 def chance() -> Scores:
-    """`score` that guessing is expected to have, each attribute evenly and for itself."""
+    """The expected `score` of guessing each attribute independently and uniformly."""
     each = {name: 1 / len(words) for name, words in scenes.ATTRIBUTES.items()}
     product = torch.tensor(list(each.values()), dtype=torch.float64).prod().item()
     return each | {"mean": sum(each.values()) / len(each), "all": product}
 
 
 def other(rows: Tensor) -> Tensor:
-    """Rows [N, ...] in which everyone has its neighbour's, for N of at least 2."""
+    """Rows [N, ...] shifted by one, so that each is another's; N is at least 2."""
     return rows.roll(1, 0)
 
 
 def shuffled(codes: Tensor, seed: int = 0) -> Tensor:
-    """Ids [N, h, w], those of each image in an order of its own: the same codes, no layout."""
+    """Ids [N, h, w], each image's in another random order: the same codes without their layout."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(codes.flatten(1).shape, generator=generator).argsort(1).to(codes.device)
     return codes.flatten(1).gather(1, order).view_as(codes)
 
 
 def evaluate_captions(describe: Describe, codes: Tensor, labels: Tensor) -> dict[str, Scores]:
-    """`score` of captions for images, for other images and for shuffled ids, and chance.
+    """`score` of captions for the right images, for other images and for shuffled ids, and chance.
 
     Args:
-        describe: the model.
+        describe: the model, as a function.
         codes: flat ids [N, h, w].
         labels: int64 [N, 5].
     """
@@ -73,9 +73,9 @@ def evaluate_captions(describe: Describe, codes: Tensor, labels: Tensor) -> dict
 
 
 def evaluate_questions(answer: Answer, codes: Tensor, labels: Tensor) -> dict[str, Scores]:
-    """As `evaluate_captions`, of every question of `scenes.QUESTIONS` on every image.
+    """Like `evaluate_captions`, for each of `scenes.QUESTIONS` about each image.
 
-    An answer is right that is the attribute's word and nothing else, but for case, spaces and a full stop.
+    An answer is right if it is the attribute's word and nothing else, apart from case, spaces and a full stop.
     """
 
     def of(codes: Tensor) -> Scores:
@@ -100,7 +100,7 @@ def _three(of: Callable[[Tensor], Scores], codes: Tensor) -> dict[str, Scores]:
 
 
 class Reader(nn.Module):
-    """A small CNN that reads the attributes off pictures of one size."""
+    """A small CNN that reads the attributes of pictures of one size."""
 
     def __init__(self, size: int = 48, width: int = 24) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Reader(nn.Module):
             channels = out
         self.size = size
         self.features = nn.Sequential(*layers)
-        # Places tell the position; means over all places the rest, wherever the object is.
+        # Features at each place for the position; their means for the other attributes, wherever the object is.
         places = channels * ((size + 7) // 8) ** 2
         self.head = nn.Sequential(
             nn.Linear(places + channels, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, sum(scenes.COUNTS))
@@ -127,7 +127,7 @@ class Reader(nn.Module):
         """Labels [N, 5] int64 of images [N, 3, S, S], uint8, or float in [0, 1].
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images have another size.
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.size, self.size):
             raise ValueError(f"images: expected [N, 3, {self.size}, {self.size}], got {list(images.shape)}")
@@ -142,9 +142,9 @@ class Reader(nn.Module):
 
 
 def train_reader(size: int = 48, *, steps: int = 320, batch_size: int = 64, seed: int = 1_000_003) -> Reader:
-    """A `Reader` trained on pictures of all combinations, half of them blurred as reconstructions are.
+    """Train a `Reader` on pictures of all combinations, half of them blurred like reconstructions.
 
-    `seed` is that of its pictures and weights: read none of the same set with it. Under a minute on a core.
+    `seed` is that of its pictures and weights; do not test it on the same set. Takes under a minute on one core.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

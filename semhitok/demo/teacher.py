@@ -1,12 +1,11 @@
-"""Training of the small teacher on pictures and their captions: SigLIP (Zhai et al. 2023) in small, in minutes.
+"""Training of a small teacher on pictures and their captions: a small SigLIP (Zhai et al. 2023), in minutes.
 
 loss = sigmoid contrastive loss of images and captions
-     + 10 (which words the caption has, from the image: binary cross-entropy)
-     + what is said of each region, of the background where it is empty, from the mean of its tokens: cross-entropy
+     + 10 * binary cross-entropy of the caption's words, predicted from the image
+     + cross-entropy of the attributes of each region, predicted from the mean of its tokens
 
-The last two are taken from the captions' words too, a phrase's position words naming its cell. The contrastive loss
-alone asks for so little at this size that shapes are not learnt in the time; and without the words for backgrounds the
-teacher would be blind to most pixels.
+The targets of the last two come from the captions too. With the contrastive loss alone, shapes are not learnt in this
+time; without the attributes of the background, the teacher would ignore most pixels.
 """
 
 from __future__ import annotations
@@ -29,29 +28,30 @@ from torch import Tensor, nn
 from semhitok._files import write_atomic
 from semhitok._optional import require
 from semhitok.config import TeacherConfig
-from semhitok.demo import scenes, shapes
+from semhitok.demo import scenes
 from semhitok.models.teacher import vision_transformer
 
-NAME = "vit_shapes_patch8_64"
-
-CELLS = shapes.CELLS**2
-GRID = 8  # tokens a side
-# Shape is the hardest to learn, and a few hundred codes hold no more than shapes, colours and backgrounds.
+NAME = "vit_shapes_patch8_64"  # see `semhitok.models.small_vit`
+SIZE = 64  # side length of pictures in pixels
+GRID = 8  # tokens along a side
+CELLS = len(scenes.ROWS) * len(scenes.COLUMNS)
+# Shape is the hardest to learn, and a few hundred codes have room for no more than shapes, colours and backgrounds.
 WEIGHTS = {"shape": 3.0, "colour": 2.0}
 OTHER_WEIGHT = 0.1  # of the other attributes
 BACKGROUND_WEIGHT = 1.0
-SCALE = 20.0  # of the cosines that are logits of regions
+SCALE = 20.0  # of the cosines that are the logits of regions
 
 
 class Lesson(NamedTuple):
-    """N pictures and what their captions say of them, in numbers.
+    """N pictures and the content of their captions as tensors.
 
     images: uint8 [N, 3, 64, 64].
-    words: float32 [N, P, V], for each of a caption's phrases ones for the words that it has.
-    regions: float32 [N, R, 64], shares of the 8 x 8 tokens in regions of the picture; a region's sum to one.
-    labels: int64 [N, R, A], attributes of the object in each region; -1 where there is none.
+    words: float32 [N, P, V], 1 for the words of each of a caption's phrases.
+    regions: float32 [N, R, 64], weights of the 8 x 8 tokens in each region; they sum to one.
+    labels: int64 [N, R, A], attributes of the object in each region; -1 if there is none.
     background: int64 [N, B], attributes of the background.
-    attributes, surroundings: name -> number of values, of the columns of `labels` and of `background`.
+    attributes: name -> number of values, of each column of `labels`.
+    surroundings: name -> number of values, of each column of `background`.
     """
 
     images: Tensor
@@ -68,11 +68,11 @@ class ContrastiveConfig:
     """Training of the small teacher.
 
     data, pictures: name and size of the training set.
-    steps, batch_size, lr: of AdamW; warm-up over the first tenth, then cosine decay to nothing.
+    steps, batch_size, lr: of AdamW; warm-up over the first tenth, then cosine decay to zero.
     words_weight, region_weight: of the second and third term of the loss.
     """
 
-    data: str = "shapes"
+    data: str
     pictures: int = 16_000
     steps: int = 1500
     batch_size: int = 96
@@ -82,31 +82,8 @@ class ContrastiveConfig:
     seed: int = 0
 
 
-def shapes_lesson(data: shapes.Pictures) -> Lesson:
-    """What the captions of `semhitok.demo.shapes` say: regions are the 3 x 3 cells, phrases objects and background."""
-    objects = [w for words in shapes.ATTRIBUTES.values() for w in words] + [*shapes.ROWS, *shapes.COLUMNS]
-    of_object = {word: n for n, word in enumerate(objects)}
-    # A word of an object and the same word of a background would be two.
-    behind = [w for words in shapes.SURROUNDINGS.values() for w in words]
-    of_background = {word: n + len(objects) for n, word in enumerate(behind)}
-    found = torch.zeros(len(data.captions), 4, len(objects) + len(behind))  # three objects at most and the background
-    for caption, rows in zip(data.captions, found, strict=True):
-        for phrase, row in zip(caption.split(", "), rows, strict=False):
-            words = of_background if phrase.endswith(" light") else of_object
-            row[[words[w] for w in phrase.split() if w in words]] = 1
-    return Lesson(
-        data.images,
-        found,
-        cell_means().expand(len(found), -1, -1),
-        data.labels,
-        data.background,
-        {name: len(words) for name, words in shapes.ATTRIBUTES.items()},
-        {name: len(words) for name, words in shapes.SURROUNDINGS.items()},
-    )
-
-
 def scenes_lesson(data: scenes.Pictures) -> Lesson:
-    """What the captions of `semhitok.demo.scenes` say: regions are the object's surroundings and all else."""
+    """The captions of `semhitok.demo.scenes` as a lesson: the regions are the object's surroundings and the rest."""
     names = list(scenes.ATTRIBUTES)
     firsts = torch.tensor([0, *scenes.COUNTS[:-1]]).cumsum(0)
     found = torch.zeros(len(data.labels), 2, sum(scenes.COUNTS))  # the object, the background
@@ -127,13 +104,13 @@ def scenes_lesson(data: scenes.Pictures) -> Lesson:
 
 
 def cell_means(grid_size: int = GRID) -> Tensor:
-    """Shares [9, grid_size^2] of the tokens in each of the 3 x 3 cells."""
-    one_hot = F.one_hot(shapes.cell_of_patches(grid_size).flatten(), CELLS).float()
+    """Weights [9, grid_size^2] of the tokens in each of the 3 x 3 cells; they sum to one."""
+    one_hot = F.one_hot(scenes.cell_of_patches(grid_size).flatten(), CELLS).float()
     return (one_hot / one_hot.sum(0)).T.contiguous()
 
 
 class TextEncoder(nn.Module):
-    """Phrases as ones [N, P, V] -> unit vectors [N, width]: each phrase through one MLP, summed."""
+    """Words of phrases [N, P, V], 0 or 1 -> unit vectors [N, width]: one MLP on each phrase, summed."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -146,9 +123,9 @@ class TextEncoder(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """What training reads off the teacher's tokens [B, 64, width], and nobody needs afterwards.
+    """The teacher's tokens [B, 64, width] -> what the losses need; used in training only.
 
-    Returns unit vectors [B, width]; logits [B, V] of the caption's words; logits [B, R, logits] of each region, for
+    Returns unit vectors [B, width], logits [B, V] of the caption's words, and logits [B, R, logits] of each region for
     `region_loss`.
     """
 
@@ -169,30 +146,30 @@ class ImageHead(nn.Module):
         pooled, _ = self.pool(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
         of_cells = self.mean.to(tokens.dtype) @ tokens
         embedding = F.normalize(self.project(pooled[:, 0]).float(), dim=-1)
-        # Cosines of a fixed scale: an attribute that is easy to tell keeps its share of the features, where free
-        # logits of it would do with ever less, and no code would be spent on it.
-        told = F.normalize((regions.to(tokens.dtype) @ tokens).float(), dim=-1)
-        cosines = F.linear(told, F.normalize(self.regions, dim=-1))
+        # Cosines of a fixed scale. With free logits, an attribute that is easy to learn would take up less and less of
+        # the features, and codes would not represent it.
+        means = F.normalize((regions.to(tokens.dtype) @ tokens).float(), dim=-1)
+        cosines = F.linear(means, F.normalize(self.regions, dim=-1))
         return embedding, self.words(of_cells.flatten(1)), SCALE * cosines
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss of unit vectors [B, D]: every pair of an image and a text is a match or none."""
+    """SigLIP's loss of unit vectors [B, D]: each pair of an image and a text either matches or does not."""
     logits = images @ texts.T * log_scale.exp() + bias
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum(1).mean()
 
 
 def logit_sizes(lesson: Lesson) -> list[int]:
-    """Of a region: logits of its object's attributes, "none" first in each, then of the background's."""
+    """Number of logits of each attribute of a region: the object's, "none" included, then the background's."""
     return [*(1 + count for count in lesson.attributes.values()), *lesson.surroundings.values()]
 
 
 def region_loss(logits: Tensor, lesson: Lesson, pick: Tensor) -> Tensor:
-    """Cross-entropy of ImageHead's logits of regions [B, R, .] with what is said of the pictures `pick` [B], weighted.
+    """Weighted cross-entropy of the logits [B, R, .] of regions from ImageHead, for the pictures `pick` [B].
 
-    Regions without object, most of them, count a tenth in the objects' terms. The background is asked of those alone:
-    an object's tokens that had to tell it too would need a code for every pair of both.
+    In the terms of the objects, regions without an object, which are most, count a tenth. The terms of the background
+    have only these: if an object's tokens had to represent it too, codes would be needed for every pair of both.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     labels, background = lesson.labels[pick], lesson.background[pick]
@@ -212,14 +189,13 @@ def region_loss(logits: Tensor, lesson: Lesson, pick: Tensor) -> Tensor:
 def train_teacher(
     config: ContrastiveConfig, folder: str | os.PathLike[str], lesson: Callable[[], Lesson]
 ) -> TeacherConfig:
-    """Train the teacher, or find it trained with the same settings in `folder`.
+    """Train the teacher, unless `folder` has one that was trained with the same settings.
 
     Args:
-        lesson: makes what `config.data` and `config.pictures` name; called when it is needed.
+        lesson: returns the data that `config.data` and `config.pictures` name; called only for training.
 
     Returns:
-        The configuration with which `Teacher` loads its weights, a safetensors file in `folder` named after the
-        settings.
+        The configuration with which `Teacher` loads the weights from `folder`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -231,12 +207,12 @@ def train_teacher(
         safetensors = require("safetensors.torch", "models")
         weights = _train(config, lesson())
         write_atomic(path, safetensors.save(weights, metadata={"format": "pt", "settings": settings}))
-    return TeacherConfig(NAME, pretrained=False, checkpoint=str(path), image_size=shapes.SIZE, block=-1)
+    return TeacherConfig(NAME, pretrained=False, checkpoint=str(path), image_size=SIZE, block=-1)
 
 
 def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
     torch.manual_seed(config.seed)
-    vit: Any = vision_transformer("teacher", NAME, load=False, checkpoint=None, image_size=shapes.SIZE)
+    vit: Any = vision_transformer("teacher", NAME, load=False, checkpoint=None, image_size=SIZE)
     words, width = data.words, vit.embed_dim
     text, head = TextEncoder(words.shape[-1], width), ImageHead(width, words.shape[-1], sum(logit_sizes(data)))
     scale = nn.Parameter(torch.tensor([2.3, -10.0]))  # SigLIP's log of the temperature, and its bias

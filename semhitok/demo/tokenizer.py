@@ -1,4 +1,4 @@
-"""The demo: photographs in, ids out, photographs back; figures and a table of what came of it."""
+"""The demo of the tokenizer: train it on photographs, encode and decode them; figures and a table."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ BATCH = 32
 
 
 def demo(config: TrainConfig, out: Path) -> str:
-    """Train on the demo's photographs (or go on with it), evaluate, draw; the table as text."""
+    """Train on the demo's photographs, or resume, evaluate and draw. Returns the table of figures."""
     folders = write_photographs(out / "photographs")
     seconds = train(config, [folders["train"]], out, held_out=[folders["held_out"]])
-    tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
+    image_tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
     size = config.model.image_size
     # part -> its photographs, cut at the right and bottom to whole crops of the tokenizer's size
     photographs = {
@@ -39,7 +39,7 @@ def demo(config: TrainConfig, out: Path) -> str:
         for part, folder in folders.items()
     }
     begun = time.perf_counter()
-    codes = {part: [_encode(tokenizer, x) for x in images] for part, images in photographs.items()}
+    codes = {part: [encode(image_tokenizer, x) for x in images] for part, images in photographs.items()}
     seconds_encoding = time.perf_counter() - begun
     everything = torch.cat([c for part in codes.values() for c in part])
     metrics: dict[str, Any] = {}
@@ -47,11 +47,11 @@ def demo(config: TrainConfig, out: Path) -> str:
     for part in ("held_out", "unseen"):
         images = photographs[part]
         names = [f"{n:02}-{t:03}" for n, c in enumerate(codes[part]) for t in range(len(c))]
-        save_codes(out / f"{part}_ids.safetensors", torch.cat(codes[part]), names, tokenizer.vocabulary)
-        full = [_decode(tokenizer, c, x) for c, x in zip(codes[part], images, strict=True)]
-        semantic = [_decode(tokenizer, c, x, semantic_only=True) for c, x in zip(codes[part], images, strict=True)]
-        metrics[part] = _fidelity(full, images)
-        metrics[part]["semantic_only_psnr"] = _fidelity(semantic, images)["psnr"]
+        save_codes(out / f"{part}_ids.safetensors", torch.cat(codes[part]), names, image_tokenizer.vocabulary)
+        full = [decode(image_tokenizer, c, x) for c, x in zip(codes[part], images, strict=True)]
+        semantic = [decode(image_tokenizer, c, x, semantic_only=True) for c, x in zip(codes[part], images, strict=True)]
+        metrics[part] = fidelity(full, images)
+        metrics[part]["semantic_only_psnr"] = fidelity(semantic, images)["psnr"]
         metrics[part]["codes"] = _usage(config, torch.cat(codes[part]))
         pictures[part] = list(zip(images, semantic, full, strict=True))
     metrics |= _usage(config, everything)
@@ -66,26 +66,27 @@ def demo(config: TrainConfig, out: Path) -> str:
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
     photograph = photographs["unseen"][0]
     row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
-    plots.semantic_map(tokenizer, [row], out / "semantic_map.png")
+    plots.semantic_map(image_tokenizer, [row], out / "semantic_map.png")
     crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
-    plots.patches_of_codes(tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
+    plots.patches_of_codes(image_tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
     _draw_curves(out)
     return _table(metrics, config, out)
 
 
-def _encode(tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
-    """Ids [T, h, w] of the tiles of a photograph."""
-    return torch.cat([tokenizer.encode(x) for x in tiles(photograph, tokenizer.config.image_size).split(BATCH)])
+def encode(image_tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
+    """A photograph [3, H, W], whole tiles of the tokenizer's size -> the ids [T, h, w] of its tiles."""
+    parts = tiles(photograph, image_tokenizer.config.image_size).split(BATCH)
+    return torch.cat([image_tokenizer.encode(x) for x in parts])
 
 
-def _decode(tokenizer: SemHiTok, codes: Tensor, like: Tensor, *, semantic_only: bool = False) -> Tensor:
-    """The picture of a photograph's ids, put together from its tiles."""
-    parts = torch.cat([tokenizer.decode(c, semantic_only=semantic_only) for c in codes.split(BATCH)])
-    return untile(parts, like.shape[2] // tokenizer.config.image_size)
+def decode(image_tokenizer: SemHiTok, codes: Tensor, like: Tensor, *, semantic_only: bool = False) -> Tensor:
+    """The ids [T, h, w] of tiles -> their picture [3, H, W], as wide as the photograph `like`."""
+    parts = torch.cat([image_tokenizer.decode(c, semantic_only=semantic_only) for c in codes.split(BATCH)])
+    return untile(parts, like.shape[2] // image_tokenizer.config.image_size)
 
 
-def _fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float]:
-    """Mean PSNR and SSIM over whole photographs, so that a large one counts no more than a small one."""
+def fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float]:
+    """Mean PSNR and SSIM of photographs; each counts the same, whatever its size."""
     pairs = list(zip(pictures, originals, strict=True))
     return {f.__name__: sum(f(x[None], y[None]).item() for x, y in pairs) / len(pairs) for f in (psnr, ssim)}
 
@@ -97,10 +98,10 @@ def _usage(config: TrainConfig, codes: Tensor) -> dict[str, dict[str, float]]:
 
 
 def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> dict[str, Any]:
-    """What trivial codings of the same patches reach on the same photographs.
+    """The fidelity of trivial codings of the same patches of the same photographs.
 
-    block_mean: every patch is its mean colour, in full precision. kmeans_patches: every patch is the nearest of K * m
-    patches, a k-means codebook of raw pixels, so the same bits as the tokenizer.
+    block_mean: every patch becomes its mean colour, in full precision. kmeans_patches: every patch becomes the nearest
+    of K * m patches, a k-means codebook of raw pixels, with the same number of bits as the tokenizer.
     """
     cluster = require("sklearn.cluster", "demo")
     p, total = config.model.patch_size, config.model.vocabulary_size
@@ -122,7 +123,7 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
 
     return {
         reference.__name__: {
-            part: _fidelity([reference(x) for x in photographs[part]], photographs[part])
+            part: fidelity([reference(x) for x in photographs[part]], photographs[part])
             for part in ("held_out", "unseen")
         }
         for reference in (block_mean, kmeans_patches)
@@ -167,7 +168,7 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
 
 
 def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) -> None:
-    """Original | semantic part only | full reconstruction, a row a photograph, of a tall one the lower end."""
+    """Original | semantic part only | full reconstruction, a row for each photograph; of a tall one the lower end."""
     plt = plots.pyplot()
     cut = [min(x.shape[1:]) for x, _, _ in rows]
     rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
@@ -185,7 +186,7 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
 
 
 def _draw_curves(out: Path) -> None:
-    """Losses, and usage and perplexity by window, of both stages."""
+    """Losses and usage of the codes in both stages."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6))
     for row, stage in zip(axes, ("semantic", "pixel"), strict=True):

@@ -6,7 +6,7 @@ require("transformers", "mllm")
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from semhitok.mllm.generate import generate, generate_images  # noqa: E402
+from semhitok.mllm.generate import Sampling, generate, generate_images  # noqa: E402
 from semhitok.mllm.loss import group_cross_entropy, linear_cross_entropy  # noqa: E402
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig  # noqa: E402
 from semhitok.mllm.packing import Packed, Sample, join, pack  # noqa: E402
@@ -14,6 +14,7 @@ from semhitok.mllm.packing import Packed, Sample, join, pack  # noqa: E402
 __all__ = [
     "Packed",
     "Sample",
+    "Sampling",
     "UnifiedMLLM",
     "UnifiedMLLMConfig",
     "generate",

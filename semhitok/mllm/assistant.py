@@ -1,7 +1,7 @@
 """A trained unified model in use: answers about images, conversations, pictures from captions.
 
-An `Assistant` is a model, its text tokenizer and the image tokenizer whose ids the model was trained with. Prompts are
-those of the training (`semhitok.mllm.prompts`).
+An `Assistant` is a model with its text tokenizer and the image tokenizer whose ids it was trained on. Prompts are
+formatted as in training (`semhitok.mllm.prompts`).
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from transformers import AutoTokenizer, TextStreamer
 
 from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
 from semhitok.mllm import prompts
-from semhitok.mllm.generate import generate, generate_images
+from semhitok.mllm.generate import GREEDY, Generators, Sampling, generate, generate_images
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 from semhitok.tokenizer import SemHiTok
 
-Tell = Callable[[str], Any]  # takes an answer piece by piece
+DRAWING = Sampling(guidance=2.0)
+Callback = Callable[[str], Any]
 
 
 class Assistant:
-    """What answers and draws; all in eval mode, on the devices they are on.
+    """A model and its two tokenizers, in eval mode, on the devices they are on.
 
     Args:
-        model: of transformers, loaded.
-        words: its text tokenizer.
-        tokenizer: the image tokenizer; to read images it needs its teacher.
+        model: the unified model.
+        text_tokenizer: its text tokenizer, of transformers.
+        image_tokenizer: the image tokenizer; it needs its teacher to read images.
 
     Raises:
         ValueError: the model was trained with ids of other codebooks, or of images of another size.
     """
 
-    def __init__(self, model: UnifiedMLLM, words: Any, tokenizer: SemHiTok) -> None:
-        _check_tokenizer(model.config, tokenizer)
-        self.model, self.words, self.tokenizer = model.eval(), words, tokenizer.eval()
-        self.end = prompts.end_of_answer(words, model.vocabulary)
+    def __init__(self, model: UnifiedMLLM, text_tokenizer: Any, image_tokenizer: SemHiTok) -> None:
+        _check_image_tokenizer(model.config, image_tokenizer)
+        self.model, self.text_tokenizer, self.image_tokenizer = model.eval(), text_tokenizer, image_tokenizer.eval()
+        self.end = prompts.end_of_answer(text_tokenizer, model.vocabulary)
 
     @classmethod
     def load(
@@ -51,44 +52,48 @@ class Assistant:
         device: torch.device | str = "cpu",
         teacher: bool = True,
     ) -> Assistant:
-        """The model and text tokenizer saved in `folder`, and the image tokenizer of a checkpoint or its hub name.
+        """Load a model and its text tokenizer from `folder`, and the image tokenizer of `checkpoint`.
 
         Args:
-            teacher: whether images are to be read.
+            folder: a saved model and text tokenizer, such as RUN/checkpoint of a training.
+            checkpoint: folder or Hub name of the image tokenizer.
+            device: of all of them.
+            teacher: load the image tokenizer's teacher, which reading images needs.
 
         Raises:
-            OSError: something is missing, or cannot be fetched.
-            ValueError: damaged files, or a tokenizer of other codebooks.
+            OSError: a file is missing or cannot be fetched.
+            ValueError: a file is damaged, or the image tokenizer has other codebooks.
         """
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: expected a folder of a saved model, found no config.json")
-        tokenizer = SemHiTok.from_pretrained(checkpoint, teacher=teacher)
-        # Told before the weights are read, which may take minutes.
-        _check_tokenizer(UnifiedMLLMConfig.from_pretrained(folder, local_files_only=True), tokenizer)
+        image_tokenizer = SemHiTok.from_pretrained(checkpoint, teacher=teacher)
+        # Checked before the weights are loaded, which may take minutes.
+        _check_image_tokenizer(UnifiedMLLMConfig.from_pretrained(folder, local_files_only=True), image_tokenizer)
         model = UnifiedMLLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model.to(device), words, tokenizer.to(device))
+        text_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model.to(device), text_tokenizer, image_tokenizer.to(device))
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side of the images that are read and drawn."""
+        """Side length in pixels of the images that are read and drawn."""
         return self.model.config.image_size
 
     def read(self, paths: Iterable[str | os.PathLike[str]]) -> list[Tensor]:
-        """Image files -> what stands for each in a prompt, resized and cropped as in training; errors: `read_image`."""
+        """Image files -> their ids in a prompt, resized and cropped as in training. For errors see `read_image`."""
         images = [resize_crop(read_image(path), self.image_size) for path in paths]
         return self.encode(torch.stack(images)) if images else []
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, S, S] in [0, 1], rounded to 8 bits -> what stands for each in a prompt."""
-        device = next(self.tokenizer.parameters()).device
-        return self.spell(self.tokenizer.encode(to_uint8(images).to(device).float() / 255))
+        """Images [B, 3, S, S] in [0, 1], rounded to 8 bits -> their ids in a prompt."""
+        device = next(self.image_tokenizer.parameters()).device
+        return self.image_ids(self.image_tokenizer.encode(to_uint8(images).to(device).float() / 255))
 
-    def spell(self, codes: Tensor) -> list[Tensor]:
-        """Flat ids [B, h, w] of the tokenizer -> what stands for each image in a prompt, [2 + h * w] and more."""
+    def image_ids(self, codes: Tensor) -> list[Tensor]:
+        """Flat ids [B, h, w] of the image tokenizer -> ids in a prompt, [2 + h * w] an image (3 + h * w with a
+        resolution id)."""
         config = self.model.config
         pixels = config.image_size if config.resolution_id else None
-        return list(self.model.vocabulary.image(codes.cpu(), self.tokenizer.codebook_hash, pixels))
+        return list(self.model.vocabulary.image(codes.cpu(), self.image_tokenizer.codebook_hash, pixels))
 
     def answer(
         self,
@@ -96,28 +101,26 @@ class Assistant:
         images: Sequence[Tensor],
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         seed: int = 0,
     ) -> list[str]:
-        """One answer to each question about its image; an empty question asks for a caption.
+        """Answer a question about each image, all in one batch.
 
         Args:
-            questions: one for each image.
-            images: as `read` or `encode` gives them.
-            max_new_tokens: ids an answer may have, less where the model's positions end.
-            temperature: of the draw; 0 takes the likeliest id.
-            top_p: draw from the likeliest ids of this share.
-            seed: of the draw.
+            questions: one for each image; an empty one asks for a caption.
+            images: as returned by `read`, `encode` or `image_ids`.
+            max_new_tokens: the most ids of an answer; fewer if the model's positions end earlier.
+            sampling: how ids are chosen; the likeliest by default.
+            seed: of the random numbers.
 
         Raises:
-            ValueError: other numbers, or a question that leaves no room for an answer.
+            ValueError: the number of questions is not that of the images, or a question leaves no room for an answer.
         """
         if len(questions) != len(images):
             raise ValueError(f"images: expected {len(questions)}, one for each question, got {len(images)}")
         pairs = zip(images, questions, strict=True)
-        asked = [prompts.understanding(self.words, self.model.vocabulary, *pair) for pair in pairs]
-        return self._write(asked, max_new_tokens, temperature, top_p, seed)
+        rows = [prompts.understanding(self.text_tokenizer, self.model.vocabulary, *pair) for pair in pairs]
+        return self._write(rows, max_new_tokens, sampling, seed)
 
     def reply(
         self,
@@ -125,81 +128,77 @@ class Assistant:
         images: Sequence[Tensor] = (),
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         seed: int = 0,
-        tell: Tell | None = None,
+        callback: Callback | None = None,
     ) -> str:
-        """The answer to a conversation. Arguments as in `prompts.prompt` and `answer`.
+        """Continue a conversation with its next answer.
 
-        tell: is given the answer piece by piece, as it comes.
+        Args:
+            messages: see `prompts.prompt`.
+            images: one for each `<image>` in the messages.
+            callback: called with each piece of the answer as it is written.
+
+        See `answer` for the other arguments and the errors.
         """
-        asked = prompts.prompt(self.words, self.model.vocabulary, messages, images)
-        return self._write([asked], max_new_tokens, temperature, top_p, seed, tell)[0]
+        row = prompts.prompt(self.text_tokenizer, self.model.vocabulary, messages, images)
+        return self._write([row], max_new_tokens, sampling, seed, callback)[0]
 
     def _write(
-        self, asked: list[list[int]], most: int, temperature: float, top_p: float, seed: int, tell: Tell | None = None
+        self, rows: list[list[int]], limit: int, sampling: Sampling, seed: int, callback: Callback | None = None
     ) -> list[str]:
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        longest = max(map(len, asked))
-        if limit is not None:
-            if longest >= limit:
-                raise ValueError(f"prompt: expected fewer than {limit} ids, the model's positions, got {longest}")
-            most = min(most, limit - longest)
-        rows = generate(
+        """The text that follows the ids of each prompt, at most `limit` ids of it."""
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        longest = max(map(len, rows))
+        if positions is not None:
+            if longest >= positions:
+                raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {longest}")
+            limit = min(limit, positions - longest)
+        answers = generate(
             self.model,
-            asked,
-            max_new_tokens=most,
+            rows,
+            max_new_tokens=limit,
+            sampling=sampling,
             images=False,
-            num_text_ids=min(len(self.words), self.model.vocabulary.text_size),
-            temperature=temperature,
-            top_p=top_p,
-            generator=[_seeded(seed + n) for n in range(len(asked))],
+            num_text_ids=min(len(self.text_tokenizer), self.model.vocabulary.text_size),
+            generator=[_seeded(seed + n) for n in range(len(rows))],
             eos_id=self.end,
-            streamer=None if tell is None else _Streamer(self.words, tell),
+            streamer=None if callback is None else _Streamer(self.text_tokenizer, callback),
         )
-        return [self.words.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return [self.text_tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
-    def draw(
-        self,
-        captions: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        guidance: float = 2.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-    ) -> Tensor:
-        """A picture for each caption and its seed: float [B, 3, S, S] in [0, 1], on the tokenizer's device.
+    def draw(self, captions: Sequence[str], seeds: Sequence[int], *, sampling: Sampling = DRAWING) -> Tensor:
+        """Draw a picture for each caption and seed: float [B, 3, S, S] in [0, 1], on the image tokenizer's device.
 
-        A picture depends on its caption and seed and not on the others, up to rounding: logits of another batch may
+        A picture depends on its own caption and seed only, up to rounding: in a batch of another size, logits may
         differ in their last bits, which in fp32 rarely changes an id.
 
         Raises:
-            ValueError: other numbers of captions and seeds, or a value out of range.
+            ValueError: the number of seeds is not that of the captions.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"seeds: expected {len(captions)}, one for each caption, got {len(seeds)}")
-        vocabulary = self.model.vocabulary
-        codes = generate_images(
-            self.model,
-            [prompts.generation(self.words, vocabulary, caption) for caption in captions],
-            guidance=guidance,
-            unconditional=prompts.generation(self.words, vocabulary, None),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=[_seeded(seed) for seed in seeds],
-        )
-        return self.tokenizer.decode(codes.to(next(self.tokenizer.parameters()).device))
+        codes = self.draw_codes(captions, [_seeded(seed) for seed in seeds], sampling=sampling)
+        return self.image_tokenizer.decode(codes.to(next(self.image_tokenizer.parameters()).device))
+
+    def draw_codes(self, captions: Sequence[str], generator: Generators, *, sampling: Sampling = DRAWING) -> Tensor:
+        """Draw pictures as flat ids [B, h, w] of the image tokenizer, on the model's device.
+
+        Args:
+            captions: one for each picture.
+            generator: one for all pictures, or one on the CPU for each.
+            sampling: how ids are chosen.
+        """
+        rows = [prompts.generation(self.text_tokenizer, self.model.vocabulary, text) for text in (*captions, None)]
+        return generate_images(self.model, rows[:-1], sampling=sampling, unconditional=rows[-1], generator=generator)
 
 
 class Chat:
-    """A conversation about images: every question sees all earlier ones and their answers.
+    """A conversation about images: the model sees all earlier questions and answers.
 
     Args:
         assistant: who answers.
-        images: as `Assistant.read` gives them; the first question stands behind them.
+        images: as returned by `Assistant.read`; they precede the first question.
     """
 
     def __init__(self, assistant: Assistant, images: Sequence[Tensor]) -> None:
@@ -207,46 +206,48 @@ class Chat:
         self.messages: list[prompts.Message] = []
 
     def ask(self, question: str, **options: Any) -> str:
-        """The answer, also remembered; an empty one is forgotten with its question. Options: see `Assistant.reply`.
+        """Answer a question and remember both, unless the answer is empty. For options see `Assistant.reply`.
 
         Raises:
             ValueError: see `Assistant.reply`; the conversation stays as it was.
         """
         if prompts.IMAGE in question:
             raise ValueError(f"question: expected text without {prompts.IMAGE}, got {question!r:.80}")
-        shown = "" if self.messages else f"{prompts.IMAGE}\n" * len(self.images)
-        asked = [*self.messages, {"role": "user", "content": shown + question}]
-        answer = self.assistant.reply(asked, self.images, **options)
-        kept = answer.replace(prompts.IMAGE, "").strip()
-        if kept:
-            self.messages = [*asked, {"role": "assistant", "content": kept}]
+        images = "" if self.messages else f"{prompts.IMAGE}\n" * len(self.images)
+        messages = [*self.messages, {"role": "user", "content": images + question}]
+        answer = self.assistant.reply(messages, self.images, **options)
+        text = answer.replace(prompts.IMAGE, "").strip()
+        if text:
+            self.messages = [*messages, {"role": "assistant", "content": text}]
         return answer
 
 
 class Job(NamedTuple):
-    """A picture to draw: the file it becomes, its caption and its seed."""
+    """A picture to draw: its file, caption and seed."""
 
     path: Path
     caption: str
     seed: int
 
 
-def paint(assistant: Assistant, jobs: Sequence[Job], batch_size: int, **options: Any) -> Iterator[tuple[Job, Tensor]]:
-    """Draw and write PNGs, each with its caption, seed and `options` (of `Assistant.draw`) in its metadata.
+def draw_files(
+    assistant: Assistant, jobs: Sequence[Job], batch_size: int, *, sampling: Sampling = DRAWING
+) -> Iterator[tuple[Job, Tensor]]:
+    """Draw pictures and write them as PNGs, each with its caption, seed and sampling settings in its metadata.
 
-    Yields each job with its picture [3, S, S], on the CPU, once its file is there.
+    Yields each job and its picture [3, S, S] on the CPU, once the file is written.
     """
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        pictures = assistant.draw([job.caption for job in batch], [job.seed for job in batch], **options).cpu()
+        pictures = assistant.draw([job.caption for job in batch], [job.seed for job in batch], sampling=sampling).cpu()
         for job, picture in zip(batch, pictures, strict=True):
-            told = {"caption": job.caption, "seed": job.seed} | options
-            save_png(picture, job.path, text={name: str(value) for name, value in told.items()})
+            metadata = {"caption": job.caption, "seed": job.seed} | sampling.settings
+            save_png(picture, job.path, text={name: str(value) for name, value in metadata.items()})
             yield job, picture
 
 
 def grid(pictures: Sequence[Tensor], gap: int = 2) -> Tensor:
-    """Pictures [3, S, S] side by side, in rows, on white: about as many rows as columns."""
+    """Pictures [3, S, S] on a white sheet, with about as many rows as columns."""
     columns = next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
     size = pictures[0].shape[-1]
     rows = -(-len(pictures) // columns)
@@ -263,30 +264,32 @@ def file_stem(caption: str, number: int) -> str:
 
 
 class _Streamer(TextStreamer):
-    """Hands pieces of the answer, whole words, to a function."""
+    """Passes the answer to a function piece by piece, in whole words."""
 
-    def __init__(self, words: Any, tell: Tell) -> None:
-        super().__init__(words, skip_prompt=True, skip_special_tokens=True)
-        self.tell = tell
+    def __init__(self, text_tokenizer: Any, callback: Callback) -> None:
+        super().__init__(text_tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.callback = callback
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
-            self.tell(text)
+            self.callback(text)
 
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _check_tokenizer(config: UnifiedMLLMConfig, tokenizer: SemHiTok) -> None:
-    theirs, ours = config.codebook_hash, tokenizer.codebook_hash
-    if theirs != ours:
-        known = "unknown ones" if theirs is None else f"codebooks {theirs[:12]}"
-        raise ValueError(f"tokenizer: expected the one that the model was trained with, {known}, got {ours[:12]}")
-    sizes = [(c.image_size, c.grid_size) for c in (config, tokenizer.config)]
+def _check_image_tokenizer(config: UnifiedMLLMConfig, image_tokenizer: SemHiTok) -> None:
+    expected, got = config.codebook_hash, image_tokenizer.codebook_hash
+    if expected != got:
+        codebooks = "unknown ones" if expected is None else f"codebooks {expected[:12]}"
+        raise ValueError(
+            f"image_tokenizer: expected the one that the model was trained with, {codebooks}, got {got[:12]}"
+        )
+    sizes = [(c.image_size, c.grid_size) for c in (config, image_tokenizer.config)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            "tokenizer: expected images of {} pixels as {} x {} ids, got {} and {} x {}".format(
+            "image_tokenizer: expected images of {} pixels as {} x {} ids, got {} and {} x {}".format(
                 *(x for size, grid in sizes for x in (size, grid, grid))
             )
         )

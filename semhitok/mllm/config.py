@@ -1,16 +1,14 @@
-"""Configuration of the unified model's training: dataclasses, which YAML fills strictly, as `semhitok.config` does."""
+"""Configuration of the unified model's training: dataclasses, filled strictly from YAML as in `semhitok.config`."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from semhitok.config import OptimizerConfig, StageConfig, read_config
+from semhitok.config import EngineConfig, OptimizerConfig, StageConfig, read_config
 
 TASKS = ("understanding", "generation", "text")
-STAGES = ("adapter", "joint", "instruct")
 
 
 @dataclass
@@ -19,10 +17,10 @@ class SourceConfig:
 
     path: a .jsonl file, webdataset shards (a pattern of .tar), or what `semhitok encode` wrote: an ids file
         (.safetensors), or a corpus (a folder). See `semhitok.mllm.sources` for what is in them.
-    task: "understanding" (images to text), "generation" (captions to images) or "text"; under this name its loss is
-        logged, and it tells what is made of an image with a caption.
+    task: "understanding" (images to text), "generation" (captions to images) or "text". Its loss is logged under this
+        name, and it decides which sample is made from an image with a caption.
     weight: samples are drawn from the sources of a stage in proportion to their weights.
-    question: what is asked about an image with a caption, in "understanding".
+    question: the question about an image with a caption, in "understanding".
     captions: for an ids file, a JSON file {name: caption}.
     """
 
@@ -45,9 +43,9 @@ class SourceConfig:
 class RowsConfig:
     """How samples become rows.
 
-    length: ids of a row. Text beyond it is cut into several samples; longer samples with images are passed over.
+    length: ids in a row. Longer texts are cut into several samples; longer samples with images are skipped.
     caption_drop: share of captions left out in "generation", which guidance needs.
-    look_ahead: samples from which a row is filled, in order; more means less padding.
+    look_ahead: samples from which a row is filled, in order; more samples leave less padding.
     shuffle_buffer: samples of a stream of shards that are shuffled together, for each row of a batch.
     workers: processes that read and decode, for each training process; 0 reads in the training process itself.
     """
@@ -74,7 +72,7 @@ def _optimizer(lr: float) -> Any:
 class MLLMStageConfig(StageConfig):
     """A stage; `batch_size` and `micro_batch` count rows of `data.length` ids.
 
-    sources: what it learns from.
+    sources: what the stage learns from.
     """
 
     steps: int = 5000
@@ -85,14 +83,14 @@ class MLLMStageConfig(StageConfig):
 
 @dataclass
 class AdapterStageConfig(MLLMStageConfig):
-    """Stage 1: adapter, embeddings and heads of image ids learn; the LLM stays as it is."""
+    """Stage 1: adapter, embeddings and heads of image ids learn; the LLM is frozen."""
 
     optimizer: OptimizerConfig = field(default_factory=_optimizer(1e-3))
 
 
 @dataclass
 class LoRAConfig:
-    """Low-rank updates of the LLM in "joint" and "instruct" (PEFT) in place of its weights; the new parts learn whole.
+    """Low-rank updates of the LLM in "joint" and "instruct" (PEFT) in place of its weights; new parts learn fully.
 
     r, alpha, dropout, targets: `lora_r`, `lora_alpha`, `lora_dropout`, `target_modules` of PEFT.
     """
@@ -109,9 +107,9 @@ class LoRAConfig:
 class HeldOutConfig:
     """Losses on samples that are not trained on.
 
-    sources: where they are; none leaves the evaluation out.
-    every: steps between two evaluations; there is one at the end of every stage, too.
-    batches: batches of each, always the same.
+    sources: where the samples are; an empty list leaves the evaluation out.
+    every: steps between two evaluations; there is also one at the end of every stage.
+    batches: batches in an evaluation, always the same.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -120,24 +118,20 @@ class HeldOutConfig:
 
 
 @dataclass
-class MLLMTrainConfig:
-    """Everything a training run of the unified model depends on.
+class MLLMTrainConfig(EngineConfig):
+    """Everything that the training of the unified model depends on.
 
     tokenizer: the image tokenizer, folder or name on the Hub.
     llm: folder or Hub name of a causal LM.
-    llm_config: a config of transformers ({"model_type": "qwen2", ...}) in its place: an LLM with random weights.
-    text_tokenizer: folder or Hub name; None takes that of `llm`, and for an `llm_config` makes one of whole words
-        from the texts of all sources, as many as its `vocab_size`.
+    llm_config: in place of `llm`, a config of transformers ({"model_type": "qwen2", ...}): an LLM with random weights.
+    text_tokenizer: folder or Hub name. None takes that of `llm`; for an `llm_config` it makes one of whole words from
+        the texts of all sources, as many as its `vocab_size`.
     head, resolution_id: see `UnifiedMLLMConfig`.
-    start_from: a finished model of an earlier run, folder or Hub name, in place of llm, llm_config, head and all.
-    stages: which stages run, in order.
-    precision: "bf16" runs the model under bf16 autocast; weights and optimiser stay in fp32.
-    gradient_checkpointing: compute activations of transformer blocks again instead of keeping them.
-    shard: split weights, gradients and optimiser state over the processes (FSDP2) instead of copying them (DDP).
-    keep_checkpoints: states kept for each stage.
-    tracker: "tensorboard", "wandb" or "none".
+    start_from: a finished model of an earlier run, folder or Hub name, in place of llm, llm_config and head.
     """
 
+    stages: list[str] = field(default_factory=lambda: ["adapter", "joint", "instruct"])
+    precision: str = "bf16"
     tokenizer: str = ""
     llm: str | None = None
     llm_config: dict[str, Any] | None = None
@@ -145,37 +139,16 @@ class MLLMTrainConfig:
     head: str = "hierarchical"
     resolution_id: bool = False
     start_from: str | None = None
-    stages: list[str] = field(default_factory=lambda: ["adapter", "joint", "instruct"])
     data: RowsConfig = field(default_factory=RowsConfig)
     adapter: AdapterStageConfig = field(default_factory=AdapterStageConfig)
     joint: MLLMStageConfig = field(default_factory=MLLMStageConfig)
     instruct: MLLMStageConfig = field(default_factory=MLLMStageConfig)
     lora: LoRAConfig | None = None
     evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
-    precision: str = "bf16"
-    gradient_checkpointing: bool = False
-    shard: bool = False
-    keep_checkpoints: int = 2
-    tracker: str = "tensorboard"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, choices in (("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not self.stages or [s for s in STAGES if s in self.stages] != self.stages:
-            raise ValueError(f"stages: expected some of {', '.join(STAGES)}, in this order, got {self.stages}")
 
     @property
-    def compile(self) -> bool:
-        """The engine asks; rows of packed samples differ in their borders, for which attention would recompile."""
-        return False
-
-    def stage(self, name: str) -> MLLMStageConfig:
-        return getattr(self, name)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def stage_configs(self) -> dict[str, MLLMStageConfig]:
+        return {"adapter": self.adapter, "joint": self.joint, "instruct": self.instruct}
 
 
 def mllm_config(source: str | Path) -> MLLMTrainConfig:

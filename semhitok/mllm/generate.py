@@ -1,13 +1,14 @@
-"""Text and images out of a `UnifiedMLLM`, by transformers' own `generate` with four rules of ours on its logits.
+"""Generate text and images with a `UnifiedMLLM`: the `generate` of transformers with three logits processors of ours.
 
-`Guidance` (classifier-free) mixes the rows that know the caption with those that do not, `Grammar` leaves only the ids
-that may come next, `Draw` takes one. They are ordinary logits processors: use them with `model.generate`, or call
-`generate` and `generate_images` here, which put them together.
+`Guidance` (classifier-free) mixes the rows with the caption and those without, `Grammar` allows only the ids that may
+come next, `Draw` picks one of them. Pass them to `model.generate` yourself, or call `generate` and `generate_images`,
+which combine them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,16 +29,53 @@ Prompt = Tensor | Sequence[int]
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
-class Grammar(LogitsProcessor):
-    """Only ids that may come next: text, or begin of image, (resolution,) exactly grid_size^2 image ids, end of image.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is chosen.
 
-    What may come next is read off the ids since the last begin of image, so prompts may hold images and end within one.
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest id.
+        top_k: sample from the k likeliest ids; 0 for all.
+        top_p: sample from the likeliest ids that have this probability together; 1 for all.
+        guidance: scale of classifier-free guidance of image ids; 1 for none.
+        hierarchical: sample image ids in two steps: the semantic code i first (its score is the logsumexp of its ids'
+            scores), then the sub-code j of i. Temperature, top_k and top_p apply to both steps.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    hierarchical: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, as records of generated pictures keep them; `hierarchical` only if it is on."""
+        names = ("guidance", "temperature", "top_k", "top_p", *(["hierarchical"] if self.hierarchical else []))
+        return {name: getattr(self, name) for name in names}
+
+
+DEFAULT, GREEDY = Sampling(), Sampling(temperature=0.0)
+
+
+class Grammar(LogitsProcessor):
+    """Allow only ids that may come next: text, or begin of image, (resolution,) grid_size^2 image ids, end of image.
+
+    What may come next follows from the ids since the last begin of image, so prompts may contain images and end within
+    one.
 
     Args:
-        config: of the model.
-        images: whether an image may begin; one that has begun is always finished.
-        max_length: ids that a row may have; no image begins that would not be whole by then.
-        num_text_ids: text ids in use, where the LLM's embedding has more rows than its tokenizer has words.
+        config: the model's configuration.
+        images: whether an image may begin. An image that has begun is always completed.
+        max_length: the most ids a row may have. No image begins that would not be complete by then.
+        num_text_ids: number of text ids in use, if the LLM's embedding has more rows than its tokenizer has words.
     """
 
     def __init__(
@@ -57,18 +95,18 @@ class Grammar(LogitsProcessor):
             raise ValueError(f"num_text_ids: expected 1 to {self.vocabulary.text_size}, got {num_text_ids}")
 
     def since_begin(self, input_ids: Tensor) -> Tensor:
-        """Ids after the last begin of image, [B]; more than an image has where there was none."""
+        """Number of ids after the last begin of image, [B]; more than an image has if there was none."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(input_ids == self.vocabulary.begin_of_image, places, -self.length - 1).amax(1)
         return input_ids.shape[1] - 1 - last
 
     @property
     def length(self) -> int:
-        """Ids after begin of image that make it whole."""
+        """Number of ids after begin of image that complete it."""
         return len(self.prefix) + self.tokens + 1
 
     def in_image(self, input_ids: Tensor) -> Tensor:
-        """[B] bool: whether the next id is an image id."""
+        """Whether the next id is an image id, [B] bool."""
         done = self.since_begin(input_ids)
         return (done >= len(self.prefix)) & (done < len(self.prefix) + self.tokens)
 
@@ -88,9 +126,9 @@ class Grammar(LogitsProcessor):
 
 
 class Guidance(LogitsProcessor):
-    """Classifier-free guidance of image ids: u + scale * (c - u), of rows [conditional; unconditional] of one batch.
+    """Classifier-free guidance of image ids: u + scale * (c - u), for a batch of rows [conditional; unconditional].
 
-    Both halves get the same scores and so, by `Draw`, the same ids. Text is the conditional rows' alone.
+    Both halves get the same scores, and so the same ids from `Draw`. Text scores are those of the conditional rows.
     """
 
     def __init__(self, scale: float, grammar: Grammar) -> None:
@@ -106,51 +144,42 @@ class Guidance(LogitsProcessor):
 
 
 class Draw(LogitsProcessor):
-    """One id of each row: its score stays, all others become -inf. The last processor, with do_sample=False.
+    """Choose one id of each row: its score stays, all others become -inf. The last processor, with do_sample=False.
 
     Args:
-        grammar: whose image ids are drawn hierarchically, if `hierarchical`.
-        temperature: 0 takes the best id.
-        top_k, top_p: as in transformers; 0 and 1 leave all ids.
-        hierarchical: in images, draw the semantic code i first (a code's score is the logsumexp of its ids'), then
-            the sub-code j of i; temperature, top_k and top_p hold for both draws.
-        offsets: int64 [K + 1], for hierarchical draws of a model with adaptive sizes: its `codebooks.offsets`.
-        halves: the second half of the rows takes what is drawn for the first (`Guidance`).
-        generator: of the random numbers, on any device; or one on the CPU for each row that is drawn, whose ids then
-            depend on no other row.
+        grammar: tells which ids are image ids.
+        sampling: how the id is chosen; `guidance` is left to `Guidance`.
+        offsets: int64 [K + 1], the model's `codebooks.offsets`, for hierarchical sampling with adaptive sizes.
+        halves: the second half of the rows takes the ids of the first (see `Guidance`).
+        generator: one for all rows, on any device; or one on the CPU for each row, whose ids then do not depend on the
+            other rows.
 
     Raises:
-        ValueError: a negative temperature, or adaptive sizes without their offsets; when drawing, generators of another
-            number than rows.
+        ValueError: adaptive sizes without their offsets. When called: the number of generators is not that of the rows.
     """
 
     def __init__(
         self,
         grammar: Grammar,
+        sampling: Sampling = DEFAULT,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        hierarchical: bool = False,
         offsets: Tensor | None = None,
         halves: bool = False,
         generator: Generators | None = None,
     ) -> None:
-        if hierarchical and grammar.adaptive and offsets is None:
-            raise ValueError("offsets: expected those of the adaptive sizes for hierarchical draws, got none")
-        if temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        self.grammar, self.hierarchical, self.offsets = grammar, hierarchical, offsets
+        if sampling.hierarchical and grammar.adaptive and offsets is None:
+            raise ValueError("offsets: expected those of the adaptive sizes for hierarchical sampling, got none")
+        self.grammar, self.hierarchical, self.offsets = grammar, sampling.hierarchical, offsets
         self.halves, self.generator = halves, generator
         self.warpers = LogitsProcessorList()
-        self.greedy = temperature == 0
+        self.greedy = sampling.temperature == 0
         if not self.greedy:
-            if temperature != 1:
-                self.warpers.append(TemperatureLogitsWarper(float(temperature)))
-            if top_k:
-                self.warpers.append(TopKLogitsWarper(top_k))
-            if top_p != 1:
-                self.warpers.append(TopPLogitsWarper(top_p))
+            if sampling.temperature != 1:
+                self.warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                self.warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p != 1:
+                self.warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = len(scores) // 2 if self.halves else len(scores)
@@ -163,7 +192,7 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, picked, scores.gather(1, picked))
 
     def _one_code(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores whose image rows keep the ids of one semantic code."""
+        """Choose a semantic code in every row whose next id is an image id; only ids of that code keep their scores."""
         vocabulary = self.grammar.vocabulary
         rows = self.grammar.in_image(input_ids).nonzero().squeeze(1)
         if not len(rows):
@@ -182,7 +211,7 @@ class Draw(LogitsProcessor):
         return scores
 
     def _pick(self, input_ids: Any, scores: Tensor, rows: Tensor | None = None) -> Tensor:
-        """[B, 1] places in scores [B, n], which are those of all rows or of `rows` [B]."""
+        """One column of scores [B, n] for each row, [B, 1]. The scores are those of all rows, or of `rows` [B]."""
         if self.greedy:
             return scores.argmax(1, keepdim=True)
         probabilities = self.warpers(input_ids, scores.float()).softmax(-1)
@@ -192,15 +221,15 @@ class Draw(LogitsProcessor):
             return torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
         if rows is None and len(self.generator) != len(scores):
             raise ValueError(f"generator: expected one or {len(scores)}, one for each row, got {len(self.generator)}")
-        own = self.generator if rows is None else [self.generator[row] for row in rows.tolist()]
-        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in own]).to(scores.device)
-        # The first id at which the sum of the probabilities passes the number drawn.
+        generators = self.generator if rows is None else [self.generator[row] for row in rows.tolist()]
+        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators]).to(scores.device)
+        # The first id at which the cumulative probability exceeds the random number.
         sums = probabilities.double().cumsum(-1)
         return torch.searchsorted(sums, drawn[:, None] * sums[:, -1:], right=True).clamp_max(scores.shape[1] - 1)
 
 
 def left_pad(prompts: Sequence[Prompt], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Prompts [T_b] -> ids [B, T], padded on the left, and mask [B, T] int64, 0 where padded.
+    """Prompts [T_b] -> ids [B, T], padded on the left, and a mask [B, T] int64, 0 where padded.
 
     Raises:
         ValueError: no prompts, or an empty one.
@@ -220,46 +249,39 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
+    sampling: Sampling = DEFAULT,
     images: bool = True,
     num_text_ids: int | None = None,
-    guidance: float = 1.0,
     unconditional: Sequence[Prompt] | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    hierarchical: bool = False,
     generator: Generators | None = None,
     eos_id: int | None = None,
     pad_id: int = 0,
     use_cache: bool = True,
     streamer: Any = None,
 ) -> list[Tensor]:
-    """What follows each prompt: text, and images if `images` (`Vocabulary.images` finds them).
+    """Continue each prompt with text and, if `images`, images (`Vocabulary.images` extracts them).
 
     Args:
-        prompts: ids of each, of any lengths.
-        max_new_tokens: at most so many ids each; an image that would not be whole by then is not begun.
-        guidance: scale of classifier-free guidance of image ids; 1 is without.
-        unconditional: for guidance, a prompt each without the caption; where guidance is 1 it is not looked at.
-        eos_id: a text id, which ends a row; None never ends before `max_new_tokens`.
-        pad_id: a text id, hidden by a mask.
+        prompts: the ids of each, of any length.
+        max_new_tokens: the most new ids of each row. No image begins that would not be complete by then.
+        sampling: how ids are chosen.
+        images: see `Grammar`.
         num_text_ids: see `Grammar`.
-        temperature: see `Draw`.
-        top_k: see `Draw`.
-        top_p: see `Draw`.
-        hierarchical: see `Draw`.
+        unconditional: for guidance, each prompt without its caption; ignored if `sampling.guidance` is 1.
         generator: see `Draw`.
-        streamer: of transformers, such as `TextIteratorStreamer`: gets the prompt and then every id. One prompt only.
+        eos_id: the text id that ends a row; with None every row has `max_new_tokens` new ids.
+        pad_id: a text id; padding is masked.
+        streamer: of transformers, such as `TextIteratorStreamer`; gets the prompt and then every id. One prompt only.
 
     Returns:
-        new ids of each prompt, [n] int64, the end of text included.
+        the new ids of each prompt, [n] int64, `eos_id` included.
 
     Raises:
-        ValueError: empty prompts, guidance without as many unconditional prompts, a value out of range, or a streamer
-            for more than one row.
+        ValueError: empty prompts, guidance without as many unconditional prompts, an id out of range, or a streamer
+            with more than one row.
     """
     prompts = list(prompts)
-    count, guided = len(prompts), guidance != 1
+    count, guided = len(prompts), sampling.guidance != 1
     if guided:
         if unconditional is None or len(unconditional) != count:
             got = "none" if unconditional is None else len(unconditional)
@@ -273,15 +295,11 @@ def generate(
     ids, mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
     max_length = ids.shape[1] + max_new_tokens
     grammar = Grammar(model.config, images=images, max_length=max_length, num_text_ids=num_text_ids)
-    processors = LogitsProcessorList([Guidance(guidance, grammar)] if guided else [])
+    processors = LogitsProcessorList([Guidance(sampling.guidance, grammar)] if guided else [])
     processors.append(grammar)
-    processors.append(
-        Draw(
-            grammar, temperature=temperature, top_k=top_k, top_p=top_p, hierarchical=hierarchical,
-            offsets=model.codebooks.offsets, halves=guided, generator=generator,
-        )
-    )  # fmt: skip
-    # An id that never comes: None would be filled in from the LLM's own generation config.
+    offsets = model.codebooks.offsets
+    processors.append(Draw(grammar, sampling, offsets=offsets, halves=guided, generator=generator))
+    # Without eos_id, an id that never occurs: None would be replaced by that of the LLM's generation config.
     transformers_model: Any = model
     out = transformers_model.generate(
         ids,
@@ -311,19 +329,18 @@ def generate_images(
     model: UnifiedMLLM,
     prompts: Sequence[Prompt],
     *,
-    guidance: float = 1.0,
+    sampling: Sampling = DEFAULT,
     unconditional: Prompt = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    hierarchical: bool = False,
     generator: Generators | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """One image for each prompt (a caption's ids, begin of image not included): flat ids [B, h, w] for a tokenizer.
+    """Generate one image for each prompt: flat ids [B, h, w], which the image tokenizer decodes.
 
-    unconditional: what stands in the prompt's place for guidance; nothing by default.
-    Other arguments, errors: see `generate`.
+    Args:
+        prompts: the ids of each caption, without begin of image.
+        unconditional: the prompt without a caption, for guidance; empty by default.
+
+    See `generate` for the other arguments and the errors.
     """
     vocabulary, grid = model.vocabulary, model.config.grid_size
     begin = [vocabulary.begin_of_image]
@@ -333,8 +350,9 @@ def generate_images(
         model,
         [[*torch.as_tensor(prompt, dtype=torch.int64).tolist(), *begin] for prompt in prompts],
         max_new_tokens=prefix + grid**2,
-        guidance=guidance, unconditional=[free] * len(prompts),
-        temperature=temperature, top_k=top_k, top_p=top_p,
-        hierarchical=hierarchical, generator=generator, use_cache=use_cache,
-    )  # fmt: skip
+        sampling=sampling,
+        unconditional=[free] * len(prompts),
+        generator=generator,
+        use_cache=use_cache,
+    )
     return vocabulary.from_text(torch.stack(rows)[:, prefix:]).unflatten(1, (grid, grid))

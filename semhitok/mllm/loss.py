@@ -1,11 +1,11 @@
-"""Next-token losses over hundreds of thousands of ids, whose logits never exist at once.
+"""Next-token losses over hundreds of thousands of ids, without computing all logits at once.
 
-Logits of N tokens and V ids are computed in tiles of at most `TILE` numbers, once for the loss and once more for the
-gradients. Beyond the weights and their gradients that takes about three tiles (200 MB in fp32) and N * width numbers,
-whatever V is. The gradient of a weight is made once, in place; a weight that needs none costs nothing. (As with every
-parameter, a second backward pass before the optimiser's step holds a second gradient while it is added to the first.)
+Logits of N tokens and V ids are computed in tiles of at most `TILE` elements, once for the loss and again for the
+gradients. Besides the weights and their gradients this takes about three tiles (200 MB in fp32) and N * width elements,
+whatever V is. The gradient of a weight is allocated once and filled in place; frozen weights cost nothing. (As with
+every parameter, a second backward pass before the optimizer step allocates a second gradient to add to the first.)
 
-Of groups, the rows that tokens need are copied tile by tile; a group whose rows are more than a tile is copied whole.
+For groups, the rows that tokens need are copied tile by tile; a group with more rows than a tile is copied at once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 1 << 24  # logits that exist at once
-IGNORE = -100  # a target that has no loss, as in torch and transformers
+TILE = 1 << 24  # logits that exist at a time
+IGNORE = -100  # a target without a loss, as in torch and transformers
 
 
 def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor) -> Tensor:
-    """Cross-entropy of every token over the ids whose logits are hidden @ cat(weights).T.
+    """Cross-entropy of each token over ids with the logits hidden @ cat(weights).T.
 
     Equivalent to: F.cross_entropy((hidden @ torch.cat(weights).T).float(), targets, reduction="none").
 
     Args:
-        hidden: [N, width], floating point. Under autocast it and the weights go into
-            the products in autocast's dtype, tile by tile.
-        weights: blocks [V_b, width] of one vocabulary of V = sum of V_b ids, with one softmax for all.
+        hidden: [N, width], floating point. Under autocast, hidden and weights are cast tile by tile.
+        weights: blocks [V_b, width] of one vocabulary of V = sum of V_b ids, with one softmax over all.
         targets: [N] int64 in [0, V), or -100 for no loss.
 
     Returns:
-        [N] fp32 (fp64 for fp64), 0 where there is no loss. Differentiable once, in hidden and weights.
+        [N] fp32 (fp64 for fp64), 0 where the target is -100. Differentiable once, in hidden and weights.
 
     Raises:
-        ValueError: other shapes, or a target out of range.
+        ValueError: wrong shapes, or a target out of range.
     """
     _check_hidden(hidden, targets)
     for weight in weights:
@@ -49,21 +48,20 @@ def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor)
 def group_cross_entropy(
     hidden: Tensor, weight: Tensor, groups: Tensor, targets: Tensor, offsets: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of every token over the rows of its own group, whose logits are weight[group] @ hidden.
+    """Cross-entropy of each token over the ids of its own group, with the logits weight[group] @ hidden.
 
     Args:
         hidden: [N, width], floating point; dtypes as in `linear_cross_entropy`.
         weight: [K, m, width], or with offsets [T, width].
         groups: [N] int64 in [0, K).
         targets: [N] int64 in [0, m), or in [0, m_i) for group i, or -100 for no loss.
-        offsets: [K + 1] int64, where groups have sizes of their own: group i has the rows from offsets[i] to
-            offsets[i + 1] - 1.
+        offsets: [K + 1] int64, if groups differ in size: group i has the rows offsets[i] to offsets[i + 1] - 1.
 
     Returns:
-        [N] fp32 (fp64 for fp64), 0 where there is no loss. Differentiable once, in hidden and weight.
+        [N] fp32 (fp64 for fp64), 0 where the target is -100. Differentiable once, in hidden and weight.
 
     Raises:
-        ValueError: other shapes, a group or a target out of range.
+        ValueError: wrong shapes, or a group or target out of range.
     """
     _check_hidden(hidden, targets)
     expected = f"[K, m, {hidden.shape[1]}]" if offsets is None else f"[T, {hidden.shape[1]}] (with offsets)"
@@ -81,11 +79,11 @@ def group_cross_entropy(
 
 
 def group_logsumexp(scores: Tensor, offsets: Tensor) -> Tensor:
-    """logsumexp of scores [..., T] within each group: [..., K]. Group i has the places from offsets[i] on, [K + 1]."""
+    """logsumexp of scores [..., T] within each group, [..., K]. Group i begins at offsets[i]; offsets is [K + 1]."""
     group = torch.repeat_interleave(offsets.diff(), output_size=scores.shape[-1])
     peak = scores.new_full((*scores.shape[:-1], len(offsets) - 1), -torch.inf)
     peak = peak.scatter_reduce(-1, group.expand_as(scores), scores.detach(), "amax")
-    peak = peak.clamp_min(torch.finfo(scores.dtype).min)  # a group of -inf alone has no other differences
+    peak = peak.clamp_min(torch.finfo(scores.dtype).min)  # so that a group of -inf gives -inf, not nan
     return peak + torch.zeros_like(peak).index_add(-1, group, (scores - peak[..., group]).exp()).log()
 
 
@@ -106,9 +104,9 @@ def _check_range(name: str, ids: Tensor, stop: int | Tensor) -> None:
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the products: autocast's where it is on."""
+    """The dtype of the products: that of autocast if it is enabled."""
     device = hidden.device.type
-    # fp64 is left alone, as autocast leaves it.
+    # Autocast does not change fp64.
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return hidden.dtype
@@ -119,8 +117,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _tiles(tokens: int, weights: tuple[Tensor, ...]) -> Iterator[tuple[int, int, int, int]]:
-    """(block, start and end of its rows, id of the first) of the ids whose logits are computed together."""
-    ids = max(1, TILE // max(1, min(tokens, _TOKENS)))
+    """Tiles of the weights: (block, start and end of its rows, id of the first)."""
+    ids = max(1, TILE // max(1, min(tokens, TILE_TOKENS)))
     offset = 0
     for block, weight in enumerate(weights):
         for start in range(0, len(weight), ids):
@@ -128,8 +126,8 @@ def _tiles(tokens: int, weights: tuple[Tensor, ...]) -> Iterator[tuple[int, int,
         offset += len(weight)
 
 
-# Tokens that one tile spans. The weights are read once for each such group of tokens, so it must not be small.
-_TOKENS = 4096
+# Tokens of a tile. The weights are read again for every so many tokens, so it must not be small.
+TILE_TOKENS = 4096
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -142,8 +140,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for block, start, end, first in _tiles(len(kept), weights):
                 weight = weights[block][start:end].to(dtype)
-                for begin in range(0, len(kept), _TOKENS):
-                    part = slice(begin, begin + _TOKENS)
+                for begin in range(0, len(kept), TILE_TOKENS):
+                    part = slice(begin, begin + TILE_TOKENS)
                     logits = (hidden[kept[part]].to(dtype) @ weight.T).to(loss.dtype)
                     column = targets[kept[part]] - first
                     own = ((column >= 0) & (column < end - start)).nonzero().squeeze(1)
@@ -170,8 +168,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 weight = weights[block][start:end].to(ctx.dtype)
                 d_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if wants[block] else None
-                for begin in range(0, len(kept), _TOKENS):
-                    part = slice(begin, begin + _TOKENS)
+                for begin in range(0, len(kept), TILE_TOKENS):
+                    part = slice(begin, begin + TILE_TOKENS)
                     rows = kept[part]
                     x = hidden[rows].to(ctx.dtype)
                     gradient = (x @ weight.T).to(normaliser.dtype).sub_(normaliser[part, None]).exp_()
@@ -231,23 +229,23 @@ class _GroupCrossEntropy(torch.autograd.Function):
         return d_hidden, None, None, None, None, d_weight
 
 
-# Tokens of one group that go together: enough for a product of matrices, and few beside a large group's rows.
-_TOGETHER = 256
+# The most tokens of one group in a chunk: enough for a matrix product, and few beside the rows of a large group.
+CHUNK_TOKENS = 256
 
 
 def _group_chunks(
     groups: Tensor, targets: Tensor, offsets: Tensor, width: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Groups whose tokens are computed together: tokens [g, n], rows [g, m], and which of both are no padding.
+    """Chunks of g groups that are computed together: tokens [g, n], rows [g, m], and masks of both, False for padding.
 
-    Groups with numbers of tokens and rows of the same binary digits are padded to the largest, so less than half of
-    either is padding.
+    Groups whose numbers of tokens and of rows round up to the same powers of two share a chunk and are padded to the
+    largest, so less than half of either is padding.
     """
     kept = (targets != IGNORE).nonzero().squeeze(1)
     group, order = groups[kept].sort(stable=True)
     kept = kept[order]
     place = torch.arange(len(kept), device=kept.device)
-    start = ((place - torch.searchsorted(group, group)) % _TOGETHER == 0).nonzero().squeeze(1)
+    start = ((place - torch.searchsorted(group, group)) % CHUNK_TOKENS == 0).nonzero().squeeze(1)
     counts = start.diff(append=start.new_tensor([len(kept)]))
     first, sizes = offsets[group[start]], offsets.diff()[group[start]]
     digits = torch.frexp(torch.stack([counts, sizes]).double()).exponent
@@ -259,11 +257,11 @@ def _group_chunks(
         for some in like.split(max(1, TILE // numbers)):
             taken = torch.arange(n_tokens, device=kept.device) < counts[some, None]
             owned = torch.arange(n_rows, device=kept.device) < sizes[some, None]
-            # In place of padding stands the group's first token or row.
+            # Padding repeats the group's first token or row.
             tokens = kept[start[some, None] + torch.arange(n_tokens, device=kept.device) * taken]
             yield tokens, first[some, None] + torch.arange(n_rows, device=kept.device) * owned, taken, owned
 
 
 def _group_logits(x: Tensor, own: Tensor, owned: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens [g, n, width] and rows [g, m, width] of groups -> [g, n, m] in `dtype`, -inf where no row is owned."""
+    """Tokens [g, n, width] and rows [g, m, width] of groups -> logits [g, n, m] in `dtype`, -inf for padding rows."""
     return (x @ own.mT).to(dtype).masked_fill_(~owned.unsqueeze(1), -torch.inf)

@@ -31,13 +31,18 @@ HEADS = ("flat", "hierarchical")
 class UnifiedMLLMConfig(PreTrainedConfig):
     """Sizes of a `UnifiedMLLM`.
 
-    text_config: the LLM's own config, or its `to_dict()`; its `vocab_size` is where image ids begin.
-    num_codes, num_sub_codes, sem_dim, pix_dim: K, m, Ds, Dp of the tokenizer.
-    grid_size: ids on one side of an image.
-    image_size: pixels on one side of an image; with `resolution_id` it gets a special id after begin of image.
-    codebook_hash: of the codebooks the model holds; None while it holds none.
-    head: "flat", one row for every id; "hierarchical", code i first, then sub-code j by the rows of i alone.
-    adaptive: the tokenizer's sub-codebooks have sizes of their own, which the model keeps with its codebooks.
+    Args:
+        text_config: the LLM's config, or its `to_dict()`; image ids begin at its `vocab_size`.
+        num_codes: K, semantic codes of the image tokenizer.
+        num_sub_codes: m, sub-codes of each; their mean with `adaptive`.
+        sem_dim: Ds, dimension of semantic codes.
+        pix_dim: Dp, dimension of sub-codes.
+        grid_size: ids along one side of an image.
+        image_size: pixels along one side of an image.
+        resolution_id: a special id for `image_size` follows begin of image.
+        codebook_hash: hash of the codebooks in the model; None if it has none.
+        head: "flat", one row for every id; or "hierarchical", code i first, then sub-code j from the rows of i.
+        adaptive: the sub-codebooks differ in size; the model keeps the sizes with its codebooks.
     """
 
     model_type = "semhitok_mllm"
@@ -82,9 +87,9 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids of the model. Image ids follow the rows of the LLM's embedding, not the words of its tokenizer.
+        """All ids of the model. Image ids follow the rows of the LLM's embedding, of which some may be unused.
 
-        Adaptive sizes are no part of a config: `UnifiedMLLM.vocabulary` knows them.
+        Without adaptive sizes, which a config does not have; see `UnifiedMLLM.vocabulary`.
         """
         return Vocabulary(
             self.num_codes,
@@ -96,9 +101,10 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
 
 class Codebooks(nn.Module):
-    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], fp32 whatever the model is cast to.
+    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], in fp32 whatever the model is cast to.
 
-    With adaptive sizes pix is [K * m, Dp], and sub-codebook i its rows from offsets[i] on; offsets [K + 1] int64.
+    With adaptive sizes, pix is [K * m, Dp] and sub-codebook i has the rows offsets[i] to offsets[i + 1] - 1; offsets is
+    int64 [K + 1].
     """
 
     sem: Tensor
@@ -114,7 +120,7 @@ class Codebooks(nn.Module):
         self.register_buffer("offsets", torch.arange(K + 1) * m if config.adaptive else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Codebooks:
-        # As integers they move between devices and are not rounded, so their hash stays true.
+        # Viewed as integers they move between devices without being rounded, so their hash stays the same.
         return super()._apply(
             lambda t: fn(t.view(torch.int32)).view(torch.float32) if t.is_floating_point() else fn(t), recurse
         )
@@ -133,7 +139,7 @@ class Codebooks(nn.Module):
 
 
 class DualAdapter(nn.Module):
-    """Code vectors of image tokens -> the LLM's input: one MLP each, side by side (paper: dual-MLP adapter)."""
+    """Code vectors of image ids -> the LLM's input: one MLP for each, concatenated (paper: dual-MLP adapter)."""
 
     def __init__(self, sem_dim: int, pix_dim: int, width: int) -> None:
         super().__init__()
@@ -151,7 +157,7 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Rows(nn.Module):
-    """Rows of an output head: `weight` [*shape]. No nn.Linear, since losses take the rows and not their products."""
+    """Rows of an output head: `weight` [*shape]. Not an nn.Linear, as the losses take the rows, not the logits."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -159,10 +165,10 @@ class Rows(nn.Module):
 
 
 class UnifiedMLLM(PreTrainedModel, GenerationMixin):
-    """A causal LM of transformers over text ids and flat image ids, with that library's `generate`, saving and PEFT.
+    """A causal LM of transformers over text ids and flat image ids; `generate`, saving and PEFT work as usual.
 
-    Build one with `from_parts` or, without codebooks, from a `UnifiedMLLMConfig`. Ids are those of `vocabulary`.
-    For LoRA, train the new parts whole: `modules_to_save=UnifiedMLLM.new_modules(config)`.
+    Build one with `from_parts`, or without codebooks from a `UnifiedMLLMConfig`. Ids are those of `vocabulary`.
+    With LoRA, train the new parts in full: `modules_to_save=UnifiedMLLM.new_modules(config)`.
     """
 
     config: UnifiedMLLMConfig
@@ -186,7 +192,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         self.adapter = DualAdapter(config.sem_dim, config.pix_dim, width)
         self.special_embedding = nn.Embedding(vocabulary.num_special, width)
         self.text_head = nn.Linear(width, vocabulary.text_size, bias=False)
-        # Rows of flat ids in their order, whatever the sizes; in the hierarchical head, of sub-codes within their code.
+        # In the order of flat ids, also with adaptive sizes. The hierarchical head scores sub-codes within their code.
         self.image_head = Rows(K, m, width)
         self.semantic_head = Rows(K, width) if config.head == "hierarchical" else None
         self.special_head = Rows(vocabulary.num_special, width)
@@ -200,7 +206,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def new_modules(config: UnifiedMLLMConfig) -> list[str]:
-        """Names of the modules that an LLM lacks: they start untrained."""
+        """Names of the modules that the LLM does not have; they start untrained."""
         names = ["adapter", "special_embedding", "image_head", "special_head"]
         return names + ["semantic_head"] if config.head == "hierarchical" else names
 
@@ -208,23 +214,24 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     def from_parts(
         cls,
         llm: str | PreTrainedConfig | PreTrainedModel,
-        tokenizer: SemHiTok,
+        image_tokenizer: SemHiTok,
         *,
         head: str = "flat",
         resolution_id: bool = False,
         **kwargs: Any,
     ) -> UnifiedMLLM:
-        """A model of an LLM and an image tokenizer, whose codebooks it copies; the new parts are random.
+        """Build a model from an LLM and an image tokenizer, whose codebooks it copies. The new parts are random.
 
         Args:
-            llm: folder or Hub name of a causal LM, such a model (its weights are taken over, not copied), or a config,
-                which makes one with random weights.
+            llm: folder or Hub name of a causal LM, or the model (its weights are used, not copied), or a config for
+                random weights.
+            image_tokenizer: the tokenizer of the images.
             head: see `UnifiedMLLMConfig`.
             resolution_id: see `UnifiedMLLMConfig`.
-            kwargs: for `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
+            kwargs: of `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
 
         Raises:
-            ValueError: an LLM whose head has a bias, or another number of rows than its embedding.
+            ValueError: the LLM's head has a bias, or its number of rows is not that of the embedding.
             OSError: `llm` cannot be read or fetched.
         """
         if isinstance(llm, str):
@@ -237,13 +244,13 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         bias = getattr(lm_head, "bias", None)
         if lm_head is None or bias is not None or lm_head.weight.shape != embedding.weight.shape:
             raise ValueError(f"llm: expected an output head without bias as large as the embedding, got {lm_head}")
-        sizes = tokenizer.config
+        sizes = image_tokenizer.config
         config = UnifiedMLLMConfig(
             llm.config,
             sizes.num_codes, sizes.num_sub_codes, sizes.sem_dim, sizes.pix_dim, sizes.grid_size, sizes.image_size,
-            resolution_id, tokenizer.codebook_hash, head, sizes.adaptive,
+            resolution_id, image_tokenizer.codebook_hash, head, sizes.adaptive,
         )  # fmt: skip
-        # The LLM's parts are made without memory, and then replaced.
+        # The LLM's parts are built without memory and then replaced.
         with torch.device("meta"):
             model = cls(config)
         model.model, model.text_head = llm.base_model, lm_head
@@ -253,10 +260,10 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
                 if name != "codebooks":
                     module.to(embedding.weight.dtype)
                     module.apply(model._init_fresh)
-        model.codebooks.sem.copy_(tokenizer.quantizer.semantic.codebook)
-        model.codebooks.pix.copy_(tokenizer.quantizer.pix_codebook)
-        if model.codebooks.offsets is not None and tokenizer.quantizer.offsets is not None:
-            model.codebooks.offsets.copy_(tokenizer.quantizer.offsets)
+        model.codebooks.sem.copy_(image_tokenizer.quantizer.semantic.codebook)
+        model.codebooks.pix.copy_(image_tokenizer.quantizer.pix_codebook)
+        if model.codebooks.offsets is not None and image_tokenizer.quantizer.offsets is not None:
+            model.codebooks.offsets.copy_(image_tokenizer.quantizer.offsets)
         model.tie_weights()
         if llm.generation_config is not None:
             model.generation_config = llm.generation_config
@@ -264,7 +271,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; also ValueError if the codebooks are not those that the config names."""
+        """As in transformers; also raises ValueError if the codebooks do not have the hash in the config."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         books = model.codebooks
@@ -274,26 +281,26 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All ids of the model, with the hash of its codebooks and, where they are adaptive, the offsets."""
+        """All ids of the model, with the hash of its codebooks and, if sizes are adaptive, their offsets."""
         offsets = self.codebooks.offsets
         if offsets is None:
             return self.config.vocabulary
         return replace(self.config.vocabulary, offsets=tuple(offsets.tolist()))
 
     def get_output_embeddings(self) -> nn.Module:
-        """The text head alone."""
+        """The text head only."""
         return self.text_head
 
     def embed(self, input_ids: Tensor, image_features: Features | None = None) -> Tensor:
-        """The LLM's input [B, T, width] of ids [B, T].
+        """Ids [B, T] -> the LLM's input [B, T, width].
 
         Args:
-            input_ids: int64 of `vocabulary`.
-            image_features: code vectors of the image ids in `input_ids`, in order, [..., Ds] and [..., Dp], as
-                `SemHiTok.features` gives them; the image ids then only mark the places. None looks the ids up.
+            input_ids: int64, ids of `vocabulary`.
+            image_features: code vectors of the image ids in `input_ids`, in order, [..., Ds] and [..., Dp], as returned
+                by `SemHiTok.features`. The image ids then only mark the positions. With None they are looked up.
 
         Raises:
-            ValueError: ids out of range, vectors of another number or size, or no codebooks to look ids up in.
+            ValueError: ids out of range, a wrong number or size of vectors, or a model without codebooks.
         """
         vocabulary, config = self.config.vocabulary, self.config
         if not torch.compiler.is_compiling():
@@ -315,8 +322,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         semantic, pixel = image_features
         for name, x, dim in (("semantic", semantic, config.sem_dim), ("pixel", pixel, config.pix_dim)):
             if x.shape[-1] != dim or x.numel() != len(codes) * dim:
-                words = f"expected {len(codes)} vectors of dimension {dim}, got {list(x.shape)}"
-                raise ValueError(f"image_features.{name}: {words}")
+                problem = f"expected {len(codes)} vectors of dimension {dim}, got {list(x.shape)}"
+                raise ValueError(f"image_features.{name}: {problem}")
         of_image = self.adapter(semantic.reshape(-1, config.sem_dim), pixel.reshape(-1, config.pix_dim))
         return embedded.masked_scatter(image.unsqueeze(-1), of_image.to(embedded.dtype))
 
@@ -334,21 +341,21 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, or the loss: never both, since with `labels` the logits never exist at once.
+        """The loss with `labels`, the logits without: never both, as the loss does not compute all logits at once.
 
         Args:
-            input_ids: [B, T] int64 of `vocabulary`, or `inputs_embeds` [B, T, width] as `embed` makes them.
+            input_ids: [B, T] int64, ids of `vocabulary`; or pass `inputs_embeds` [B, T, width] from `embed`.
             attention_mask: [B, T], 0 where padded; None for packed samples (`semhitok.mllm.packing`).
-            position_ids: [B, T]. Without `attention_mask` and cache, a sample begins wherever they start again, and
-                sees itself alone.
+            position_ids: [B, T]. Without `attention_mask` and cache, a new sample begins wherever positions restart;
+                samples do not attend to each other.
             image_features: see `embed`.
             labels: [B, T] ids, or -100 for no loss; position t predicts the label at t + 1.
-            use_cache: None makes no cache, where transformers' own models make one: a cache would switch off packing.
-            logits_to_keep: logits of that many last positions, 0 for all; or indices of positions.
-            num_items_in_batch: what the sum of the losses is divided by; None takes the number of labels.
+            use_cache: None means False, other than in transformers' own models, as a cache would disable packing.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or indices of positions.
+            num_items_in_batch: divides the sum of the losses; the number of labels by default.
 
         Returns:
-            with `labels`, `loss`, the mean over labels (scalar, fp32); else `logits` [B, T, vocabulary.size].
+            with `labels`, `loss`, the mean over labels (scalar, fp32); otherwise `logits` [B, T, vocabulary.size].
 
         Raises:
             ValueError: see `embed`; both or neither of `input_ids` and `inputs_embeds`; labels out of range.
@@ -387,12 +394,12 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states [..., width] -> logits [..., vocabulary.size] of every id, for one softmax over all."""
+        """Last hidden states [..., width] -> logits [..., vocabulary.size], for one softmax over all ids."""
         text, image, special = self._rows()
         rows, grouping = self.image_head.weight, self.codebooks.grouping
         of_image = hidden @ rows.reshape(-1, hidden.shape[-1]).T
         if self.semantic_head is not None:
-            # log p(i, j) = log p(i) + log p(j | i), but for one constant.
+            # log p(i, j) = log p(i) + log p(j | i), up to a constant.
             wide = of_image.to(torch.promote_types(of_image.dtype, torch.float32))
             if grouping.offsets is None:
                 within = wide.unflatten(-1, rows.shape[:2]).log_softmax(-1)
@@ -402,11 +409,11 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         return torch.cat([hidden @ text.T, of_image, hidden @ special.T], dim=-1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy [N] (fp32) of last hidden states [N, width] and the ids [N] they predict, 0 where -100."""
+        """Last hidden states [N, width] and the ids [N] to predict -> cross-entropy [N] in fp32, 0 where -100."""
         vocabulary = self.config.vocabulary
         if self.semantic_head is None:
             return linear_cross_entropy(hidden, self._rows(), targets)
-        # The codes i take the place of the image ids in a smaller vocabulary.
+        # In the outer softmax, codes i stand in place of the image ids.
         image = (targets >= vocabulary.text_size) & (targets < vocabulary.begin_of_image)
         codes = torch.where(image, targets - vocabulary.text_size, 0)
         grouping = self.codebooks.grouping
@@ -419,7 +426,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         return linear_cross_entropy(hidden, self._rows(), coarse) + within
 
     def _rows(self) -> list[Tensor]:
-        """Rows of the outer softmax, [ids, width] each: text; flat ids, or codes i; special."""
+        """Rows of the outer softmax, [ids, width] each: text; flat ids or codes i; special."""
         of_image: Any = self.image_head if self.semantic_head is None else self.semantic_head
         heads: list[Any] = [self.text_head, of_image, self.special_head]
         for head in heads:
@@ -429,13 +436,13 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         return [text, image.flatten(0, -2), special]
 
     def _init_fresh(self, module: nn.Module) -> None:
-        """`_init_weights`, also for weights that are marked as initialised."""
+        """`_init_weights`, also for weights that are marked as initialised already."""
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         self._init_weights(module)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Vectors of a prompt's images go in with the prompt alone; a cache remembers them."""
+        """Pass vectors of a prompt's images with the prompt only; later steps find them in the cache."""
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             kwargs.pop("image_features", None)
         parent: Any = super()

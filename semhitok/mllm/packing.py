@@ -1,7 +1,7 @@
-"""Samples of text and images, several in one row, each as if it were alone.
+"""Several samples of text and images in one row, none of which attends to another.
 
-Positions restart with every sample. transformers reads the borders off them for every attention implementation (a
-block-diagonal causal mask, or variable lengths for flash attention) as long as no attention mask and no cache is given.
+Positions restart with every sample. Given no attention mask and no cache, transformers derives the borders from them
+for every attention implementation (a block-diagonal causal mask, or variable lengths for flash attention).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from semhitok.mllm.loss import IGNORE
 
 
 class Sample(NamedTuple):
-    """Ids [T] int64 and their labels [T]: the id, or -100 where nothing is learnt."""
+    """Ids [T] int64 and their labels [T]: the id, or -100 for no loss."""
 
     input_ids: Tensor
     labels: Tensor
 
 
 class Packed(NamedTuple):
-    """Rows of samples, each tensor [R, length] int64: the arguments of `UnifiedMLLM.forward` by name (`_asdict()`)."""
+    """Rows of samples, int64 [R, length] each. `_asdict()` gives the arguments of `UnifiedMLLM.forward`."""
 
     input_ids: Tensor
     labels: Tensor
@@ -31,9 +31,9 @@ class Packed(NamedTuple):
 
 
 def join(*parts: tuple[Tensor | Sequence[int], bool]) -> Sample:
-    """One sample of parts (ids, whether they are learnt) in a row: a question and its answer, a caption and its image.
+    """Concatenate parts (ids, whether they are learnt) to one sample: a question and its answer, say.
 
-    Image parts are what `Vocabulary.image` gives. Begin of image belongs to the prompt where an image is asked for.
+    `Vocabulary.image` returns the ids of an image. For generation, begin of image belongs to the prompt.
 
     Raises:
         ValueError: no ids.
@@ -46,10 +46,10 @@ def join(*parts: tuple[Tensor | Sequence[int], bool]) -> Sample:
 
 
 def pack(samples: Sequence[Sample], length: int, pad_id: int = 0) -> Packed:
-    """Rows of `length` ids that hold all samples, each whole and in the first row with room for it.
+    """Pack samples into rows of `length` ids, each sample into the first row with room for it.
 
-    A row's rest is padding, which is a sample of its own without labels. The first id of a sample has no label: nothing
-    before it belongs to it.
+    The rest of a row is padding: another sample, without labels. The first id of a sample has no label, as nothing
+    predicts it.
 
     Raises:
         ValueError: no samples, or one longer than `length`.

@@ -1,4 +1,4 @@
-"""How many parameters a full-size model has, part by part, without building it: python -m semhitok.mllm.params"""
+"""Parameters of each part of a full-size model, counted without allocating it: python -m semhitok.mllm.params"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def qwen2_5_7b() -> Qwen2Config:
 
 
 def parameter_table(model: UnifiedMLLM) -> dict[str, int]:
-    """Parameters of each part; tied ones count where they come first. Codebooks are buffers, and last."""
+    """Parameters of each part. Tied ones are counted once, in the first part. Codebooks (buffers) come last."""
     seen: set[int] = set()
     table = {}
     trunk = [("text embedding", model.model.get_input_embeddings()), ("LLM's trunk", model.model)]

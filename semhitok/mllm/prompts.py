@@ -1,9 +1,9 @@
-"""How text and images become ids: the one place that formats a sample, for training as for chat and generation.
+"""How text and images become ids. Training, chat and generation format all samples and prompts here.
 
 Conversations are lists of {"role": "system" | "user" | "assistant", "content": text}, in which `<image>` stands for the
-next image. They are written by the chat template of the text tokenizer or, where it has none, by `PLAIN`. A prompt's
-ids are the first ids of the sample that the model was trained on, always: text is tokenised piece by piece, and pieces
-end where images and answers begin.
+next image. They are written by the chat template of the text tokenizer, or by `PLAIN` if it has none. The ids of a
+prompt are always the first ids of the sample in training: text is tokenised in pieces, which end where an image or an
+answer begins.
 """
 
 from __future__ import annotations
@@ -18,41 +18,45 @@ from semhitok.vocabulary import Vocabulary
 
 IMAGE = "<image>"
 
-# Nothing but the contents: a line each, and the tokenizer's own end of text after an answer.
+# Only the contents: a line each, and the text tokenizer's end of text after an answer.
 PLAIN = (
     "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"
     "{{ (eos_token or '') if m['role'] == 'assistant' else '\n' if m['content'] else '' }}{% endfor %}"
 )
 
 Message = Mapping[str, Any]
-Part = tuple[list[int], bool]  # ids, and whether they are learnt: what `semhitok.mllm.join` takes
+Part = tuple[list[int], bool]  # ids, and whether they are learnt; for `semhitok.mllm.join`
 
 
 def conversation(
-    tokenizer: Any, vocabulary: Vocabulary, messages: Sequence[Message], images: Sequence[Tensor] = (), given: int = 0
+    text_tokenizer: Any,
+    vocabulary: Vocabulary,
+    messages: Sequence[Message],
+    images: Sequence[Tensor] = (),
+    given: int = 0,
 ) -> list[Part]:
-    """A conversation as (ids, learnt?) parts for `join`: answers are learnt with the one id that ends them.
+    """A conversation as parts (ids, learnt?) for `join`: answers are learnt, with the one id that ends them.
 
     Args:
-        tokenizer: a text tokenizer of transformers.
-        vocabulary: of the model.
+        text_tokenizer: a text tokenizer of transformers.
+        vocabulary: the model's.
         messages: {"role", "content"} each. Content is text, or a list of {"type": "text", "text"} and
             {"type": "image"}.
-        images: int64 [2 + h * w] each, as `Vocabulary.image` gives them, for every `<image>` in order.
-        given: first ids of an image in an answer that are not learnt.
+        images: int64 [2 + h * w] each, as returned by `Vocabulary.image`, one for every `<image>` in order.
+        given: number of ids at the beginning of an answer's images that are not learnt.
 
     Raises:
-        ValueError: no answer, an empty one, images of another number than `<image>`, text ids beyond the model's, or a
-            chat template that writes a conversation differently once it is answered.
+        ValueError: no answer or an empty one, a wrong number of images, text ids that the model does not have, or a
+            chat template that changes earlier text when an answer is added.
     """
     turns = [_message(m) for m in messages]
     answers = [n for n, m in enumerate(turns) if m["role"] == "assistant"]
     if not answers:
         raise ValueError("messages: expected at least one of the assistant, got none")
-    writer = _Writer(tokenizer, vocabulary, images, given)
+    writer = _Writer(text_tokenizer, vocabulary, images, given)
     done = ""
     for n in answers:
-        asked, answered = _render(tokenizer, turns[:n], True), _render(tokenizer, turns[: n + 1], False)
+        asked, answered = _render(text_tokenizer, turns[:n], True), _render(text_tokenizer, turns[: n + 1], False)
         content = turns[n]["content"]
         place = answered.rfind(content)
         if not content:
@@ -67,71 +71,71 @@ def conversation(
 
 
 def prompt(
-    tokenizer: Any, vocabulary: Vocabulary, messages: Sequence[Message], images: Sequence[Tensor] = ()
+    text_tokenizer: Any, vocabulary: Vocabulary, messages: Sequence[Message], images: Sequence[Tensor] = ()
 ) -> list[int]:
-    """Ids of a conversation that waits for its next answer. Arguments, errors: see `conversation`."""
+    """Ids of a conversation whose next message is an answer. For arguments and errors see `conversation`."""
     turns = [_message(m) for m in messages]
     answers = [n for n, m in enumerate(turns) if m["role"] == "assistant"]
     if answers and answers[-1] == len(turns) - 1:
         raise ValueError("messages: expected a question at the end, got an answer")
     past = turns[: answers[-1] + 1] if answers else []
     count = sum(m["content"].count(IMAGE) for m in past)
-    parts = conversation(tokenizer, vocabulary, past, images[:count]) if past else []
-    writer = _Writer(tokenizer, vocabulary, images[count:])
-    done, asked = _render(tokenizer, past, False) if past else "", _render(tokenizer, turns, True)
+    parts = conversation(text_tokenizer, vocabulary, past, images[:count]) if past else []
+    writer = _Writer(text_tokenizer, vocabulary, images[count:])
+    done, asked = _render(text_tokenizer, past, False) if past else "", _render(text_tokenizer, turns, True)
     if not asked.startswith(done):
         raise ValueError("chat_template: expected one that leaves earlier text and answers as they are")
     writer.write(asked[len(done) :], False)
     return [i for ids, _ in [*parts, *writer.finish()] for i in ids]
 
 
-def understanding(tokenizer: Any, vocabulary: Vocabulary, image: Tensor, question: str = "") -> list[int]:
-    """Ids of an image, as `Vocabulary.image` gives it [2 + h * w], and a question about it; "" asks for its caption."""
-    return prompt(tokenizer, vocabulary, _question(question), [image])
+def understanding(text_tokenizer: Any, vocabulary: Vocabulary, image: Tensor, question: str = "") -> list[int]:
+    """Ids of an image [2 + h * w] (see `Vocabulary.image`) and a question about it; "" asks for a caption."""
+    return prompt(text_tokenizer, vocabulary, _question(question), [image])
 
 
 def understanding_parts(
-    tokenizer: Any, vocabulary: Vocabulary, image: Tensor, question: str, answer: str
+    text_tokenizer: Any, vocabulary: Vocabulary, image: Tensor, question: str, answer: str
 ) -> list[Part]:
-    """`understanding` with its answer, which is learnt."""
+    """Parts of `understanding` and an answer, which is learnt."""
     answered = [*_question(question), {"role": "assistant", "content": answer}]
-    return conversation(tokenizer, vocabulary, answered, [image])
+    return conversation(text_tokenizer, vocabulary, answered, [image])
 
 
-def generation(tokenizer: Any, vocabulary: Vocabulary, caption: str | None) -> list[int]:
-    """Ids that ask for an image, without its begin, for `generate_images`; without caption, its `unconditional`."""
-    return prompt(tokenizer, vocabulary, [{"role": "user", "content": caption or ""}])
+def generation(text_tokenizer: Any, vocabulary: Vocabulary, caption: str | None) -> list[int]:
+    """Ids of a prompt for `generate_images`, without begin of image; with caption None its `unconditional`."""
+    return prompt(text_tokenizer, vocabulary, [{"role": "user", "content": caption or ""}])
 
 
-def generation_parts(tokenizer: Any, vocabulary: Vocabulary, caption: str | None, image: Tensor) -> list[Part]:
-    """`generation` with its image: ids, end of image and end of the answer are learnt, begin (and resolution) not."""
+def generation_parts(text_tokenizer: Any, vocabulary: Vocabulary, caption: str | None, image: Tensor) -> list[Part]:
+    """Parts of `generation` and its image. Learnt are image ids, end of image and end of the answer."""
     asked = [{"role": "user", "content": caption or ""}, {"role": "assistant", "content": IMAGE}]
     ids = image.tolist()
     given = next((n for n, i in enumerate(ids) if i < vocabulary.begin_of_image), len(ids))
-    return conversation(tokenizer, vocabulary, asked, [image], given)
+    return conversation(text_tokenizer, vocabulary, asked, [image], given)
 
 
-def text_parts(tokenizer: Any, vocabulary: Vocabulary, text: str) -> list[Part]:
-    """Plain text, all of it learnt, with the tokenizer's begin and end of text where it has them."""
-    writer = _Writer(tokenizer, vocabulary, ())
-    writer.write((tokenizer.bos_token or "") + text + (tokenizer.eos_token or ""), True, markers=False)
+def text_parts(text_tokenizer: Any, vocabulary: Vocabulary, text: str) -> list[Part]:
+    """Plain text, all of it learnt, with the text tokenizer's begin and end of text if it has them."""
+    writer = _Writer(text_tokenizer, vocabulary, ())
+    writer.write((text_tokenizer.bos_token or "") + text + (text_tokenizer.eos_token or ""), True, markers=False)
     return writer.finish()
 
 
-def end_of_answer(tokenizer: Any, vocabulary: Vocabulary) -> int | None:
-    """The id that ends an answer in this format: `eos_id` of `generate`; None if nothing does."""
+def end_of_answer(text_tokenizer: Any, vocabulary: Vocabulary) -> int | None:
+    """The id that ends an answer, the `eos_id` of `generate`; None if the format has none."""
     parts = conversation(
-        tokenizer, vocabulary, [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
+        text_tokenizer, vocabulary, [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
     )
     learnt = [i for ids, is_learnt in parts if is_learnt for i in ids]
-    alone = _tokenise(tokenizer, "a")
+    alone = _tokenise(text_tokenizer, "a")
     return learnt[-1] if len(learnt) > len(alone) else None
 
 
 def word_tokenizer(texts: Iterable[str], size: int = 10_000) -> Any:
-    """A tokenizer of transformers whose ids are the most frequent words and punctuation marks of `texts`, lower-case.
+    """A text tokenizer of transformers whose ids are the most frequent lower-case words and punctuation marks.
 
-    For small models that start from nothing. Ids 0, 1, 2 are padding, end of text and unknown words.
+    For small models that are trained from scratch. Ids 0, 1, 2 are padding, end of text and unknown words.
     """
     tokenizers, transformers = require("tokenizers", "mllm"), require("transformers", "mllm")
     special = ["<pad>", "<eos>", "<unk>"]
@@ -146,15 +150,16 @@ def word_tokenizer(texts: Iterable[str], size: int = 10_000) -> Any:
 
 
 class _Writer:
-    """Collects parts: text, tokenised between the images that stand in it."""
+    """Collects parts: text is tokenised piece by piece between its images."""
 
-    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, images: Sequence[Tensor], given: int = 0) -> None:
-        self.tokenizer, self.vocabulary, self.images, self.given = tokenizer, vocabulary, list(images), given
+    def __init__(self, text_tokenizer: Any, vocabulary: Vocabulary, images: Sequence[Tensor], given: int = 0) -> None:
+        self.text_tokenizer, self.vocabulary, self.images = text_tokenizer, vocabulary, list(images)
+        self.given = given
         self.used = 0
         self.parts: list[Part] = []
 
     def write(self, text: str, learnt: bool, *, first_only: bool = False, markers: bool = True) -> None:
-        """Add `text`; with `first_only` its first id alone is learnt; without `markers` no image stands in it."""
+        """Add `text`. `first_only`: only its first id is learnt. `markers`: `<image>` stands for an image."""
         for number, piece in enumerate(text.split(IMAGE) if markers else [text]):
             if number:
                 if self.used < len(self.images):
@@ -162,10 +167,10 @@ class _Writer:
                     self._add(ids[: self.given], False)
                     self._add(ids[self.given :], learnt)
                 self.used += 1
-            ids = _tokenise(self.tokenizer, piece)
+            ids = _tokenise(self.text_tokenizer, piece)
             if ids and max(ids) >= self.vocabulary.text_size:
                 raise ValueError(
-                    f"tokenizer: expected text ids below {self.vocabulary.text_size}, the model's, got {max(ids)}"
+                    f"text_tokenizer: expected text ids below {self.vocabulary.text_size}, the model's, got {max(ids)}"
                 )
             split = 1 if first_only else len(ids)
             self._add(ids[:split], learnt)
@@ -181,13 +186,13 @@ class _Writer:
         return self.parts
 
 
-def _tokenise(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+def _tokenise(text_tokenizer: Any, text: str) -> list[int]:
+    return text_tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], ask: bool) -> str:
-    template = tokenizer.chat_template or PLAIN
-    return tokenizer.apply_chat_template(
+def _render(text_tokenizer: Any, messages: Sequence[Message], ask: bool) -> str:
+    template = text_tokenizer.chat_template or PLAIN
+    return text_tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=ask, chat_template=template
     )
 
@@ -197,7 +202,7 @@ def _question(question: str) -> list[Message]:
 
 
 def _message(message: Message) -> dict[str, str]:
-    """A message with its content as text without spaces around it, which templates would strip."""
+    """A message whose content is text, stripped, as templates would strip it."""
     try:
         role, content = message["role"], message["content"]
     except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Staged training: the semantic branch, then the pixel branch on top of it, frozen; the decoder alone if asked."""
+"""Staged training: the semantic branch, then the pixel branch on top of it; optionally the decoder alone."""
 
 from semhitok.training.loop import Interrupted
 from semhitok.training.run import train

@@ -1,4 +1,4 @@
-"""Saved states of a stage: written whole or not at all, read without running code from them."""
+"""Saved states of a stage. Writing is atomic; reading runs no code from a file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from semhitok import distributed
 from semhitok._files import open_atomic
+from semhitok.training.parts import Figures
 from semhitok.training.stage import Stage
 
 
@@ -23,12 +24,15 @@ def save(
     position: dict[str, Any],
     keep: int,
 ) -> None:
+    """Save the state after `step` steps, and delete all but the last `keep` states; a collective call.
+
+    Raises:
+        RuntimeError: the codebooks differ between processes.
+    """
     for name, tensor in stage.codebooks().items():
         distributed.check_equal(tensor, f"{stage.name}: {name} after step {step}")
     parts = {part.name: part.state() for part in stage.parts}
-    positions: list[Any] = [position] * distributed.world_size()
-    if distributed.world_size() > 1:
-        torch.distributed.all_gather_object(positions, position)
+    positions = distributed.gather_objects(position)
     if distributed.rank() == 0:
         with open_atomic(folder / f"step-{step:08}.pt") as file:
             torch.save(
@@ -46,7 +50,7 @@ def save(
         for old in states(folder)[:-keep]:
             old.unlink()
     if distributed.world_size() > 1:
-        torch.distributed.barrier()  # no process is ahead of a checkpoint that another may still fail to write
+        torch.distributed.barrier()  # no process continues while another may still fail to write
 
 
 def states(folder: Path) -> list[Path]:
@@ -55,29 +59,28 @@ def states(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A stage's state file. It holds tensors and numbers; reading it runs no code of it.
+    """A stage's state file, which holds tensors and numbers; no code from it is run.
 
     Raises:
-        ValueError: the file is damaged or something else.
+        ValueError: the file is damaged, or is not a state.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"stage", "step", "parts", "counters"} <= state.keys():
-            raise ValueError("not a state of training")
-    except Exception as error:  # torch.load has no one error for a damaged file
+            raise ValueError("expected the state of a stage")
+    except Exception as error:  # torch.load raises many types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a whole training state: {reason}") from error
+        raise ValueError(f"{path}: not a complete training state: {reason}") from error
     return state
 
 
 def load(folder: Path, stage: Stage) -> tuple[int, dict[str, Any]]:
-    """Restore the stage from its last state; (steps done, the state), (0, {}) where there is none."""
+    """Restore the stage from its last state; returns (steps done, state), (0, {}) if there is none."""
     found = states(folder)
     step = torch.tensor(int(found[-1].stem.removeprefix("step-")) if found else 0)
     if distributed.world_size() > 1:
-        # The first process says where the run stands; a file system may show it to the others later.
-        step = step.to(next(stage.model.parameters()).device)
-        distributed.broadcast(step)
+        # The first process decides; a shared file system may show the newest file to the others later.
+        step = distributed.broadcast(step.to(stage.device))
     if not int(step):
         return 0, {}
     path = folder / f"step-{int(step):08}.pt"
@@ -91,13 +94,13 @@ def load(folder: Path, stage: Stage) -> tuple[int, dict[str, Any]]:
     return state["step"], state
 
 
-def save_culprit(folder: Path, stage: Stage, step: int, batches: Sequence[Any], figures: dict[str, Any]) -> str:
-    """Keep the batch that gave a loss or gradient that is not finite; the message that says so."""
+def save_debug_dump(folder: Path, stage: Stage, step: int, batches: Sequence[Any], figures: Figures) -> str:
+    """Save the batch whose loss or gradient is not finite; returns a message that says where."""
     path = folder / f"not-finite-step-{step}-process-{distributed.rank()}.pt"
     with open_atomic(path) as file:
-        torch.save({"step": step, **batches[0].evidence(batches)}, file)
+        torch.save({"step": step, **stage.debug_dump(batches)}, file)
     text = ", ".join(f"{k} {float(v):.6g}" for k, v in figures.items() if k.endswith(("loss", "gradient_norm")))
     return (
         f"{stage.name}: not finite at step {step}: {text}; its data are in {path}, the state before it in "
-        f"step-{step:08}.pt (go on with other settings: --accept-changes)"
+        f"step-{step:08}.pt (to continue with other settings: --accept-changes)"
     )

@@ -1,7 +1,7 @@
-"""The critic (discriminator) of the reconstruction loss, what it is shown, and both sides' losses.
+"""The critic (discriminator) of the reconstruction loss, what it is shown, and the losses of both sides.
 
-A critic gives logits: high for photographs, low for reconstructions. Nothing here draws random numbers; the callers
-hand them in, so that a step is a function of its number and not of how a batch is split over processes.
+A critic gives logits: high for originals, low for reconstructions. Nothing here draws random numbers. The caller passes
+them in, so that a step depends on its number and not on how a batch is split over processes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from torch.nn.utils.parametrizations import spectral_norm
 from semhitok.config import CriticConfig
 from semhitok.models.teacher import vision_transformer
 
-AUGMENT_NUMBERS = 8  # that `diff_augment` takes for an image
+AUGMENT_NUMBERS = 8  # random numbers that `diff_augment` takes for an image
 LECAM_DECAY = 0.99
 
 
 class PatchCritic(nn.Module):
     """PatchGAN (Isola et al. 2017): one logit for every patch of an image, by 4 x 4 convolutions.
 
-    `layers` convolutions of stride 2, then two of stride 1, spectrally normalised, LeakyReLU 0.2 between them. There
-    are no batch statistics: the verdict on an image depends on no other image.
+    `layers` convolutions of stride 2, then two of stride 1, spectrally normalised, with LeakyReLU 0.2 between them.
+    There are no batch statistics: the verdict on an image depends on no other image.
 
     Args:
         width: channels of the first layer; they double with every layer, up to 8 * width.
         layers: number of layers that halve the map; with 3 of them a logit sees 70 x 70 pixels.
+
+    Attributes:
+        smallest: side in pixels of the smallest image that gives a logit.
     """
 
     def __init__(self, width: int, layers: int) -> None:
@@ -40,17 +43,12 @@ class PatchCritic(nn.Module):
             modules.append(spectral_norm(nn.Conv2d(channels[n], channels[n + 1], 4, stride, padding=1)))
             modules.append(nn.LeakyReLU(0.2))
         self.network = nn.Sequential(*modules, spectral_norm(nn.Conv2d(channels[-1], 1, 4, padding=1)))
-        self.smallest = 3 * 2**layers  # side of an image that leaves one logit
-
-    @property
-    def trained(self) -> nn.Module:
-        """The module whose parameters and buffers are this critic's state: itself."""
-        return self
+        self.smallest = 3 * 2**layers
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> logits [B, 1, h, w], fp32; ValueError for images that are too small.
 
-        Autocast is off in here: spectral norms are not for bf16.
+        Autocast is off in here, because spectral norms do not work in bf16.
         """
         if min(images.shape[2:]) < self.smallest:
             raise ValueError(f"critic: expected images of at least {self.smallest} pixels, got {list(images.shape)}")
@@ -65,13 +63,14 @@ class DinoCritic(nn.Module):
 
     Args:
         config: `backbone`, `checkpoint`, `image_size` and `blocks` are used.
-        load: fetch or read the backbone's weights; False leaves them random.
+        load: download or read the backbone's weights; False leaves them random.
 
     Raises:
-        ValueError: timm has no such model, it is not a Vision Transformer, or has no such block.
-        OSError: its weights cannot be had.
+        ValueError: timm has no such model, it is not a Vision Transformer, or it has no such block.
+        OSError: its weights are not available.
     """
 
+    smallest = 1  # side in pixels of the smallest image; all are resized
     vit: Any
     mean: Tensor
     std: Tensor
@@ -95,11 +94,6 @@ class DinoCritic(nn.Module):
         self.heads = nn.ModuleList(_Head(self.vit.embed_dim) for _ in self.blocks)
         self.train()
 
-    @property
-    def trained(self) -> nn.Module:
-        """The module whose parameters and buffers are this critic's state: the heads."""
-        return self.heads
-
     def train(self, mode: bool = True) -> DinoCritic:
         super().train(mode)
         self.vit.eval()
@@ -108,7 +102,7 @@ class DinoCritic(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> logits [B, n], fp32: every patch token of every chosen block.
 
-        Autocast is off in here: spectral norms are not for bf16.
+        Autocast is off in here, because spectral norms do not work in bf16.
         """
         with torch.autocast(images.device.type, enabled=False):
             images = _resize(images.float(), self.image_size)
@@ -124,10 +118,10 @@ class DinoCritic(nn.Module):
 
 
 class _Head(nn.Module):
-    """Tokens [B, C, h, w] of one block -> logits [B, 1, h, w]: StyleGAN-T's head on the plane instead of a row.
+    """Tokens [B, C, h, w] of one block -> logits [B, 1, h, w]: StyleGAN-T's head, but on the plane.
 
-    StyleGAN-T convolves 9 successive tokens, here they are 3 x 3; and in place of its batch normalisation every token
-    is normalised alone, which takes the blocks' very different scales away, too.
+    StyleGAN-T convolves 9 successive tokens, this head 3 x 3. In place of batch normalisation every token is normalised
+    by itself, which also evens out the very different scales of the blocks.
     """
 
     def __init__(self, width: int) -> None:
@@ -144,16 +138,16 @@ class _Head(nn.Module):
 
 
 def build_critic(config: CriticConfig, *, load: bool = True) -> PatchCritic | DinoCritic:
-    """The critic that `config.kind` names; errors and `load` are `DinoCritic`'s."""
+    """The critic that `config.kind` names; `load` and errors as in `DinoCritic`."""
     return DinoCritic(config, load=load) if config.kind == "dino" else PatchCritic(config.width, config.layers)
 
 
 def critic_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
-    """What the critic minimises, a scalar: high logits for photographs, low ones for reconstructions.
+    """The GAN loss of the critic, a scalar: originals should get high logits, reconstructions low ones.
 
     Args:
         kind: "hinge", or "non_saturating" for the logistic loss.
-        real: logits of photographs, any shape.
+        real: logits of originals, any shape.
         fake: logits of reconstructions, any shape.
     """
     if kind == "hinge":
@@ -162,14 +156,14 @@ def critic_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def verdict_loss(kind: str, fake: Tensor) -> Tensor:
-    """What the tokenizer minimises, a scalar: its reconstructions' logits rise. Arguments as `critic_loss`."""
+    """The GAN loss of the tokenizer, a scalar: reconstructions should get high logits. Arguments as `critic_loss`."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 class LeCam(nn.Module):
-    """LeCAM regulariser of a critic (Tseng et al. 2021): pulls logits to the other side's moving average.
+    """LeCAM regulariser of a critic (Tseng et al. 2021): pulls logits to the moving average of the other side.
 
-    Buffers: `real` and `fake`, moving averages of the mean logits, from 0 on.
+    Buffers: `real` and `fake`, moving averages of the mean logits, which start at 0.
     """
 
     real: Tensor
@@ -186,7 +180,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_mean: Tensor | float, fake_mean: Tensor | float) -> None:
-        """After a step: its mean logits, scalars that the caller has averaged over all processes."""
+        """After a step: take in its mean logits, scalars that the caller has averaged over all processes."""
         for average, value in ((self.real, real_mean), (self.fake, fake_mean)):
             average.mul_(LECAM_DECAY).add_(value, alpha=1 - LECAM_DECAY)
 
@@ -194,10 +188,10 @@ class LeCam(nn.Module):
 def diff_augment(images: Tensor, numbers: Tensor) -> Tensor:
     """Differentiable augmentation (Zhao et al. 2020): colour, translation and cutout.
 
-    As in the paper, where images are in [-1, 1]: brightness moves by up to half of 1, here a quarter; saturation is
+    As in the paper: brightness changes by up to 0.25 (0.5 in the paper, whose images are in [-1, 1]); saturation is
     scaled by 0 to 2 and contrast by 0.5 to 1.5; the image moves by up to an eighth of each side; a rectangle of half
-    its sides, centred anywhere, is cut out. What is uncovered or cut is the paper's 0, mid-grey. Unlike in the paper,
-    half of the images are not cut. Images are not clamped.
+    its sides, centred anywhere, is cut out. Uncovered and cut pixels become mid-grey (0 in the paper). Unlike in the
+    paper, half of the images are not cut. Images are not clamped.
 
     Args:
         images: float [B, 3, H, W] in [0, 1].
@@ -205,7 +199,7 @@ def diff_augment(images: Tensor, numbers: Tensor) -> Tensor:
             and right, the cut's centre down and right, and whether there is a cut (below 0.5). All 0.5 changes nothing.
 
     Returns:
-        Like `images`; a row depends on its own numbers only.
+        Same shape and dtype as `images`; a row depends on its own numbers only.
     """
     numbers = numbers.to(images.device)
     brightness, saturation, contrast = numbers[:, :3].to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
@@ -220,7 +214,7 @@ def diff_augment(images: Tensor, numbers: Tensor) -> Tensor:
         places = torch.arange(side, device=images.device)
         reach = (side + 4) // 8
         source = places - (_choose(numbers[:, 3 + axis], 2 * reach + 1) - reach)[:, None]
-        # Every pixel is read once: the backward pass adds nothing up, and is the same in every run.
+        # Every pixel is read once: the backward pass sums nothing and is the same in every run.
         index = (source % side).unsqueeze(1).unsqueeze(3 - axis)
         x = x.gather(2 + axis, index.expand_as(x))
         kept.append((source >= 0) & (source < side))
@@ -233,12 +227,12 @@ def diff_augment(images: Tensor, numbers: Tensor) -> Tensor:
 
 
 def window(images: Tensor, numbers: Tensor, shift: int) -> Tensor:
-    """A window on images, `shift` pixels smaller, at the same random place for the whole batch.
+    """Crop images to a window `shift` pixels smaller, at the same random place for the whole batch.
 
     Args:
         images: [B, 3, H, W].
-        numbers: float [2], uniform in [0, 1): the place down and right.
-        shift: from 0, less than H and W.
+        numbers: float [2], uniform in [0, 1): how far down and right the window is.
+        shift: at least 0, less than H and W.
 
     Returns:
         A view [B, 3, H - shift, W - shift].
@@ -256,15 +250,15 @@ def window(images: Tensor, numbers: Tensor, shift: int) -> Tensor:
 
 
 def _choose(numbers: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) -> integers 0..count - 1, int64. No product of such a number rounds up to `count`."""
+    """Uniform numbers in [0, 1) -> integers 0..count - 1, int64. No product rounds up to `count`."""
     return (numbers * count).long()
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] -> [B, 3, size, size], bicubic with antialias, and not clamped: a clamp would cut gradients.
 
-    Equal to `F.interpolate`, but as two products with matrices: the backward pass of the former adds up in another
-    order every time on CUDA.
+    Equal to `F.interpolate`, but computed as two matrix products, because the backward pass of `F.interpolate` sums in
+    another order every time on CUDA.
     """
     if images.shape[2:] == (size, size):
         return images

@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, log.jsonl and the tracker."""
+"""What a run reports: the progress bar, log.jsonl and the tracker; and figures of codebook usage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USAGE_TOKENS = 50  # tokens per flat code in a window of the usage figures
 
 
 class Log:
-    """The progress bar, log.jsonl and the tracker, all by the first process."""
+    """The progress bar, log.jsonl and the tracker. Only the first process has one."""
 
     def __init__(self, folder: Path, tracker: str, name: str, start: int, steps: int, unit: str) -> None:
         self.name, self.steps, self.unit = name, steps, unit
@@ -37,7 +37,7 @@ class Log:
         self.file.flush()
         now = time.perf_counter()
         elapsed = max(now - self.clock, 1e-9)
-        # What depends on the day's machine goes to the tracker alone.
+        # What depends on the machine goes to the tracker alone.
         rate, waited = self.units / elapsed, self.waited / elapsed
         speed = {f"{self.unit}_per_second": rate, "data_wait": waited, f"{self.skipped}_skipped": float(skipped)}
         self.clock, self.waited, self.units = now, 0.0, 0
@@ -46,7 +46,7 @@ class Log:
         text = f"{rate:.1f} {self.unit}/s, {waited:.0%} of the time waiting for data"
         text += f", {skipped} {self.skipped} skipped" if skipped else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {text}", refresh=False)
-        # Where no terminal shows the bar, a line a tenth of the way.
+        # Without a terminal to show the bar, print a line at every tenth of the way.
         tenth, before = (n * 10 // self.steps for n in (step, step - LOG_EVERY))
         if self.bar.disable and (tenth > before or step == self.steps):
             left = (now - self.begun) / (step - self.start) * (self.steps - step)
@@ -76,20 +76,20 @@ class Log:
 
 
 def _tracker(folder: Path, kind: str, stage: str, start: int) -> Any:
-    """Accelerate's tracker by the name in the configuration, None for "none"."""
+    """Accelerate's tracker of this kind; None for "none"."""
     if kind == "none":
         return None
     tracking = require("accelerate.tracking", "train")
-    require("accelerate", "train").PartialState()  # which the trackers ask for the first process
+    require("accelerate", "train").PartialState()  # the trackers need it
     if kind == "wandb":
         require("wandb", "wandb")
         name = f"{folder.resolve().name}-{stage}"
-        # The same name on resume: the run goes on in the same place.
+        # A resumed run has the same identity.
         identity = hashlib.sha256(f"{folder.resolve()}/{stage}".encode()).hexdigest()[:16]
         tracker = tracking.WandBTracker("semhitok", dir=str(folder), name=name, id=identity, resume="allow")
     else:
         require("tensorboard", "train")
-        # What a killed run wrote after its last checkpoint is hidden by purge_step.
+        # purge_step hides what a killed run wrote after its last checkpoint.
         tracker = tracking.TensorBoardTracker(stage, str(folder / "tensorboard"), purge_step=start)
     tracker.start()
     return tracker
@@ -102,7 +102,7 @@ def _duration(seconds: float) -> str:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop what a stopped run logged after the checkpoint it goes on from."""
+    """Drop what a stopped run logged after the checkpoint from which it resumes."""
     if not path.exists():
         return
     kept = []
@@ -117,12 +117,12 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def usage_window(num_codes: int, tokens_per_step: int) -> int:
-    """Steps between two usage figures: USAGE_TOKENS tokens a code, a multiple of LOG_EVERY."""
+    """Steps between two usage figures: enough for USAGE_TOKENS tokens a code, rounded up to a multiple of LOG_EVERY."""
     return math.ceil(num_codes * USAGE_TOKENS / tokens_per_step / LOG_EVERY) * LOG_EVERY
 
 
 def usage_figures(usage: CodeUsage, step: int, window: int) -> dict[str, float]:
-    """At the end of every window the usage and perplexity of the tokens in it, then from nought."""
+    """At the end of every window the usage and perplexity of its tokens, after which the counts restart at zero."""
     if (step + 1) % window:
         return {}
     groups = usage.groups()

@@ -1,40 +1,38 @@
-"""The loop all stages share: batches, gradients, schedules, codebooks, checkpoints, log, evaluation, interruption.
+"""The loop that all stages share: batches, gradients, schedules, codebooks, checkpoints, log, evaluation, interruption.
 
-A step is a pure function of (state, step number): batches and random numbers follow from the seed and the number alone,
-and from an image's place in the global batch, not from the process that has it. So a run that was stopped, however
-roughly, goes on from its last checkpoint and ends with the bytes it would have had, and one on several processes does
-what one process would.
+A step is a pure function of (state, step number): batches and random numbers follow from the seed, the step number and
+an image's place in the global batch, not from the process that has it. So a run that was stopped in any way resumes
+from its last checkpoint and ends with the bytes it would have had, and several processes compute what one would.
 
-RUN/STAGE/step-00001000.pt   states, the last few; complete: weights, both optimisers, moving averages, data position
+RUN/STAGE/step-00001000.pt   the last few states: weights, optimisers, moving averages, data position
 RUN/STAGE/best/              the tokenizer of the best evaluation
-RUN/STAGE/log.jsonl          figures, the same bytes whatever happened to the run
-RUN/tensorboard/STAGE/       the same and more, to look at
+RUN/STAGE/log.jsonl          figures, the same bytes whether or not the run was interrupted
+RUN/tensorboard/STAGE/       the same and more, for TensorBoard
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import torch
-from torch import Tensor
 
 from semhitok import distributed
-from semhitok._files import write_atomic
-from semhitok.data.training_images import MicroBatch
+from semhitok._files import write_json
+from semhitok.config import EngineConfig
+from semhitok.data.batch import seed_everything
 from semhitok.evaluation.metrics import METRICS
 from semhitok.training import checkpoint, log
-from semhitok.training.parts import Batch, seed_everything
-from semhitok.training.stage import Stage
+from semhitok.training.parts import Figures
+from semhitok.training.stage import Evaluation, Loaded, OnDevice, Output, Stage
 
 
 class Interrupted(Exception):
@@ -46,7 +44,7 @@ class Interrupted(Exception):
 
 
 class StopOnSignal:
-    """Turns the first SIGINT or SIGTERM into `signum`, to be acted on after a step; a second one stops at once."""
+    """Keeps the first SIGINT or SIGTERM as `signum`, to be acted on after a step; a second one stops at once."""
 
     def __enter__(self) -> StopOnSignal:
         self.signum: int = 0
@@ -68,40 +66,74 @@ class StopOnSignal:
             signal.signal(number, handler)
 
 
-def put_images(micro: Sequence[MicroBatch], device: torch.device, key: tuple[object, ...]) -> list[Batch]:
-    """The micro-batches of a step on their way to `device`; their random numbers follow from `key`."""
-    return [Batch(m.images.to(device, non_blocking=True), m.first, m.total, key) for m in micro]
+class Batches(Protocol[Loaded]):
+    """The micro-batches of one process, a list for every step, without end."""
+
+    skipped: int  # samples that could not be used
+
+    def __next__(self) -> list[Loaded]: ...
+
+    def position(self) -> dict[str, Any]:
+        """Where the data stand, for `Data.batches`: numbers and text."""
+
+    def close(self) -> None: ...
+
+
+class Data(Protocol[Loaded]):
+    """What a run trains on."""
+
+    def batches(
+        self, batch_size: int, micro_batch: int, step: int, position: Mapping[str, Any] | None
+    ) -> Batches[Loaded]:
+        """The batches after `step` steps, which ended at `position`."""
 
 
 @dataclass
-class Run:
-    """What a run's stages have in common."""
+class Run(Generic[Loaded]):
+    """What the stages of a run share.
 
-    config: Any  # TrainConfig, or the like of it
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        data: what it trains on.
+        stop: tells whether a signal came.
+        evaluate_every: steps between two evaluations.
+        spare: gives data for initialisation, other than the batches of the steps.
+        unit: what the `total` of a batch counts.
+    """
+
+    config: EngineConfig
     folder: Path
-    data: Any  # TrainingImages, or others that give batches and their position
-    held_out: Any  # None, or a function that gives a fresh pass over the held-out batches
+    data: Data[Loaded]
     stop: StopOnSignal
-    device: torch.device
-    put: Callable[[Any, torch.device, tuple[object, ...]], list[Any]] = put_images  # what `data` gives -> batches
-    unit: str = "images"  # what a batch's `total` counts
+    evaluate_every: int
+    spare: Callable[[], Data[Loaded]] | None = None
+    unit: str = "images"
 
 
-def run_stage(stage: Stage, run: Run) -> float:
-    """Train one stage to its end, from its last checkpoint where there is one.
+def run_stage(
+    stage: Stage[Loaded, OnDevice, Output], run: Run[Loaded], evaluate: Callable[[], Evaluation] | None = None
+) -> float:
+    """Train one stage to its end, from its last checkpoint if there is one.
 
-    Leaves the trained weights (their moving average, where there is one) in `stage.model`. Returns the seconds spent
-    training, over all sittings.
+    Leaves the trained weights (or their moving average, if there is one) in the model.
+
+    Args:
+        stage: what is trained.
+        run: what the stages share.
+        evaluate: evaluates the stage on held-out data; None leaves evaluation out.
+
+    Returns:
+        The seconds spent training, including those before the run was interrupted.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came to any process; everything up to that step is saved.
         FloatingPointError: the loss is not finite; the state before the step and the batch are saved.
     """
-    config, folder, steps = stage.config, run.folder / stage.name, stage.config.steps
+    config, folder, steps, seed = stage.config, run.folder / stage.name, stage.config.steps, run.config.seed
     main, keep = distributed.rank() == 0, run.config.keep_checkpoints
     micro_batch = config.micro_batch or max(1, config.batch_size // distributed.world_size())
-    for part in stage.parts:
-        part.prepare(run.config)
+    stage.setup()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     start, state = checkpoint.load(folder, stage)
@@ -116,39 +148,34 @@ def run_stage(stage: Stage, run: Run) -> float:
         begun = time.perf_counter()
         try:
             for step in range(start, steps):
-                seed_everything(run.config.seed, stage.name, step)
-                stage.prepare(step, _spare_images(run, stage, micro_batch), run.config.seed)
+                seed_everything(seed, stage.name, step)
+                stage.before_step(step, _spare_batches(stage, run, micro_batch), seed)
                 clock, position = time.perf_counter(), batches.position()
-                micro = next(batches)
+                loaded = next(batches)
                 waited = time.perf_counter() - clock
-                batch = run.put(micro, run.device, (run.config.seed, stage.name, step))
-                active = [part for part in stage.parts if step >= part.first_step]
-                figures: dict[str, Any] = {}
-                for part in active:
-                    own = part.accumulate(batch, step)
-                    prefix = "" if part is active[0] else f"{part.name}_"
-                    figures |= {k if k.startswith(prefix) else prefix + k: v for k, v in own.items()}
-                signum = _agree(figures, run.stop.signum, run.device)
+                batch = stage.to_device(loaded, (seed, stage.name, step))
+                figures, outputs = stage.backward(batch, step)
+                signum = _agree(figures, run.stop.signum, stage.device)
                 if signum < 0:
                     spent = seconds + time.perf_counter() - begun
                     checkpoint.save(folder, stage, step, seconds=spent, best=best, position=position, keep=keep)
-                    raise FloatingPointError(checkpoint.save_culprit(folder, stage, step, batch, figures))
-                for part in active:
+                    raise FloatingPointError(checkpoint.save_debug_dump(folder, stage, step, batch, figures))
+                for part in stage.parts:
                     part.step(step, steps)
-                figures |= stage.update(step, run.config.seed)
+                figures |= stage.after_step(outputs, step, seed)
                 done = step + 1
                 if logger is not None:
                     logger.waited += waited
                     logger.units += batch[0].total
                     logger.bar.update()
                 if done % log.LOG_EVERY == 0 or done == steps:
-                    record = _means(figures, run.device)
+                    record = _means(figures, stage.device)
                     if logger is not None:
                         logger.write(done, record, batches.skipped)
                 last = done == steps or signum != 0
-                due = done % run.config.evaluation.every == 0 and done > stage.codes_from
-                if run.held_out is not None and (due or done == steps):
-                    best = _evaluate(stage, run, folder, done, best, logger)
+                due = done % run.evaluate_every == 0 and done > stage.codes_from
+                if evaluate is not None and (due or done == steps):
+                    best = _evaluate(stage, evaluate, folder, done, best, logger)
                 if done % config.checkpoint_every == 0 or last:
                     spent, position = seconds + time.perf_counter() - begun, batches.position()
                     checkpoint.save(folder, stage, done, seconds=spent, best=best, position=position, keep=keep)
@@ -164,18 +191,22 @@ def run_stage(stage: Stage, run: Run) -> float:
     return seconds
 
 
-def _spare_images(run: Run, stage: Stage, micro_batch: int) -> Iterator[list[Batch]]:
-    """Images for initialisation, always the same ones, so that the batches of the steps stay what they are."""
-    batches = run.data.other(0x5EED).batches(stage.config.batch_size, micro_batch, 0, None)
+def _spare_batches(
+    stage: Stage[Loaded, OnDevice, Output], run: Run[Loaded], micro_batch: int
+) -> Iterator[list[OnDevice]]:
+    """Batches for initialisation, always the same, so that the batches of the steps do not depend on them."""
+    if run.spare is None:
+        return
+    batches = run.spare().batches(stage.config.batch_size, micro_batch, 0, None)
     try:
-        for micro in batches:
-            yield run.put(micro, run.device, (run.config.seed, stage.name, "spare"))
+        while True:
+            yield stage.to_device(next(batches))
     finally:
         batches.close()
 
 
-def _agree(figures: dict[str, Any], signum: int, device: torch.device) -> int:
-    """The signal any process got, 0 for none; -1 where a loss or a gradient of any process is not finite."""
+def _agree(figures: Figures, signum: int, device: torch.device) -> int:
+    """The signal that any process got, 0 for none; -1 if a loss or a gradient is not finite in any process."""
     names = [k for k in figures if k.endswith(("loss", "gradient_norm"))]
     finite = torch.stack([torch.as_tensor(figures[k], device=device).float().isfinite() for k in names]).all()
     if distributed.world_size() == 1:
@@ -186,15 +217,15 @@ def _agree(figures: dict[str, Any], signum: int, device: torch.device) -> int:
     return -1 if broken else signum
 
 
-def _means(figures: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Figures as numbers, averaged over processes."""
+def _means(figures: Figures, device: torch.device) -> dict[str, float]:
+    """Figures as numbers, averaged over the processes."""
     values = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in figures.values()])
     return dict(zip(figures, distributed.mean_over_processes(values).tolist(), strict=True))
 
 
 @contextlib.contextmanager
 def published_weights(stage: Stage) -> Iterator[None]:
-    """The model as it would be published: moving averages in the weights' place, in eval mode."""
+    """The model as it would be published: in eval mode, with moving averages in place of the weights."""
     for part in stage.parts:
         part.exchange_ema()
         part.wrapped.eval()
@@ -208,20 +239,25 @@ def published_weights(stage: Stage) -> Iterator[None]:
 
 
 def _evaluate(
-    stage: Stage, run: Run, folder: Path, step: int, best: float | None, logger: log.Log | None
+    stage: Stage,
+    evaluate: Callable[[], Evaluation],
+    folder: Path,
+    step: int,
+    best: float | None,
+    logger: log.Log | None,
 ) -> float | None:
-    """Evaluate, and keep the tokenizer if it is the best so far; the best figure so far."""
+    """Evaluate, and save the model if it is the best so far; returns the best figure so far."""
     with published_weights(stage):
-        figures, pictures = stage.evaluate(run.held_out())
+        figures, pictures = evaluate()
         if stage.best is not None:
-            best = _keep_best(stage, stage.best, figures, folder, step, best, logger is not None)
+            best = _keep_best(stage, stage.best, figures, folder / "best", step, best)
     if logger is not None:
         logger.evaluation(step, figures, pictures)
     return best
 
 
 def _keep_best(
-    stage: Stage, name: str, figures: dict[str, float], folder: Path, step: int, best: float | None, main: bool
+    stage: Stage, name: str, figures: dict[str, float], folder: Path, step: int, best: float | None
 ) -> float:
     if name not in figures:
         raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
@@ -229,15 +265,7 @@ def _keep_best(
     sign = -1 if METRICS[name].lower_is_better else 1
     if best is not None and sign * value <= sign * best:
         return best
-    state = published_state(stage)
-    if main:
-        stage.model.save_pretrained(folder / "best", state=state)
-        description = json.dumps({"step": step, **figures}, indent=2) + "\n"
-        write_atomic(folder / "best" / "evaluation.json", description.encode())
+    stage.save_model(folder)
+    if distributed.rank() == 0:
+        write_json(folder / "evaluation.json", {"step": step, **figures})
     return value
-
-
-def published_state(stage: Stage) -> dict[str, Tensor]:
-    """The model's state dict, whole whatever process holds what; a collective call under FSDP."""
-    state = stage.model.stored_state()
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}

@@ -1,24 +1,29 @@
-"""The reconstruction loss of the stages that train a decoder.
+"""What the stages that train a decoder share: the network, the reconstruction loss and the training of its critic.
 
 loss = l1 |x^ - x| + l2 (x^ - x)^2 + lpips LPIPS(x^, x) + weight * verdict(x^)
 
-The verdict is a critic's, which learns at the same time; the loop trains it, with what `critic_inputs` and
-`critic_loss` make of a batch.
+The verdict is that of a critic, which learns in the same steps: in each, the network first, then the critic on what the
+network predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semhitok import distributed
-from semhitok.config import ReconstructionConfig
+from semhitok.config import DecoderStageConfig, PixelStageConfig, ReconstructionConfig, TrainConfig
+from semhitok.data.batch import Batch
+from semhitok.evaluation.held_out import evaluate_held_out
+from semhitok.evaluation.metrics import quick_functions
 from semhitok.models.lpips import perceptual_loss
+from semhitok.quantizer import HierarchicalQuantizer
+from semhitok.tokenizer import SemHiTok
 from semhitok.training.critic import (
     AUGMENT_NUMBERS,
     LeCam,
@@ -28,22 +33,15 @@ from semhitok.training.critic import (
     verdict_loss,
     window,
 )
-
-
-class Numbers(Protocol):
-    """Where a step's random numbers come from: uniform in [0, 1), a function of the step and of `purpose`."""
-
-    def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Numbers [b, *shape] for the b images at hand; rows depend on the images' places in the global batch."""
-
-    def uniform_shared(self, purpose: str, n: int) -> Tensor:
-        """Numbers [n], the same on all processes."""
+from semhitok.training.parts import Figures, Part
+from semhitok.training.stage import Evaluation, TokenizerStage
+from semhitok.usage import CodeUsage
 
 
 class ReconstructionLoss(nn.Module):
     """Pixel errors, perceptual distance and the critic's verdict; all in fp32, whatever autocast surrounds it.
 
-    No part of the network that is trained: `perceptual` is frozen, and the loop trains `critic.trained` on its own.
+    `perceptual` is frozen. The critic is not trained by this loss, but by `critic_objective`.
 
     Attributes:
         perceptual: see `perceptual_loss`; None at weight 0.
@@ -66,34 +64,33 @@ class ReconstructionLoss(nn.Module):
         self.perceptual = perceptual_loss() if config.lpips else None
         self.critic = build_critic(config.critic) if config.critic.weight else None
         self.lecam = LeCam() if config.critic.weight and config.critic.lecam else None
-        self._means: list[Tensor] = []  # of the logits, of this step's micro-batches
 
     def train(self, mode: bool = True) -> ReconstructionLoss:
         super().train(mode)
         if self.perceptual is not None:
-            self.perceptual.eval()  # it has dropout
+            self.perceptual.eval()  # because it has dropout
         return self
 
     def forward(
         self,
         predicted: Tensor,
         images: Tensor,
-        batch: Numbers,
+        batch: Batch,
         step: int,
         last_layer: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss of reconstructions. It leaves the critic and its gradients as they are.
+    ) -> tuple[Tensor, Figures]:
+        """The loss of reconstructions. The critic and its gradients stay as they are.
 
         Args:
             predicted: reconstructions, float [B, 3, H, W], not clamped; with gradient.
-            images: what they should be, float [B, 3, H, W] in [0, 1].
-            batch: the step's random numbers.
+            images: the originals, float [B, 3, H, W] in [0, 1].
+            batch: gives the step's random numbers.
             step: of the stage, from 0.
             last_layer: turns a gradient at `predicted`, of its shape and dtype, into the gradient of the decoder's last
-                weight, averaged over all processes. Called by an adaptive critic only.
+                weight, averaged over all processes. Called for an adaptive weight only.
 
         Returns:
-            The loss, an fp32 scalar, and figures for the log, without gradient: l1, l2, and where there are such terms
+            The loss, an fp32 scalar, and figures for the log, without gradient: l1, l2, and if there are such terms
             lpips, verdict and critic_weight, the verdict's weight in the loss.
         """
         config = self.config
@@ -104,7 +101,7 @@ class ReconstructionLoss(nn.Module):
             if self.perceptual is not None:
                 terms["lpips"] = self.perceptual(x * 2 - 1, target * 2 - 1).mean()
                 loss = loss + config.lpips * terms["lpips"]
-            figures: dict[str, Tensor | float] = {}
+            figures: Figures = {}
             critic = config.critic
             if self.critic is not None and step >= critic.start:
                 with _frozen(self.critic):
@@ -124,21 +121,22 @@ class ReconstructionLoss(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()} | figures
 
     @torch.no_grad()
-    def critic_inputs(self, predicted: Tensor, images: Tensor, batch: Numbers) -> Tensor:
-        """What the critic is to judge: float [B, 3, H, W] twice -> fp32 [2B, 3, h, w], photographs first.
+    def critic_inputs(self, predicted: Tensor, images: Tensor, batch: Batch) -> Tensor:
+        """What the critic judges: float [B, 3, H, W] twice -> fp32 [2B, 3, h, w], the originals first.
 
-        Both halves are seen through the same window, with augmentations of their own; the second half is what `forward`
+        Both halves are seen through the same window but augmented independently; the second half is what `forward`
         shows the critic. Without gradient.
         """
         return torch.cat([self._view(images, batch, "real"), self._view(predicted, batch, "fake")])
 
-    def critic_loss(self, logits: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss of its logits [2B, ...] on `critic_inputs`.
+    def critic_objective(self, logits: Tensor, step: int) -> tuple[Tensor, Figures, Tensor]:
+        """What the critic minimises, from its logits [2B, ...] on `critic_inputs`: `critic_loss` and LeCAM's term.
 
-        LeCAM is left out at the first step, when its averages have not seen anything.
+        LeCAM is left out in the critic's first step, when its averages have not seen anything.
 
         Returns:
-            The loss, an fp32 scalar, and figures without gradient: critic_loss, real_logit and fake_logit.
+            The loss, an fp32 scalar, and without gradient figures for the log (real_logit and fake_logit) and these two
+            mean logits as one tensor [2], for `update`.
         """
         config = self.config.critic
         real, fake = logits.float().chunk(2)
@@ -146,21 +144,19 @@ class ReconstructionLoss(nn.Module):
         if self.lecam is not None and step > config.train_from:
             loss = loss + config.lecam * self.lecam.regularizer(real, fake)
         means = torch.stack([real.mean(), fake.mean()]).detach()
-        self._means.append(means)
-        return loss, {"critic_loss": loss.detach(), "real_logit": means[0], "fake_logit": means[1]}
+        return loss, {"real_logit": means[0], "fake_logit": means[1]}, means
 
-    def update(self) -> None:
-        """After a step: LeCAM's averages take in the mean logits of all micro-batches and processes."""
-        if self.lecam is not None and self._means:
-            real, fake = distributed.mean_over_processes(torch.stack(self._means).mean(0))
+    def update(self, mean_logits: Sequence[Tensor]) -> None:
+        """After a step: LeCAM's averages take in the mean logits of its micro-batches, on all processes."""
+        if self.lecam is not None and mean_logits:
+            real, fake = distributed.mean_over_processes(torch.stack(list(mean_logits)).mean(0))
             self.lecam.update(real, fake)
-        self._means = []
 
     def counters(self) -> dict[str, Tensor]:
-        """What the next steps depend on besides the critic's weights."""
+        """What the next steps depend on in addition to the critic's weights."""
         return {f"lecam.{name}": x for name, x in self.lecam.named_buffers()} if self.lecam is not None else {}
 
-    def _view(self, images: Tensor, batch: Numbers, purpose: str) -> Tensor:
+    def _view(self, images: Tensor, batch: Batch, purpose: str) -> Tensor:
         """Images [B, 3, H, W] as the critic sees them. Not clamped: a clamp would cut the verdict's gradient."""
         images = window(images.float(), batch.uniform_shared("critic window", 2), self.shift)
         if self.config.critic.augment:
@@ -168,9 +164,154 @@ class ReconstructionLoss(nn.Module):
         return images
 
 
+class PixelNetwork(nn.Module):
+    """The pixel branch as one module: images and their z_sem -> reconstructions."""
+
+    def __init__(self, model: SemHiTok) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.quantizer: HierarchicalQuantizer = model.quantizer
+        self.decoder = model.decoder
+
+    def forward(
+        self, images: Tensor, z_sem: Tensor, quantise: bool, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """images [B, 3, H, W], z_sem [B, h, w, Ds] -> predicted images, decoder's last maps, z_pix, ids, commitment.
+
+        drop: bool [B], images that are decoded with the mean of its sub-codebook in place of every sub-code.
+        Without quantisation the ids are those of the semantic codes.
+        """
+        z_pix = self.encoder(images)
+        if quantise:
+            q_sem, q_pix, codes, commitment = self.quantizer(z_sem, z_pix)
+            if drop is not None:
+                q_pix = torch.where(drop.view(-1, 1, 1, 1), self.quantizer.group_means(codes), q_pix)
+        else:
+            _, codes, commitment = self.quantizer.semantic(z_sem)
+            q_sem, q_pix = F.embedding(codes, self.quantizer.semantic.codebook), z_pix
+            commitment = torch.zeros_like(commitment)
+        maps = self.decoder.maps(torch.cat([q_sem, q_pix], dim=-1))
+        return self.decoder.pixels(maps), maps, z_pix, codes, commitment
+
+
+class Reconstructed(NamedTuple):
+    """What a step needs later of a micro-batch, without gradient.
+
+    Attributes:
+        predicted: reconstructions, float [B, 3, H, W].
+        tokens: z_pix [B, h, w, Dp] and ids [B, h, w], if they were quantised and the codebook learns.
+        mean_logits: fp32 [2], the critic's of images and of reconstructions, if the critic learnt.
+    """
+
+    predicted: Tensor
+    tokens: tuple[Tensor, Tensor] | None = None
+    mean_logits: Tensor | None = None
+
+
+class ReconstructionStage(TokenizerStage[Reconstructed]):
+    """What the stages share that train a decoder: the loss, the critic beside it, and the evaluation.
+
+    A step trains the network first, then the critic on what the network predicted in that step.
+
+    Args:
+        model: the tokenizer.
+        config: of the stage.
+        run_config: of the run.
+        trained: names of the model's modules whose parameters are trained.
+    """
+
+    config: PixelStageConfig | DecoderStageConfig
+
+    def __init__(
+        self,
+        model: SemHiTok,
+        config: PixelStageConfig | DecoderStageConfig,
+        run_config: TrainConfig,
+        trained: Sequence[str],
+    ) -> None:
+        super().__init__(model, config, run_config)
+        self.best = run_config.evaluation.best
+        self.reconstruction = ReconstructionLoss(config.loss, model.config.patch_size).to(self.device)
+        model.requires_grad_(False)
+        network = PixelNetwork(model).train()
+        for name in trained:
+            model.get_submodule(name).requires_grad_(True)
+        self.network = Part("network", network, config.optimizer, ema_decay=config.ema_decay)
+        self.parts = [self.network]
+        self.critic: Part | None = None
+        critic, settings = self.reconstruction.critic, config.loss.critic
+        if critic is not None:
+            side = model.config.image_size - self.reconstruction.shift
+            if side < critic.smallest:
+                raise ValueError(
+                    f"critic: expected to see at least {critic.smallest} pixels a side, got {side}: "
+                    "use fewer layers or a smaller shift"
+                )
+            self.critic = Part("critic", critic, settings.optimizer, first_step=settings.train_from)
+            self.parts.append(self.critic)
+
+    @torch.no_grad()
+    def z_sem(self, images: Tensor) -> Tensor:
+        """z_sem [B, h, w, Ds] of the frozen semantic branch."""
+        with self.autocast():
+            return self.model.semantic_head(self.model.semantic_features(images))
+
+    def reconstruction_loss(self, predicted: Tensor, maps: Tensor, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        """`ReconstructionLoss` of predicted images, which the decoder's last layer computed from `maps`."""
+
+        def last_layer(gradient: Tensor) -> Tensor:
+            return distributed.mean_over_processes(self.model.decoder.last_layer_gradient(maps, gradient))
+
+        return self.reconstruction(predicted, batch.images, batch, step, last_layer)
+
+    def backward(self, batches: Sequence[Batch], step: int) -> tuple[Figures, list[Reconstructed]]:
+        figures, outputs = super().backward(batches, step)
+        if self.critic is None or step < self.critic.first_step:
+            return figures, outputs
+        of_critic, logits = self._critic_backward(self.critic, batches, outputs, step)
+        figures |= {f"critic_{name}": figure for name, figure in of_critic.items()}
+        return figures, [output._replace(mean_logits=x) for output, x in zip(outputs, logits, strict=True)]
+
+    def _critic_backward(
+        self, critic: Part, batches: Sequence[Batch], outputs: Sequence[Reconstructed], step: int
+    ) -> tuple[Figures, list[Tensor]]:
+        """The critic learns to tell images from this step's reconstructions; figures, and mean logits."""
+
+        def loss(item: tuple[Batch, Reconstructed]) -> tuple[Tensor, Figures, Tensor]:
+            batch, output = item
+            # One step of spectral normalisation's power iteration an update, however many micro-batches it has.
+            critic.module.train(batch is batches[0])
+            inputs = self.reconstruction.critic_inputs(output.predicted, batch.images, batch)
+            return self.reconstruction.critic_objective(critic(inputs), step)
+
+        return critic.accumulate(list(zip(batches, outputs, strict=True)), loss)
+
+    def after_step(self, outputs: Sequence[Reconstructed], step: int, seed: int) -> Figures:
+        self.reconstruction.update([x.mean_logits for x in outputs if x.mean_logits is not None])
+        return {}
+
+    def counters(self) -> dict[str, Tensor]:
+        return self.reconstruction.counters()
+
+    def codebooks(self) -> dict[str, Tensor]:
+        return {"pix_codebook": self.model.quantizer.pix_codebook}
+
+    def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:
+        """Fidelity of the reconstructions and usage of the codes, on held-out images."""
+
+        def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                predicted, _, _, codes, _ = self.network(images, self.z_sem(images), True)
+            return predicted.float().clamp(0, 1), codes
+
+        quantizer, pictures = self.model.quantizer, self.run_config.evaluation.pictures
+        usage = CodeUsage(quantizer.num_codes, quantizer.num_sub_codes, self.device, quantizer.offsets)
+        return evaluate_held_out(reconstruct, batches, quick_functions(), usage, self.device, pictures=pictures)
+
+
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode, in which spectral norms keep their vectors, and no gradient for parameters; then as it was."""
+    """Put a module in eval mode, in which spectral norms keep their vectors, and its parameters out of autograd."""
     mode, parameters = module.training, [p for p in module.parameters() if p.requires_grad]
     module.eval()
     for parameter in parameters:

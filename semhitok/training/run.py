@@ -1,15 +1,16 @@
-"""A whole training run in one folder: its stages, one after the other, then the finished checkpoint.
+"""A training run in one folder: its stages, one after the other, then the finished checkpoint.
 
-RUN/config.json      what the run was started with; a run goes on only with the same, or with changes that are meant
+RUN/config.json      what the run was started with; it resumes only with the same, or with changes that are accepted
 RUN/STAGE/           states, best tokenizer and log of a stage (see `loop`)
 RUN/tensorboard/     figures and pictures
 RUN/checkpoint/      the tokenizer, for `SemHiTok.from_pretrained`
 
-Started by `accelerate launch` or `torchrun`, the processes train together.
+Processes that `accelerate launch` or `torchrun` started train together.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,20 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from semhitok import distributed
-from semhitok._files import write_atomic
+from semhitok._files import write_json
 from semhitok.config import TrainConfig
+from semhitok.data.batch import seed_everything
 from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
+from semhitok.training import parallel
 from semhitok.training.decoder import DecoderStage
 from semhitok.training.loop import Run, StopOnSignal, run_stage
-from semhitok.training.parts import seed_everything
-from semhitok.training.pixel import PixelStage, fingerprint, semantic_fingerprint
+from semhitok.training.pixel import PixelStage
 from semhitok.training.semantic import SemanticStage
-from semhitok.training.stage import Stage
+from semhitok.training.stage import Evaluation, TokenizerStage
 
-_STAGES: dict[str, Callable[[SemHiTok, TrainConfig], Stage]] = {
+STAGES: dict[str, Callable[[SemHiTok, TrainConfig], TokenizerStage]] = {
     "semantic": SemanticStage,
     "pixel": PixelStage,
     "decoder": DecoderStage,
@@ -46,23 +49,23 @@ def train(
     device: str | torch.device = "cpu",
     accept_changes: bool = False,
 ) -> dict[str, float]:
-    """Train a tokenizer on images; go on where an earlier call with the same arguments stopped.
+    """Train a tokenizer on images, or resume where an earlier call with the same arguments stopped.
 
     Args:
         config: see `semhitok.config.train_config`.
         data: image files and folders, or webdataset shards.
         out: the run's folder.
-        held_out: images or shards that are not trained on, for evaluations on the way; none without them.
+        held_out: images or shards to evaluate on while training; none leaves evaluation out.
         device: "cpu" or "cuda"; among several processes each takes the GPU of its local rank.
-        accept_changes: go on although the configuration (but for the model) or the images have changed.
+        accept_changes: resume although the configuration (except for the model) or the images have changed.
 
     Returns:
-        Seconds spent in each stage, {"semantic": s, "pixel": s}, over all sittings.
+        Seconds spent in each stage, {"semantic": s, "pixel": s}, including those before interruptions.
 
     Raises:
-        ValueError: `out` holds a run of another configuration or other images, or a damaged state.
+        ValueError: `out` holds a run with another configuration or other images, or a damaged state.
         OSError: images, teacher weights or the folder cannot be read or written.
-        Interrupted: a signal came; the same call continues.
+        Interrupted: a signal came; the same call resumes.
         FloatingPointError: a loss is not finite; the state before that step and its images are saved.
     """
     folder = Path(out)
@@ -72,18 +75,19 @@ def train(
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     if distributed.rank() == 0:
-        claim(folder, {"train": config.to_dict(), **images.description}, ("train", "model"), accept_changes)
+        identify_run(folder, {"train": config.to_dict(), **images.description}, ("train", "model"), accept_changes)
     model = _model(config, device)
     seconds: dict[str, float] = {}
     with StopOnSignal() as stop:
-        run = Run(config, folder, images, _held_out(config, held_out), stop, device)
+        run = Run(config, folder, images, stop, config.evaluation.every, spare=lambda: images.other(0x5EED))
         for name in config.stages:
             before = _frozen(model, name)
-            seed_everything(config.seed, name)  # for weights that the stage makes, whatever ran before it
-            seconds[name] = run_stage(_STAGES[name](model, config), run)
-            # What earlier stages made is the truth about it, whatever state this one went on from.
+            seed_everything(config.seed, name)  # for new weights, whatever ran before
+            stage = STAGES[name](model, config)
+            seconds[name] = run_stage(stage, run, _evaluation(stage, config, held_out))
+            # A resumed state must not bring back other results of earlier stages than the model now has.
             if _frozen(model, name) != before:
-                raise RuntimeError(f"{folder}: stage {name} changed what earlier stages made")
+                raise RuntimeError(f"{folder}: stage {name} changed the results of earlier stages")
             model = _unsharded(model, config, device) if config.shard and distributed.world_size() > 1 else model
         if distributed.rank() == 0:
             model.eval().save_pretrained(folder / "checkpoint")
@@ -92,8 +96,23 @@ def train(
     return seconds
 
 
+def fingerprint(*modules: nn.Module) -> str:
+    """SHA-256 over the bytes of the modules' state."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def semantic_fingerprint(model: SemHiTok) -> str:
+    """`fingerprint` of everything semantic: equal before and after the later stages."""
+    return fingerprint(model.semantic_head, model.semantic_decoder, model.quantizer.semantic)
+
+
 def _frozen(model: SemHiTok, stage: str) -> str:
-    """A hash of all that `stage` must leave as it is."""
+    """A hash of everything that `stage` must not change."""
     if stage == "semantic":
         return ""
     return semantic_fingerprint(model) + (fingerprint(model.encoder, model.quantizer) if stage == "decoder" else "")
@@ -113,49 +132,58 @@ def _model(config: TrainConfig, device: torch.device) -> SemHiTok:
 
 
 def _unsharded(model: SemHiTok, config: TrainConfig, device: torch.device) -> SemHiTok:
-    """A model with whole weights from one whose weights are split over the processes."""
-    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+    """A model with all weights on every process, from one whose weights are split over the processes."""
+    state = parallel.full_state(model.state_dict())
     torch.manual_seed(config.seed)
-    whole = SemHiTok(config.model, load_teacher=False).to(device).train()
-    whole.load_state_dict(state)
-    return whole
+    unsharded = SemHiTok(config.model, load_teacher=False).to(device).train()
+    unsharded.load_state_dict(state)
+    return unsharded
 
 
-def _held_out(config: TrainConfig, sources: Sequence[str | os.PathLike[str]]) -> Any:
-    if not sources:
+def _evaluation(
+    stage: TokenizerStage, config: TrainConfig, held_out: Sequence[str | os.PathLike[str]]
+) -> Callable[[], Evaluation] | None:
+    """A function that evaluates the stage on all held-out images; None without any."""
+    if not held_out:
         return None
-    return lambda: held_out_batches(
-        sources, config.model.image_size, config.evaluation.batch_size, distributed.rank(), distributed.world_size()
-    )
+    places = distributed.rank(), distributed.world_size()
+    size, batch_size = config.model.image_size, config.evaluation.batch_size
+    return lambda: stage.evaluate(held_out_batches(held_out, size, batch_size, *places))
 
 
-def claim(folder: Path, description: dict[str, Any], model: Sequence[str], accept_changes: bool) -> None:
-    """Write config.json into a new run's folder, or check that an old one's says the same.
+def identify_run(folder: Path, description: dict[str, Any], model: Sequence[str], accept_changes: bool) -> None:
+    """Write config.json into the folder of a new run, or check that an existing one says the same.
 
-    model: keys that lead to the part of the description which cannot change, whatever is accepted.
+    Args:
+        folder: of the run.
+        description: what is in config.json.
+        model: keys that lead to the part of the description that may never change.
+        accept_changes: whether the rest may.
+
+    Raises:
+        ValueError: the folder holds another run, or its config.json is not JSON.
     """
-    text = json.dumps(description, indent=2) + "\n"
     path = folder / "config.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode())
+        write_json(path, description)
         return
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    new = json.loads(text)
+    new = json.loads(json.dumps(description))
     difference = _difference(found, new, "")
     if difference and not accept_changes:
         raise ValueError(f"{folder}: holds another run: {difference}; choose another folder, or --accept-changes")
     old_model, new_model = found, new
     for key in model:
         old_model, new_model = old_model.get(key, {}), new_model[key]
-    of_model = _difference(old_model, new_model, ".".join(model))
-    if of_model:
-        raise ValueError(f"{folder}: holds another model: {of_model}; choose another folder")
+    model_difference = _difference(old_model, new_model, ".".join(model))
+    if model_difference:
+        raise ValueError(f"{folder}: holds another model: {model_difference}; choose another folder")
     if difference:
-        write_atomic(path, text.encode())
+        write_json(path, description)
 
 
 def _difference(old: object, new: object, where: str) -> str:

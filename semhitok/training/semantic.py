@@ -2,16 +2,14 @@
 
 loss = cosine_weight (1 - cos(decoder(q), t)) + l1_weight |decoder(q) - t| + commitment
 
-with t the teacher's standardised features and q the nearest of K unit codes. The codes follow
-their tokens by a moving average; unused ones are restarted. The first steps run without
-quantisation, then k-means sets the codebook.
+with t the teacher's standardised features and q the nearest of K unit codes. The codes follow their tokens by a moving
+average; unused ones are restarted. The first steps run without quantisation, then k-means sets the codebook.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +17,18 @@ from torch import Tensor, nn
 
 from semhitok import distributed
 from semhitok.config import SemanticStageConfig, TrainConfig
+from semhitok.data.batch import Batch, keyed_generator
 from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.log import usage_figures, usage_window
-from semhitok.training.parts import Batch, Part, gather, generator
+from semhitok.training.parallel import gather_tokens
+from semhitok.training.parts import Figures, Part
+from semhitok.training.stage import Evaluation, TokenizerStage
 from semhitok.usage import CodeUsage
 
 
 class SemanticNetwork(nn.Module):
-    """What this stage trains, as one module: features [B, h, w, C] -> what their codes say of them."""
+    """What this stage trains, as one module: features [B, h, w, C] -> features predicted from their codes."""
 
     def __init__(self, model: SemHiTok) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class SemanticNetwork(nn.Module):
         self.decoder = model.semantic_decoder
 
     def forward(self, features: Tensor, quantise: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Predicted features, z_sem, codes (None where not quantised), commitment loss."""
+        """Predicted features, z_sem, codes (None if not quantised), commitment loss."""
         z = self.head(features)
         if not quantise:
             return self.decoder(z), z, None, z.new_zeros(())
@@ -44,11 +45,15 @@ class SemanticNetwork(nn.Module):
         return self.decoder(q), z, codes, commitment
 
 
-class SemanticStage:
+Tokens = tuple[Tensor, Tensor]  # z_sem [B, h, w, Ds] and codes [B, h, w], without gradient
+
+
+class SemanticStage(TokenizerStage[Tokens | None]):
     """Trains `semantic_head`, `semantic_decoder` and the semantic codebook of `model`."""
 
     name = "semantic"
     best = "cosine"
+    config: SemanticStageConfig
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
         config = run_config.semantic
@@ -57,70 +62,61 @@ class SemanticStage:
                 f"semantic.continuous_steps: expected less than semantic.steps {config.steps}, "
                 f"got {config.continuous_steps}"
             )
-        self.model, self._config, self.run_config = model, config, run_config
-        self.device = next(model.parameters()).device
+        super().__init__(model, config, run_config)
         self.head, self.quantizer = model.semantic_head, model.quantizer.semantic
         self.quantizer.decay = config.decay
         model.requires_grad_(False)
         network = SemanticNetwork(model).train()
         network.requires_grad_(True)
-        self.network = Part("network", network, config.optimizer, self.loss)
+        self.network = Part("network", network, config.optimizer)
         self.parts = [self.network]
         self.codes_from = config.continuous_steps
         self.window = usage_window(model.config.num_codes, config.batch_size * model.config.grid_size**2)
-        self._seen: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def config(self) -> SemanticStageConfig:
-        return self._config
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run_config.precision == "bf16")
 
     def _features(self, images: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.model.semantic_features(images)
 
-    def prepare(self, step: int, images: Iterator[list[Batch]], seed: int) -> None:
+    def before_step(self, step: int, spare: Iterator[list[Batch]], seed: int) -> None:
         needed = self.config.init_tokens_per_code * self.model.config.num_codes
         if step == 0:
-            (features,) = gather(images, needed, lambda x: (self._features(x).flatten(0, 2),))
+            (features,) = gather_tokens(spare, needed, lambda x: (self._features(x).flatten(0, 2),))
             self.head.set_statistics(features)
             distributed.check_equal(torch.cat([self.head.mean, self.head.std]), "statistics of the features")
         if step == self.config.continuous_steps:
-            (z,) = gather(images, needed, lambda x: (self.network(self._features(x), False)[1].flatten(0, 2),))
-            self.quantizer.initialize(z, self.config.kmeans_iterations, generator=generator(seed, self.name, "kmeans"))
+            (z,) = gather_tokens(spare, needed, lambda x: (self.network(self._features(x), False)[1].flatten(0, 2),))
+            generator = keyed_generator(seed, self.name, "kmeans")
+            self.quantizer.initialize(z, self.config.kmeans_iterations, generator=generator)
 
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Tokens | None]:
         config = self.config
         features = self._features(batch.images)
         quantise = step >= config.continuous_steps
-        with self._autocast():
+        with self.autocast():
             predicted, z, codes, commitment = self.network(features, quantise)
-        if codes is not None:
-            self._seen.append((z.detach(), codes))
         predicted, target = predicted.float(), self.head.standardize(features)
         cosine = 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
         l1 = F.l1_loss(predicted, target)
         loss = config.cosine_weight * cosine + config.l1_weight * l1 + config.commitment_weight * commitment
-        return loss, {"cosine": cosine, "l1": l1, "commitment": commitment}
+        tokens = None if codes is None else (z.detach(), codes)
+        return loss, {"cosine": cosine, "l1": l1, "commitment": commitment}, tokens
 
     @torch.no_grad()
-    def update(self, step: int, seed: int) -> dict[str, Any]:
-        if not self._seen:
+    def after_step(self, outputs: Sequence[Tokens | None], step: int, seed: int) -> Figures:
+        tokens = [output for output in outputs if output is not None]
+        if not tokens:
             return {}
-        z, codes = (torch.cat(column) for column in zip(*self._seen, strict=True))
-        self._seen = []
+        z, codes = (torch.cat(column) for column in zip(*tokens, strict=True))
         self.quantizer.update(z, codes)
-        draw = generator(seed, self.name, step, "restart")
-        restarted = self.quantizer.restart(z, self.config.restart_window, generator=draw)
+        generator = keyed_generator(seed, self.name, step, "restart")
+        restarted = self.quantizer.restart(z, self.config.restart_window, generator=generator)
         figures = usage_figures(self.quantizer.usage, step, self.window)
-        self._alarm(figures, step)
-        # With one sub-code a group, two of the three views say nothing.
+        self._warn_if_collapsing(figures, step)
+        # There are no sub-codes yet, so the other views say nothing.
         return {"restarted": restarted, **{k: v for k, v in figures.items() if k.startswith("semantic_")}}
 
-    def _alarm(self, figures: dict[str, float], step: int) -> None:
-        """Say it loudly when few codes are left in use: such a run does not recover."""
+    def _warn_if_collapsing(self, figures: dict[str, float], step: int) -> None:
+        """Warn when few codes are left in use: such a run does not recover."""
         usage = figures.get("semantic_usage", float("inf"))
         if usage < self.config.collapse_usage and distributed.rank() == 0:
             print(
@@ -138,12 +134,12 @@ class SemanticStage:
     def codebooks(self) -> dict[str, Tensor]:
         return {"codebook": self.quantizer.codebook, "misses": self.quantizer.misses}
 
-    def evaluate(self, batches: Any) -> tuple[dict[str, float], Tensor | None]:
-        """Cosine distance to the teacher's features, and the use of the codes, on held-out images."""
+    def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:
+        """Cosine distance to the teacher's features and usage of the codes, on held-out images."""
 
         def distances(images: Tensor) -> tuple[Tensor, Tensor]:
             features = self._features(images)
-            with self._autocast():
+            with self.autocast():
                 predicted, _, codes, _ = self.network(features, True)
             assert codes is not None
             target = self.head.standardize(features)

@@ -1,43 +1,134 @@
-"""What the loop asks of a stage."""
+"""What the loop drives: a stage, and what all stages have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from semhitok.config import StageConfig
-from semhitok.training.parts import Batch, Part
+from semhitok import distributed
+from semhitok.config import EngineConfig, StageConfig, TrainConfig
+from semhitok.data.batch import Batch
+from semhitok.models.vit import Trunk
+from semhitok.tokenizer import SemHiTok
+from semhitok.training import parallel
+from semhitok.training.parts import Figures, Part
 
 
-class Stage(Protocol):
-    """What the loop asks of a stage. Its parts are trained; the rest of the model stays as it is."""
+class Counted(Protocol):
+    """A micro-batch that says how large its global batch is, in the unit that throughput is logged in."""
+
+    total: int
+
+
+Loaded = TypeVar("Loaded")  # a micro-batch as the data give it
+OnDevice = TypeVar("OnDevice", bound=Counted)  # the same, ready for `loss`
+Output = TypeVar("Output")  # what the step needs later of a micro-batch's forward pass
+Evaluation = tuple[dict[str, float], Tensor | None]  # held-out figures, equal on all processes; pictures [n, 3, H, W]
+
+
+class Stage(ABC, Generic[Loaded, OnDevice, Output]):
+    """A stage of training: its parts are trained, the rest of the model stays as it is.
+
+    In every step the loop calls `before_step`, `to_device`, `backward`, the optimisers of the parts, and `after_step`.
+
+    Attributes:
+        name: also that of the stage's folder.
+        network: the part that `loss` trains.
+        parts: all parts, the network first.
+        codes_from: the first step that quantises; there is nothing to evaluate before it.
+        best: the held-out figure by which the best checkpoint is kept; None keeps none.
+        config: steps, batch size, optimiser and checkpoint interval.
+        device: of the model.
+    """
 
     name: str
-    model: Any  # SemHiTok, or another module that the parts are of
+    network: Part
     parts: list[Part]
-    codes_from: int  # the first step that quantises; there is nothing to evaluate before
+    codes_from = 0
+    best: str | None = None
 
-    @property
-    def best(self) -> str | None:
-        """The evaluation's figure by which the best checkpoint is kept; None keeps none."""
+    def __init__(self, model: nn.Module, config: StageConfig, run_config: EngineConfig) -> None:
+        self.config, self.run_config = config, run_config
+        self.device = next(model.parameters()).device
 
-    @property
-    def config(self) -> StageConfig:
-        """Steps, batch size, optimiser and checkpoint interval of the stage."""
+    def setup(self) -> None:
+        """Get ready to train: wrap the parts for the processes there are, and create their optimisers."""
+        for part in self.parts:
+            part.setup(self.run_config.shard)
 
-    def prepare(self, step: int, images: Iterator[list[Batch]], seed: int) -> None:
-        """Before a step: statistics and codebook initialisation when their time has come."""
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run_config.precision == "bf16")
 
-    def update(self, step: int, seed: int) -> dict[str, Any]:
-        """After the optimiser's step: codebook averages and restarts; figures for the log."""
+    def before_step(self, step: int, spare: Iterator[list[OnDevice]], seed: int) -> None:
+        """Initialise from spare batches what has to be initialised before this step."""
+
+    @abstractmethod
+    def to_device(self, loaded: Sequence[Loaded], key: tuple[object, ...] = ()) -> list[OnDevice]:
+        """Move a step's micro-batches to the device. Their random numbers follow from `key`."""
+
+    @abstractmethod
+    def loss(self, batch: OnDevice, step: int) -> tuple[Tensor, Figures, Output]:
+        """The network's loss, figures for the log, and what the step needs later."""
+
+    def backward(self, batches: Sequence[OnDevice], step: int) -> tuple[Figures, list[Output]]:
+        """Compute the gradients of all parts; figures for the log, and the output of every micro-batch."""
+        return self.network.accumulate(batches, lambda batch: self.loss(batch, step))
+
+    def after_step(self, outputs: Sequence[Output], step: int, seed: int) -> Figures:
+        """After the optimisers: update codebooks and averages from the step's outputs; figures for the log."""
+        return {}
 
     def counters(self) -> dict[str, Tensor]:
-        """Tensors that are no part of a published model but that the next steps depend on."""
+        """Tensors that are not published with a model but that the next steps depend on."""
+        return {}
 
     def codebooks(self) -> dict[str, Tensor]:
         """Tensors that must have the same bits on every process."""
+        return {}
 
-    def evaluate(self, batches: Any) -> tuple[dict[str, float], Tensor | None]:
-        """Figures of held-out images, the same on all processes, and pictures [n, 3, H, W] to look at."""
+    @abstractmethod
+    def debug_dump(self, batches: Sequence[OnDevice]) -> dict[str, Any]:
+        """What to keep of a step whose loss is not finite."""
+
+    def save_model(self, folder: Path) -> None:
+        """Save the model as it is published; a collective call. For stages that have a `best`."""
+        raise NotImplementedError
+
+
+class TokenizerStage(Stage[Batch, Batch, Output]):
+    """A stage that trains a part of a tokenizer on images."""
+
+    run_config: TrainConfig
+
+    def __init__(self, model: SemHiTok, config: StageConfig, run_config: TrainConfig) -> None:
+        super().__init__(model, config, run_config)
+        self.model = model
+
+    def setup(self) -> None:
+        for module in self.network.module.modules():
+            if isinstance(module, Trunk):
+                module.gradient_checkpointing = self.run_config.gradient_checkpointing
+                if self.run_config.compile:
+                    module.compile()
+        super().setup()
+
+    def to_device(self, loaded: Sequence[Batch], key: tuple[object, ...] = ()) -> list[Batch]:
+        return [batch.to(self.device, key) for batch in loaded]
+
+    @abstractmethod
+    def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:
+        """Figures of held-out images: of the first `count` of each batch of (images [B, 3, H, W], count)."""
+
+    def debug_dump(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        images = torch.cat([batch.images for batch in batches]).cpu()
+        return {"images": images, "first": batches[0].first, "total": batches[0].total}
+
+    def save_model(self, folder: Path) -> None:
+        state = parallel.full_state(self.model.stored_state())
+        if distributed.rank() == 0:
+            self.model.save_pretrained(folder, state=state)

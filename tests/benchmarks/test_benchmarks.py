@@ -303,7 +303,7 @@ def test_mllm_heads_compares_both_on_the_same_ids(monkeypatch: pytest.MonkeyPatc
 
 def test_mllm_heads_counts_image_ids_alone() -> None:
     pytest.importorskip("transformers")
-    from test_mllm_model import samples, small_model
+    from mllm_small import samples, small_model
 
     from benchmarks.mllm import heads as mllm_heads
     from semhitok.mllm import pack

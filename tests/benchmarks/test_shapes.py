@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.tradeoff import shapes
 from semhitok.config import SemHiTokConfig, TeacherConfig, ViTConfig
-from semhitok.demo import shapes
+from semhitok.demo import scenes
 from semhitok.demo.teacher import (
     NAME,
     ContrastiveConfig,
@@ -18,7 +19,6 @@ from semhitok.demo.teacher import (
     TextEncoder,
     logit_sizes,
     region_loss,
-    shapes_lesson,
     sigmoid_loss,
     train_teacher,
 )  # fmt: skip
@@ -60,7 +60,7 @@ def test_captions_say_what_the_labels_say(some: shapes.Pictures) -> None:
         said, ground = read(text)
         assert torch.equal(said, labels) and torch.equal(ground, background)
     counts = (some.labels[:, :, 0] >= 0).sum(1)
-    assert counts.unique().tolist() == [1, 2, 3] and shapes.picture(3, 5).num_objects == counts[5]
+    assert counts.unique().tolist() == [1, 2, 3]
     for n, words in enumerate(shapes.ATTRIBUTES.values()):
         assert some.labels[..., n].unique().tolist() == [-1, *range(len(words))]
     for n, words in enumerate(shapes.SURROUNDINGS.values()):
@@ -69,7 +69,7 @@ def test_captions_say_what_the_labels_say(some: shapes.Pictures) -> None:
 
 def test_colours_are_where_the_labels_say() -> None:
     """In the cell of a plain object under normal light lie pixels of its colour, and of no other as near."""
-    palette = torch.tensor(shapes._RGB) * 0.85
+    palette = torch.tensor(shapes.COLOUR_RGB) * 0.85
     right = total = 0
     for index in range(400):
         p = shapes.picture(5, index)
@@ -88,7 +88,7 @@ def test_colours_are_where_the_labels_say() -> None:
 def test_shapes_cover_what_they_should() -> None:
     np = pytest.importorskip("numpy")
     y, x = np.mgrid[-12:13, -12:13].astype(float)
-    covers = {name: shapes._distance(np, name, x, y, 10.0) < 0 for name in shapes.SHAPES}
+    covers = {name: shapes.distance(np, name, x, y, 10.0) < 0 for name in shapes.SHAPES}
     for name, cover in covers.items():
         assert cover[12, 12] == (name != "ring"), name
         assert not cover[0].any() and not cover[:, 0].any(), name
@@ -98,7 +98,7 @@ def test_shapes_cover_what_they_should() -> None:
 
 def test_cells_of_patches() -> None:
     place = [0, 0, 0, 1, 1, 2, 2, 2]
-    assert shapes.cell_of_patches(8).tolist() == [[3 * a + b for b in place] for a in place]
+    assert scenes.cell_of_patches(8).tolist() == [[3 * a + b for b in place] for a in place]
 
 
 @pytest.mark.parametrize(("arguments", "name"), [((-1, 0), "seed"), ((0, -1), "index")])
@@ -111,7 +111,7 @@ def test_negative_numbers_are_refused(arguments: tuple[int, int], name: str) -> 
 
 
 def test_phrases_keep_words_apart(some: shapes.Pictures) -> None:
-    words = shapes_lesson(some).words
+    words = shapes.lesson(some).words
     objects = (some.labels[:, :, 0] >= 0).sum(1)
     # an object has six words, the background three
     assert torch.equal(words.sum((1, 2)), 6.0 * objects + 3)
@@ -136,7 +136,7 @@ def test_losses_against_loops() -> None:
         F.softplus(-(1 if i == j else -1) * (a[i] @ b[j] * scale.exp() + bias)) for i in range(5) for j in range(5)
     ]
     torch.testing.assert_close(sigmoid_loss(a, b, scale, bias), torch.stack(pairs).sum() / 5)
-    lesson = shapes_lesson(shapes.pictures(0, 0, 3))
+    lesson = shapes.lesson(shapes.pictures(0, 0, 3))
     labels, background = lesson.labels[1:], lesson.background[1:]
     sizes = logit_sizes(lesson)
     logits = torch.randn(2, 9, sum(sizes), generator=g)
@@ -159,17 +159,17 @@ def test_losses_against_loops() -> None:
 
 
 def test_the_library_loads_the_trained_teacher(tmp_path: Path) -> None:
-    config = ContrastiveConfig(pictures=24, steps=2, batch_size=8)
+    config = ContrastiveConfig("shapes", pictures=24, steps=2, batch_size=8)
 
     def lesson() -> Lesson:
-        return shapes_lesson(shapes.pictures(0, 0, 24))
+        return shapes.lesson(shapes.pictures(0, 0, 24))
 
     made = train_teacher(config, tmp_path, lesson)
     (path,) = tmp_path.iterdir()
     written = path.stat().st_mtime_ns
     assert train_teacher(config, tmp_path, lesson) == made and path.stat().st_mtime_ns == written
     assert (
-        train_teacher(ContrastiveConfig(steps=1, batch_size=8), tmp_path, lesson) != made
+        train_teacher(ContrastiveConfig("shapes", steps=1, batch_size=8), tmp_path, lesson) != made
     )  # other settings, another file
     teacher = Teacher(made, 8)
     images = shapes.pictures(0, 0, 3).images.float() / 255
@@ -180,7 +180,7 @@ def test_the_library_loads_the_trained_teacher(tmp_path: Path) -> None:
 
     stored, state = load_file(path), teacher.vit.state_dict()
     assert stored.keys() == state.keys() and all(torch.equal(state[k], v) for k, v in stored.items())
-    # A tokenizer of it keeps the weights: they are to be had nowhere else.
+    # A tokenizer of it keeps the weights: nothing else has them.
     small = ViTConfig(32, 1, 2)
     model = SemHiTok(SemHiTokConfig(64, 8, 8, 2, 4, 4, made, small, small, small)).eval()
     model.save_pretrained(tmp_path / "model")

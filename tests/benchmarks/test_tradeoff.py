@@ -17,9 +17,10 @@ from torch import Tensor
 import semhitok
 from benchmarks.tradeoff import measures as tradeoff_measures
 from benchmarks.tradeoff import run as tradeoff
+from benchmarks.tradeoff import shapes
 from benchmarks.tradeoff.arms import DIM, Arm, Codes, Network, fit, nearest_pair
 from semhitok.config import TeacherConfig
-from semhitok.demo import shapes
+from semhitok.demo.scenes import cell_of_patches
 from semhitok.models.teacher import Teacher
 
 
@@ -152,7 +153,7 @@ def test_explained_variance_of_planted_groups() -> None:
 def test_probes_see_what_is_there_and_nothing_else() -> None:
     """Vectors that carry the shape and colour in an object's cell give them away; the same of other pictures do not."""
     labels = {"probe": shapes.pictures(1, 0, 600).labels, "test": shapes.pictures(2, 0, 200).labels}
-    cell = shapes.cell_of_patches(8)
+    cell = cell_of_patches(8)
     planted = {name: of[:, cell] for name, of in labels.items()}  # [N, 8, 8, 4]
     vectors = {name: F.one_hot(x[..., :2] + 1, 9).float().flatten(3) for name, x in planted.items()}
     good = tradeoff_measures.understanding(vectors, labels, 0, 150)

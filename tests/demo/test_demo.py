@@ -12,7 +12,7 @@ from PIL import Image
 from semhitok.corpus.ids_file import load_codes
 from semhitok.data.images import list_images, read_image, tiles, untile
 from semhitok.demo.photographs import write_photographs
-from semhitok.demo.tokenizer import _fidelity
+from semhitok.demo.tokenizer import fidelity
 from semhitok.tokenizer import SemHiTok
 
 SETTINGS = ("semantic.steps=20", "semantic.continuous_steps=5", "pixel.steps=20", "pixel.continuous_steps=5")
@@ -99,5 +99,5 @@ def test_tiles_and_back():
 
 def test_fidelity_counts_each_photograph_once():
     large, small = torch.zeros(3, 64, 64), torch.zeros(3, 16, 16)
-    row = _fidelity([large + 0.1, small + 0.01], [large, small])
+    row = fidelity([large + 0.1, small + 0.01], [large, small])
     assert math.isclose(row["psnr"], (20 + 40) / 2, abs_tol=1e-3)

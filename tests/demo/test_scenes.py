@@ -78,7 +78,7 @@ def test_objects_have_the_size_place_and_colours_they_are_said_to_have() -> None
     extents = {n: [] for n in range(3)}
     for image, labels in zip(found.images.float() / 255, found.labels, strict=True):
         shape, _, size, position, ground = labels.tolist()
-        near = (image - torch.tensor(scenes._GROUND_RGB[ground]).view(3, 1, 1)).norm(dim=0)
+        near = (image - torch.tensor(scenes.BACKGROUND_RGB[ground]).view(3, 1, 1)).norm(dim=0)
         edge = torch.cat([near[0], near[-1]]).median()
         assert edge < 0.2  # the border of the picture is of its background
         if scenes.ATTRIBUTES["shape"][shape] not in ("ring", "bar"):
@@ -90,7 +90,7 @@ def test_objects_have_the_size_place_and_colours_they_are_said_to_have() -> None
         extents[size].append(int(columns[-1] - columns[0]) + 1)
         middle = ((rows[0] + rows[-1]) / 2 / 48, (columns[0] + columns[-1]) / 2 / 48)
         for place, where in zip(divmod(position, 3), middle, strict=True):
-            assert abs(float(where) - scenes._PLACES[place]) < 0.06
+            assert abs(float(where) - scenes.PLACES[place]) < 0.06
     medians = [sorted(values)[len(values) // 2] for values in extents.values()]
     assert medians[0] >= 13 and medians[1] - medians[0] >= 3 and medians[2] - medians[1] >= 3
 
@@ -98,7 +98,7 @@ def test_objects_have_the_size_place_and_colours_they_are_said_to_have() -> None
 def test_shapes_are_far_from_each_other() -> None:
     np = pytest.importorskip("numpy")
     y, x = np.mgrid[-12:12.25:0.25, -12:12.25:0.25]
-    covers = {name: scenes._distance(np, name, x, y, 8.0) < 0 for name in scenes.ATTRIBUTES["shape"]}
+    covers = {name: scenes.distance(np, name, x, y, 8.0) < 0 for name in scenes.ATTRIBUTES["shape"]}
     for name, cover in covers.items():
         assert max(np.ptp(x[cover]), np.ptp(y[cover])) >= 0.8 * 16
         for other in covers.values():

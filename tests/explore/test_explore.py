@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_tokenizer import adaptive_tokenizer, small_config
+from small_tokenizers import adaptive_tokenizer, small_config
 
 from semhitok.data.images import crop_around, decode_image, resize_crop, save_png
 from semhitok.evaluation.metrics import psnr

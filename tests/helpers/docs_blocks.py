@@ -144,7 +144,7 @@ class Page:
                 Path(target).write_text(config)
         if not run or getattr(args, "print_config", False):
             return ""
-        own = SHORT.get(args.command, []) if args.command != "encode" or getattr(args, "processes", 1) > 1 else []
+        own = SHORT.get(args.command, []) if args.command != "encode" or "processes" in args else []
         code = None
 
         def call() -> None:

@@ -86,20 +86,20 @@ def _parquet(path: Path, draw: np.random.Generator) -> None:
 
 def _unified(folder: Path) -> None:
     """A tokenizer of 2 x 2 ids under the name of a full-size one, an LLM, a unified model of both, its data."""
-    tokenizer = small_tokenizer()
-    tokenizer.save_pretrained(folder / "runs/256/checkpoint")
+    image_tokenizer = small_tokenizer()
+    image_tokenizer.save_pretrained(folder / "runs/256/checkpoint")
     llm, trained = folder / "Qwen/Qwen2.5-0.5B-Instruct", folder / "runs/mllm/checkpoint"
-    words = prompts.word_tokenizer([*CAPTIONS, "what is it ? who differs describe the image ."])
+    text_tokenizer = prompts.word_tokenizer([*CAPTIONS, "what is it ? who differs describe the image ."])
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "qwen2", vocab_size=len(words) + 3, hidden_size=18, intermediate_size=20, num_hidden_layers=2,
+        "qwen2", vocab_size=len(text_tokenizer) + 3, hidden_size=18, intermediate_size=20, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(llm)
-    UnifiedMLLM.from_parts(str(llm), tokenizer).save_pretrained(trained)
+    UnifiedMLLM.from_parts(str(llm), image_tokenizer).save_pretrained(trained)
     for place in (llm, trained):
-        words.save_pretrained(place)
-    own = {"codebook_hash": tokenizer.codebook_hash, "codes": [[0, 4, 11, 14]]}
+        text_tokenizer.save_pretrained(place)
+    own = {"codebook_hash": image_tokenizer.codebook_hash, "codes": [[0, 4, 11, 14]]}
     talk = [{"role": "user", "content": "<image> what is it ?"}, {"role": "assistant", "content": "a dog ."}]
     write_jsonl(folder / "captions.jsonl", [{"caption": c, **own} for c in CAPTIONS])
     write_jsonl(folder / "talks.jsonl", [{"messages": talk, **own}] * 3)

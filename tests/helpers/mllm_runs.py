@@ -22,7 +22,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def small_tokenizer(seed=0):
+def small_tokenizer(seed=0, **more):
     torch.manual_seed(seed)
     teacher = TeacherConfig("vit_tiny_patch16_224", pretrained=False, image_size=16, options={
         "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 1,
@@ -30,7 +30,7 @@ def small_tokenizer(seed=0):
     vit = ViTConfig(8, 1, 1)
     config = SemHiTokConfig(
         image_size=16, patch_size=8, num_codes=5, num_sub_codes=3, sem_dim=6, pix_dim=4,
-        teacher=teacher, semantic_decoder=vit, encoder=vit, decoder=vit,
+        teacher=teacher, semantic_decoder=vit, encoder=vit, decoder=vit, **more,
     )  # fmt: skip
     return SemHiTok(config).eval()
 
@@ -118,12 +118,12 @@ def _work(rank, world_size, port, world, out, settings):
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    from semhitok.mllm.training import run
+    from semhitok.mllm.training import train
     from semhitok.training import log
 
     log.LOG_EVERY = 1
     try:
-        run(small_config(world, *settings), out)
+        train(small_config(world, *settings), out)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -121,18 +121,18 @@ def _work(rank, world_size, port, out, pictures, settings, log, deadly_write, un
     training_log.LOG_EVERY = 1
     if log is not None:
         for stage in (SemanticStage, PixelStage):
-            stage.update = _hashing(stage.update, Path(log) / f"{stage.name}-{rank}.txt")
+            stage.after_step = _hashing(stage.after_step, Path(log) / f"{stage.name}-{rank}.txt")
     if deadly_write and rank == 0:
         _die_at(deadly_write)
     if unwrapped_critic:
-        prepare = parts.Part.prepare
+        setup = parts.Part.setup
 
-        def unwrapped(part, config):
-            prepare(part, config)
+        def unwrapped(part, shard):
+            setup(part, shard)
             if part.name == "critic":
                 part.wrapped = part.module
 
-        parts.Part.prepare = unwrapped
+        parts.Part.setup = unwrapped
     try:
         train(small_config(*settings), [pictures], out, **arguments)
     except Interrupted as stop:
@@ -143,11 +143,11 @@ def _work(rank, world_size, port, out, pictures, settings, log, deadly_write, un
     os._exit(0)
 
 
-def _hashing(update, path):
-    """`update`, writing a line with the hashes of the stage's codebooks and critic after it."""
+def _hashing(after_step, path):
+    """`after_step`, writing a line with the hashes of the stage's codebooks and critic after it."""
 
-    def wrapped(stage, step, seed):
-        figures = update(stage, step, seed)
+    def wrapped(stage, outputs, step, seed):
+        figures = after_step(stage, outputs, step, seed)
         tensors = list(stage.codebooks().values())
         for part in stage.parts:
             tensors += part.module.state_dict().values()

@@ -1,7 +1,6 @@
 """The unified model in use: chat with memory, pictures of caption and seed alone, other tokenizers refused."""
 
 import io
-import re
 
 import pytest
 import torch
@@ -10,40 +9,11 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 from mllm_runs import small_tokenizer
-from transformers import AutoConfig
+from mllm_small import CAPTIONS, assert_refused, save, small_assistant
 
-from semhitok.mllm import UnifiedMLLM, generate, prompts
-from semhitok.mllm.assistant import Assistant, Chat, Job, file_stem, grid, paint
-from semhitok.mllm.generate import Draw, Grammar
-
-CAPTIONS = ["a red circle", "a small green cross at top left", "blue"]
-TEXTS = [*CAPTIONS, "what colour is it ?", "where is it ?", "it is red ."]
-
-
-def small_model(tokenizer, words, **options):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(
-        "qwen2", vocab_size=len(words) + 3, hidden_size=18, intermediate_size=20, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = UnifiedMLLM.from_parts(config, tokenizer, **options)
-    with torch.no_grad():  # of a size that makes logits differ
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-def small_assistant(seed=0, **options):
-    tokenizer, words = small_tokenizer(seed), prompts.word_tokenizer(TEXTS)
-    return Assistant(small_model(tokenizer, words, **options), words, tokenizer)
-
-
-def save(assistant, folder):
-    assistant.model.save_pretrained(folder / "model")
-    assistant.words.save_pretrained(folder / "model")
-    assistant.tokenizer.save_pretrained(folder / "tokenizer")
-    return folder / "model", folder / "tokenizer"
+from semhitok.mllm import Sampling, UnifiedMLLM, generate, prompts
+from semhitok.mllm.assistant import Assistant, Chat, Job, draw_files, file_stem, grid
+from semhitok.mllm.generate import GREEDY, Draw, Grammar
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +36,6 @@ def photos(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def assert_refused(result, *words):
-    code, out, err = result
-    assert code == 2 and out == "" and len(err) == 1
-    assert re.match(r"semhitok [\w-]+: error: ", err[0])
-    assert all(word in err[0] for word in words), err[0]
-
-
 # ---- reading and answering ----
 
 
@@ -82,7 +45,7 @@ def test_images_are_what_training_makes_of_them(photos, resolution_id):
 
     assistant = small_assistant(resolution_id=resolution_id)
     images = torch.stack([to_uint8(resize_crop(read_image(path), 16)) for path in photos]).float() / 255
-    codes, vocabulary = assistant.tokenizer.encode(images), assistant.model.vocabulary
+    codes, vocabulary = assistant.image_tokenizer.encode(images), assistant.model.vocabulary
     found = assistant.read(photos)
     for image, code in zip(found, codes, strict=True):
         assert len(image) == 6 + resolution_id
@@ -93,20 +56,20 @@ def test_images_are_what_training_makes_of_them(photos, resolution_id):
 def test_answers_are_what_the_model_writes_after_the_prompt(assistant, photos):
     images = assistant.read(photos)
     questions = ["what colour is it ?", "where is it ?", ""]
-    vocabulary, words = assistant.model.vocabulary, assistant.words
+    vocabulary, text_tokenizer = assistant.model.vocabulary, assistant.text_tokenizer
     expected = []
     for image, question in zip(images, questions, strict=True):
-        asked = prompts.understanding(words, vocabulary, image, question)
+        asked = prompts.understanding(text_tokenizer, vocabulary, image, question)
         (row,) = generate(
-            assistant.model, [asked], max_new_tokens=9, images=False, temperature=0, num_text_ids=len(words),
-            eos_id=words.eos_token_id,
+            assistant.model, [asked], max_new_tokens=9, images=False, sampling=GREEDY, num_text_ids=len(text_tokenizer),
+            eos_id=text_tokenizer.eos_token_id,
         )  # fmt: skip
-        expected.append(words.decode(row, skip_special_tokens=True).strip())
+        expected.append(text_tokenizer.decode(row, skip_special_tokens=True).strip())
     assert assistant.answer(questions, images, max_new_tokens=9) == expected
     assert len(set(expected)) > 1 and all(expected)
     alone = [assistant.answer([q], [i], max_new_tokens=9)[0] for q, i in zip(questions, images, strict=True)]
     assert alone == expected
-    hot = {"max_new_tokens": 9, "temperature": 2.0}
+    hot = {"max_new_tokens": 9, "sampling": Sampling(temperature=2.0)}
     assert assistant.answer(questions, images, **hot) == assistant.answer(questions, images, **hot)
     assert assistant.answer(questions, images, **hot) != assistant.answer(questions, images, seed=5, **hot)
     with pytest.raises(ValueError, match="images: expected 2, one for each question, got 3"):
@@ -116,8 +79,8 @@ def test_answers_are_what_the_model_writes_after_the_prompt(assistant, photos):
 def test_answers_end_where_positions_end(assistant, photos):
     (image,) = assistant.read(photos[:1])
     vocabulary = assistant.model.vocabulary
-    room = 64 - len(prompts.understanding(assistant.words, vocabulary, image, "it " * 40))
-    text = assistant.answer(["it " * 40], [image], max_new_tokens=500, temperature=2.0)[0]
+    room = 64 - len(prompts.understanding(assistant.text_tokenizer, vocabulary, image, "it " * 40))
+    text = assistant.answer(["it " * 40], [image], max_new_tokens=500, sampling=Sampling(temperature=2.0))[0]
     assert 0 < len(text.split()) <= room
     with pytest.raises(ValueError, match="prompt: expected fewer than 64 ids, the model's positions, got"):
         assistant.answer(["it " * 60], [image])
@@ -148,10 +111,10 @@ def test_empty_answers_are_forgotten(assistant, photos, monkeypatch):
 def test_answers_come_piece_by_piece(assistant, photos):
     images = assistant.read(photos[:1])
     messages, pieces = [{"role": "user", "content": "<image>\nwhere is it ?"}], []
-    options = {"max_new_tokens": 12, "temperature": 1.5}
+    options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}
     answers = ((seed, assistant.reply(messages, images, seed=seed, **options)) for seed in range(99))
     seed, whole = next((seed, text) for seed, text in answers if len(text.split()) > 3)
-    told = assistant.reply(messages, images, seed=seed, tell=pieces.append, **options)
+    told = assistant.reply(messages, images, seed=seed, callback=pieces.append, **options)
     assert told == whole == "".join(pieces).strip() and len(pieces) > 2
     with pytest.raises(ValueError, match="streamer: expected one prompt without guidance, got 2 rows"):
         generate(assistant.model, [[1], [2]], max_new_tokens=2, streamer=object())
@@ -163,7 +126,7 @@ def test_answers_come_piece_by_piece(assistant, photos):
 @pytest.mark.parametrize("head", ["flat", "hierarchical"])
 def test_a_picture_depends_on_its_caption_and_seed_alone(head):
     assistant = small_assistant(head=head)
-    options = {"guidance": 2.0, "temperature": 1.0, "top_k": 9, "top_p": 0.95}
+    options = {"sampling": Sampling(guidance=2.0, top_k=9, top_p=0.95)}
     jobs = [(caption, seed) for caption in CAPTIONS for seed in (3, 4)]
     together = assistant.draw(*zip(*jobs, strict=True), **options)
     assert together.shape == (6, 3, 16, 16)
@@ -186,7 +149,7 @@ def test_rows_draw_with_their_own_generators_from_the_right_distribution(assista
         15, generator=torch.Generator().manual_seed(0)
     )
     generators = [torch.Generator().manual_seed(n) for n in range(count)]
-    draw = Draw(grammar, top_k=0 if hierarchical else 8, hierarchical=hierarchical, generator=generators)
+    draw = Draw(grammar, Sampling(top_k=0 if hierarchical else 8, hierarchical=hierarchical), generator=generators)
     drawn = draw(ids, scores.expand(count, -1)).isfinite().int().argmax(1)
     kept = scores if hierarchical else scores.where(scores >= scores.topk(8).values[0, -1], torch.tensor(-torch.inf))
     share = torch.bincount(drawn, minlength=vocabulary.size) / count
@@ -197,11 +160,12 @@ def test_rows_draw_with_their_own_generators_from_the_right_distribution(assista
 
 def test_painted_files_say_how_they_came(assistant, tmp_path):
     jobs = [Job(tmp_path / f"{n}.png", caption, n + 7) for n, caption in enumerate(CAPTIONS)]
-    done = list(paint(assistant, jobs, 2, guidance=3.0, top_k=4))
+    done = list(draw_files(assistant, jobs, 2, sampling=Sampling(guidance=3.0, top_k=4)))
     assert [job for job, _ in done] == jobs
     for job, picture in done:
         with Image.open(job.path) as image:
-            assert image.text == {"caption": job.caption, "seed": str(job.seed), "guidance": "3.0", "top_k": "4"}
+            settings = {"guidance": "3.0", "temperature": "1.0", "top_k": "4", "top_p": "1.0"}
+            assert image.text == {"caption": job.caption, "seed": str(job.seed), **settings}
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)
         assert (pixels / 255 - picture).abs().max() <= 0.501 / 255
 
@@ -220,10 +184,10 @@ def test_grids_and_names():
 
 
 def test_other_tokenizers_are_refused(assistant, saved, run, tmp_path, photos):
-    words, other = assistant.words, small_tokenizer(1)
-    hashes = assistant.tokenizer.codebook_hash[:12], other.codebook_hash[:12]
-    with pytest.raises(ValueError, match=f"tokenizer: expected .* codebooks {hashes[0]}, got {hashes[1]}"):
-        Assistant(assistant.model, words, other)
+    text_tokenizer, other = assistant.text_tokenizer, small_tokenizer(1)
+    hashes = assistant.image_tokenizer.codebook_hash[:12], other.codebook_hash[:12]
+    with pytest.raises(ValueError, match=f"image_tokenizer: expected .* codebooks {hashes[0]}, got {hashes[1]}"):
+        Assistant(assistant.model, text_tokenizer, other)
     other.save_pretrained(tmp_path / "other")
     model = saved[0]
     result = run("chat", model, "--tokenizer", tmp_path / "other", photos[0], "--question", "it")
@@ -233,7 +197,7 @@ def test_other_tokenizers_are_refused(assistant, saved, run, tmp_path, photos):
     assert not (tmp_path / "out").exists()
     unknown = UnifiedMLLM(type(assistant.model.config)(**{**assistant.model.config.to_dict(), "codebook_hash": None}))
     with pytest.raises(ValueError, match="unknown ones, got"):
-        Assistant(unknown, words, assistant.tokenizer)
+        Assistant(unknown, text_tokenizer, assistant.image_tokenizer)
 
 
 def test_chat_command(assistant, saved, run, photos, monkeypatch):
@@ -281,7 +245,7 @@ def test_generate_command(assistant, saved, run, tmp_path):
         assert sheet.crop((18, 0, 34, 16)).tobytes() == drawn
 
 
-def test_generate_command_refuses(saved, run, tmp_path, capsys):
+def test_generate_command_refuses(saved, run, tmp_path):
     model, tokenizer = saved
     out = ("--out", tmp_path / "out")
     (tmp_path / "empty.txt").write_text("\n")
@@ -292,6 +256,4 @@ def test_generate_command_refuses(saved, run, tmp_path, capsys):
     assert_refused(run(*common, "--prompts", binary, *out), "bytes.txt: expected UTF-8 text")
     assert_refused(run(*common, "--prompts", nothing, *out), "No such file")
     assert_refused(run("generate", nothing, "it", "--tokenizer", tokenizer, *out), "expected a folder of a saved model")
-    with pytest.raises(SystemExit):
-        run(*common, *out)
-    assert "CAPTION" in capsys.readouterr().err
+    assert_refused(run(*common, *out), "CAPTION: expected at least one")

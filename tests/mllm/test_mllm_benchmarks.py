@@ -14,12 +14,14 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from test_mllm_assistant import assert_refused, save, small_assistant
+from mllm_small import assert_refused, save, small_assistant
 
+from semhitok.cli import eval_mllm
 from semhitok.data.images import read_image, to_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.mllm import benchmarks
-from semhitok.mllm.benchmarks import SHORT
+from semhitok.mllm import Sampling, benchmarks
+from semhitok.mllm.benchmarks import gqa, mme, pope, seed, textvqa
+from semhitok.mllm.benchmarks.questions import SHORT
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,12 @@ def assistant():
 
 def test_pope(tmp_path):
     write_pope(tmp_path)
-    questions = benchmarks.load_pope(tmp_path)
-    assert [q.group for q in questions] == ["adversarial"] * 2 + ["popular"] * 2 + ["random"] * 4
+    questions = pope.load(tmp_path)
+    assert [q.category for q in questions] == ["adversarial"] * 2 + ["popular"] * 2 + ["random"] * 4
     assert questions[4].text == f"Is there a dog?{SHORT}" and questions[4].id == "random/1"
     assert all(q.image.is_file() for q in questions)
     said = ["No.", "Yes", "yes", "There is no dog", "Yes, it is", "No", "yes", "It is not. Yes"]
-    scores = benchmarks.score_pope(questions, said)
+    scores = pope.score(questions, said)
     # random: yes is said of a yes and of a no
     expected = {"accuracy": 50, "precision": 50, "recall": 50, "f1": 50, "yes": 50}
     assert {name: scores[f"random {name}"] for name in expected} == expected
@@ -46,17 +48,17 @@ def test_pope(tmp_path):
     expected = {"accuracy": 50, "precision": 0, "recall": 0, "f1": 0, "yes": 50}
     assert {name: scores[f"adversarial {name}"] for name in expected} == expected
     assert scores["accuracy"] == pytest.approx(200 / 3) and scores["f1"] == 50
-    assert [benchmarks.pope_answer(t) for t in ("Nothing", "maybe", "Now, no", "yes. no", "")] == [
+    assert [pope.answer_of(t) for t in ("Nothing", "maybe", "Now, no", "yes. no", "")] == [
         "yes", "yes", "no", "yes", "yes",
     ]  # fmt: skip
     (path,) = tmp_path.glob("*random.json")
-    assert len(benchmarks.load_pope(path, tmp_path / "val2014")) == 4
+    assert len(pope.load(path, tmp_path / "val2014")) == 4
     path.write_text('{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "oui"}\n')
     with pytest.raises(ValueError, match=r"random\.json: line 1: label: expected yes or no, got 'oui'"):
-        benchmarks.load_pope(tmp_path)
+        pope.load(tmp_path)
     path.write_text('{"question_id": 1}\n')
     with pytest.raises(ValueError, match="line 1: expected an object with 'label', got"):
-        benchmarks.load_pope(tmp_path)
+        pope.load(tmp_path)
 
 
 def test_gqa(tmp_path):
@@ -67,9 +69,9 @@ def test_gqa(tmp_path):
     }
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
     (tmp_path / "images").mkdir()
-    questions = benchmarks.load_gqa(tmp_path)
+    questions = gqa.load(tmp_path)
     assert [q.image.name for q in questions] == ["n1.jpg", "n2.jpg", "n2.jpg"]
-    scores = benchmarks.score_gqa(questions, ["No.", " red car", "a man"])
+    scores = gqa.score(questions, ["No.", " red car", "a man"])
     assert scores == {"accuracy": pytest.approx(200 / 3), "verify accuracy": 100, "query accuracy": 50}
 
 
@@ -81,13 +83,13 @@ def test_mme(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             picture(tmp_path / subtask / ("images" if texts else "") / f"{name}.{'png' if name == 'b' else 'jpg'}")
-    questions = benchmarks.load_mme(tmp_path)
+    questions = mme.load(tmp_path)
     assert [q.id for q in questions[:2]] == ["existence/a/0", "existence/a/1"] and len(questions) == 12
     assert all(q.image.is_file() for q in questions) and questions[0].text == "Is it? Please answer yes or no." + SHORT
     existence = ["Yes", "no", "yes", "yes"]  # 3 of 4; one image of two wholly
     landmark = ["Yes, it is", "No.", "Perhaps", "No"]  # 3 of 4; one of two
     code = ["no", "yes", "", "the answer is yes"]  # none
-    scores = benchmarks.score_mme(questions, existence + landmark + code)
+    scores = mme.score(questions, existence + landmark + code)
     assert scores == {
         "existence accuracy": 75, "existence accuracy+": 50, "landmark accuracy": 75, "landmark accuracy+": 50,
         "code_reasoning accuracy": 0, "code_reasoning accuracy+": 0,
@@ -95,12 +97,12 @@ def test_mme(tmp_path):
     }  # fmt: skip
     (tmp_path / "existence" / "a.txt").write_text("Is it?\tYes\n")
     with pytest.raises(ValueError, match=r"a\.txt: expected two questions, got 1"):
-        benchmarks.load_mme(tmp_path)
+        mme.load(tmp_path)
     (tmp_path / "existence" / "a.txt").write_text("Is it?\tYes\nIs it? No\n")
     with pytest.raises(ValueError, match="expected a question, a tab, and Yes or No, got 'Is it"):
-        benchmarks.load_mme(tmp_path)
+        mme.load(tmp_path)
     with pytest.raises(ValueError, match="expected folders of subtasks"):
-        benchmarks.load_mme(tmp_path / "existence")
+        mme.load(tmp_path / "existence")
 
 
 def test_seed(tmp_path):
@@ -112,12 +114,12 @@ def test_seed(tmp_path):
     content = {"questions": rows, "question_type": {"Scene Understanding": 1, "Instances Counting": 5}}
     (tmp_path / "SEED-Bench.json").write_text(json.dumps(content))
     (tmp_path / "SEED-Bench-image").mkdir()
-    questions = benchmarks.load_seed(tmp_path)
+    questions = seed.load(tmp_path)
     assert [q.image.name for q in questions] == ["0_x", "1_x", "2_x"]  # as they are: without suffix
     assert questions[0].text == (
         "What?\nA. A cat\nB. A dog\nC. Car\nD. B\nAnswer with the option's letter from the given choices directly."
     )
-    scores = benchmarks.score_seed(questions, ["B.", "C", "A dog"])
+    scores = seed.score(questions, ["B.", "C", "A dog"])
     assert scores == {
         "accuracy": pytest.approx(200 / 3), "Scene Understanding accuracy": 50, "Instances Counting accuracy": 100,
     }  # fmt: skip
@@ -133,7 +135,7 @@ def test_seed(tmp_path):
         "D because": "D",
         "(C).": "C",
     }
-    assert {text: benchmarks.seed_answer(text, choices) for text in said} == said
+    assert {text: seed.answer_of(text, choices) for text in said} == said
 
 
 def test_textvqa(tmp_path):
@@ -141,18 +143,18 @@ def test_textvqa(tmp_path):
     row = {"question_id": 34602, "image_id": "003a", "question": "what is the brand?", "answers": answers}
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [row, row | {"question_id": 34603}]}))
     (tmp_path / "train_images").mkdir()
-    questions = benchmarks.load_textvqa(tmp_path)
+    questions = textvqa.load(tmp_path)
     assert questions[0].id == "34602" and questions[0].image == tmp_path / "train_images" / "003a.jpg"
     # four agree: 3 of the others by those who said so, 4 by the others, so always 1; of two, 1 or 2 others agree
-    assert benchmarks.vqa_accuracy("The Nokia", answers) == 1
-    assert benchmarks.vqa_accuracy("noka", answers) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
-    assert benchmarks.vqa_accuracy("zero", answers) == 1  # "none" is 0
-    assert benchmarks.vqa_accuracy("samsung", answers) == 0
-    scores = benchmarks.score_textvqa(questions, ["nokia", "noka"])
+    assert textvqa.vqa_accuracy("The Nokia", answers) == 1
+    assert textvqa.vqa_accuracy("noka", answers) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert textvqa.vqa_accuracy("zero", answers) == 1  # "none" is 0
+    assert textvqa.vqa_accuracy("samsung", answers) == 0
+    scores = textvqa.score(questions, ["nokia", "noka"])
     assert scores == {"accuracy": pytest.approx(50 * (1 + 0.6))}
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [row | {"answers": ["a"]}]}))
     with pytest.raises(ValueError, match="question 34602: answers: expected ten, got"):
-        benchmarks.load_textvqa(tmp_path)
+        textvqa.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_textvqa(tmp_path):
     ],
 )
 def test_normalised_answers(text, expected):
-    assert benchmarks.normalise(text) == expected
+    assert textvqa.normalise(text) == expected
 
 
 # ---- running them ----
@@ -201,7 +203,7 @@ def test_a_run_answers_every_question_once(assistant, tmp_path):
     scores = benchmarks.evaluate("gqa", data, assistant, out, batch_size=3)
     rows = rows_of(out / "answers.jsonl")
     assert [row["id"] for row in rows] == [str(n) for n in range(7)]
-    questions = benchmarks.load_gqa(data)
+    questions = gqa.load(data)
     expected = assistant.answer([q.text for q in questions], assistant.read(q.image for q in questions))
     full = [assistant.answer([q.text], assistant.read([q.image]), max_new_tokens=16)[0] for q in questions]
     assert [row["answer"] for row in rows] == full and all(f in e for f, e in zip(full, expected, strict=True))
@@ -301,7 +303,7 @@ def test_a_killed_command_goes_on(assistant, tmp_path, run):
     assert json.loads((out / "run.json").read_text())["model"] == benchmarks.fingerprint(model)
 
 
-def test_command_refuses(assistant, tmp_path, run, capsys):
+def test_command_refuses(assistant, tmp_path, run):
     model, tokenizer = save(assistant, tmp_path)
     common = (model, "--tokenizer", tokenizer, "--out", tmp_path / "out")
     (tmp_path / "data").mkdir()
@@ -312,9 +314,12 @@ def test_command_refuses(assistant, tmp_path, run, capsys):
     assert_refused(result, "expected testdev_balanced_questions.json there, found none")
     (tmp_path / "data" / "testdev_balanced_questions.json").write_text("[")
     assert_refused(run("eval-mllm", "gqa", tmp_path / "data", *common), "questions.json: expected JSON, got")
-    with pytest.raises(SystemExit):
-        run("eval-mllm", "gaq", tmp_path / "data", *common)
-    assert "BENCHMARK" in capsys.readouterr().err
+    result = run("eval-mllm", "gaq", tmp_path / "data", *common)
+    assert_refused(result, "BENCHMARK: expected one of pope, gqa, mme, seed, textvqa, mjhq, geneval, got 'gaq'")
+
+
+def test_the_command_describes_every_benchmark():
+    assert all(f" {name}" in eval_mllm.__doc__.partition("\n")[0] for name in benchmarks.BENCHMARKS)
 
 
 # ---- pictures ----
@@ -336,9 +341,12 @@ def test_geneval_layout_and_resume(assistant, tmp_path, monkeypatch):
 
     monkeypatch.setattr(assistant, "draw", stop)
     with pytest.raises(KeyboardInterrupt):
-        benchmarks.geneval(tmp_path, assistant, out, batch_size=3, seed=10)
+        benchmarks.evaluate("geneval", tmp_path, assistant, out, batch_size=3, seed=10)
     monkeypatch.setattr(assistant, "draw", lambda c, s, **o: drawn.extend(zip(c, s, strict=True)) or draw(c, s, **o))
-    assert benchmarks.geneval(tmp_path, assistant, out, batch_size=3, seed=10) == {"prompts": 2, "pictures": 8}
+    assert benchmarks.evaluate("geneval", tmp_path, assistant, out, batch_size=3, seed=10) == {
+        "prompts": 2,
+        "pictures": 8,
+    }
     # seeds count on, and none is drawn twice
     assert drawn == [("a red circle", 10 + n) for n in range(4)] + [("blue", 14 + n) for n in range(4)]
     files = sorted(str(path.relative_to(out / "images")) for path in out.rglob("images/**/*") if path.is_file())
@@ -346,9 +354,9 @@ def test_geneval_layout_and_resume(assistant, tmp_path, monkeypatch):
     assert files == sorted([*samples, "00000/metadata.jsonl", "00001/metadata.jsonl"])
     assert [json.loads((out / "images" / f"{n:05}" / "metadata.jsonl").read_text()) for n in range(2)] == rows
     with pytest.raises(ValueError, match="of a run with another seed: expected 10, got 11"):
-        benchmarks.geneval(tmp_path, assistant, out, seed=11)
-    with pytest.raises(ValueError, match=r"of a run with another guidance: expected None, got 3\.0"):
-        benchmarks.geneval(tmp_path, assistant, out, seed=10, guidance=3.0)
+        benchmarks.evaluate("geneval", tmp_path, assistant, out, seed=11)
+    with pytest.raises(ValueError, match=r"of a run with another guidance: expected 2\.0, got 3\.0"):
+        benchmarks.evaluate("geneval", tmp_path, assistant, out, seed=10, sampling=Sampling(guidance=3.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*images for features of dimension")
@@ -369,7 +377,7 @@ def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run):
     assert code == 0, err
     drawn = [out / "images" / category / f"{id_}.png" for id_, (category, _) in captions.items()]
     for n, (path, (_, caption)) in enumerate(zip(drawn, captions.values(), strict=True)):
-        expected = assistant.draw([caption], [2 + n], guidance=1.5)[0]
+        expected = assistant.draw([caption], [2 + n], sampling=Sampling(guidance=1.5))[0]
         assert (read_image(path) - expected).abs().max() <= 0.501 / 255
     _, network = feature_network(features)
     statistics = []
@@ -383,4 +391,4 @@ def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run):
     content["../x"] = content["ab1"]
     (tmp_path / "meta_data.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"id: expected letters and digits, got '\.\./x'"):
-        benchmarks.mjhq(tmp_path, assistant, tmp_path / "other")
+        benchmarks.evaluate("mjhq", tmp_path, assistant, tmp_path / "other")

@@ -12,8 +12,9 @@ from mllm_runs import small_tokenizer, write_jsonl
 
 transformers = pytest.importorskip("transformers")
 
+from mllm_small import write_pictures  # noqa: E402
+
 from semhitok.corpus.ids_file import save_codes  # noqa: E402
-from semhitok.data.images import read_image, resize_crop, save_png  # noqa: E402
 from semhitok.mllm import UnifiedMLLMConfig, join, prompts  # noqa: E402
 from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig  # noqa: E402
 from semhitok.mllm.rows import TrainingRows, WrongCodebook  # noqa: E402
@@ -71,18 +72,6 @@ def same(a, b):
     for x, y in zip(a, b, strict=True):
         pairs = zip((*x.packed, x.tasks, x.images, x.places), (*y.packed, y.tasks, y.images, y.places), strict=True)
         assert all(torch.equal(left, right) for left, right in pairs)
-
-
-def write_pictures(folder, count=12):
-    folder.mkdir(exist_ok=True)
-    draw = torch.Generator().manual_seed(0)
-    for n in range(count):
-        save_png(torch.rand(3, 16 + n, 20, generator=draw), folder / f"{n}.png")
-    return torch.cat([TOKENIZER.encode(_pixels(folder / f"{n}.png")) for n in range(count)])
-
-
-def _pixels(path):
-    return (resize_crop(read_image(path), 16).mul(255).round().to(torch.uint8).float() / 255)[None]
 
 
 def write_tar(path, folder, numbers, texts):

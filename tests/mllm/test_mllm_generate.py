@@ -7,10 +7,10 @@ from semhitok.tokenizer import Features
 
 transformers = pytest.importorskip("transformers")
 
-from test_mllm_model import HEADS, OFFSETS, TEXT, TOKENIZER, image_ids, small_model  # noqa: E402
+from mllm_small import HEADS, OFFSETS, TEXT, TOKENIZER, image_ids, small_model  # noqa: E402
 
-from semhitok.mllm import generate, generate_images  # noqa: E402
-from semhitok.mllm.generate import Draw, Grammar, Guidance, left_pad  # noqa: E402
+from semhitok.mllm import Sampling, generate, generate_images  # noqa: E402
+from semhitok.mllm.generate import GREEDY, Draw, Grammar, Guidance, left_pad  # noqa: E402
 
 EOS = 1
 PROMPTS = [[5, 6, 7, 8], [9], [3, 2, 11]]
@@ -54,8 +54,9 @@ def test_ids_never_leave_their_ranges(head):
     count = images = 0
     for seed in range(10):
         rows = generate(
-            model, prompts, max_new_tokens=19, num_text_ids=30, eos_id=EOS, hierarchical=seed % 2 == 1,
-            generator=torch.Generator().manual_seed(seed), temperature=1.5,
+            model, prompts, max_new_tokens=19, num_text_ids=30, eos_id=EOS,
+            sampling=Sampling(temperature=1.5, hierarchical=seed % 2 == 1),
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         for prompt, row in zip(prompts, rows, strict=True):
             images += check(model, prompt, row.tolist(), num_text_ids=30)
@@ -70,7 +71,7 @@ def test_cache_and_batch_change_no_id(kind, head):
     model = small_model(kind, head).double()
     image = image_ids(model)[0][0].tolist()
     prompts = [*begin(model), [*image, 4, 5], [7, *image]]
-    options = {"max_new_tokens": 14, "temperature": 0, "eos_id": EOS}
+    options = {"max_new_tokens": 14, "sampling": GREEDY, "eos_id": EOS}
     together = generate(model, prompts, **options)
     for prompt, new in zip(prompts, together, strict=True):
         assert generate(model, [prompt], **options)[0].tolist() == new.tolist()
@@ -148,7 +149,7 @@ def test_guidance_is_the_mixture_of_both_prompts(head):
     assert torch.equal(guided[0], guided[1])
     torch.testing.assert_close(guided[0].softmax(-1)[TEXT:-2], expected.float(), atol=1e-6, rtol=1e-5)
     count = 4000
-    options = {"guidance": scale, "generator": torch.Generator().manual_seed(0)}
+    options = {"sampling": Sampling(guidance=scale), "generator": torch.Generator().manual_seed(0)}
     codes = generate_images(model, [prompt[:-1]] * count, **options)[:, 0, 0]
     share = torch.bincount(codes, minlength=15) / count
     assert (share - expected).abs().max() < 4 * 0.5 / count**0.5
@@ -156,13 +157,14 @@ def test_guidance_is_the_mixture_of_both_prompts(head):
 
 def test_guidance_of_one_and_equal_prompts_change_nothing():
     model = small_model().double()
-    plain = generate_images(model, PROMPTS, temperature=0)
-    assert torch.equal(generate_images(model, PROMPTS, temperature=0, guidance=1.0), plain)
-    same = [generate_images(model, [p], temperature=0, guidance=3.0, unconditional=p) for p in PROMPTS]
+    plain = generate_images(model, PROMPTS, sampling=GREEDY)
+    assert torch.equal(generate_images(model, PROMPTS, sampling=Sampling(temperature=0, guidance=1.0)), plain)
+    guided = Sampling(temperature=0, guidance=3.0)
+    same = [generate_images(model, [p], sampling=guided, unconditional=p) for p in PROMPTS]
     assert torch.equal(torch.cat(same), plain)
-    assert not torch.equal(generate_images(model, PROMPTS, temperature=0, guidance=9.0), plain)
+    assert not torch.equal(generate_images(model, PROMPTS, sampling=Sampling(temperature=0, guidance=9.0)), plain)
     with pytest.raises(ValueError, match="unconditional: expected 3 prompts for guidance, got none"):
-        generate(model, PROMPTS, max_new_tokens=3, guidance=2.0)
+        generate(model, PROMPTS, max_new_tokens=3, sampling=Sampling(guidance=2.0))
 
 
 @pytest.mark.parametrize("head", [*HEADS, "flat, adaptive"])
@@ -170,16 +172,18 @@ def test_hierarchical_draws_follow_the_same_distribution(head):
     model = small_model(head=head).double()
     prompt, count = begin(model)[0], 4000
     expected = model(input_ids=torch.tensor([prompt])).logits[0, -1, TEXT:-2].softmax(-1)
-    options = {"generator": torch.Generator().manual_seed(0), "hierarchical": True}
-    codes = generate_images(model, [prompt[:-1]] * count, **options)[:, 0, 0]
+    sampling, generator = Sampling(hierarchical=True), torch.Generator().manual_seed(0)
+    codes = generate_images(model, [prompt[:-1]] * count, sampling=sampling, generator=generator)[:, 0, 0]
     assert (torch.bincount(codes, minlength=15) / count - expected).abs().max() < 4 * 0.5 / count**0.5
     # the best code, then its best sub-code: not the best id
     blocks = expected.split(OFFSETS.diff().tolist() if "adaptive" in head else 3)
     code = max(range(5), key=lambda i: blocks[i].sum())
     best = model.vocabulary.flat(code, int(blocks[code].argmax()))
-    assert generate_images(model, [prompt[:-1]], temperature=0, hierarchical=True)[0, 0, 0] == best
+    greedy = Sampling(temperature=0, hierarchical=True)
+    assert generate_images(model, [prompt[:-1]], sampling=greedy)[0, 0, 0] == best
     # top_k holds for both draws
-    codes = generate_images(model, [prompt[:-1]] * 500, top_k=2, **options)[:, 0, 0]
+    sampling = Sampling(top_k=2, hierarchical=True)
+    codes = generate_images(model, [prompt[:-1]] * 500, sampling=sampling, generator=generator)[:, 0, 0]
     best_codes = torch.stack([block.sum() for block in blocks]).topk(2).indices.tolist()
     allowed = [model.vocabulary.flat(i, j) for i in best_codes for j in blocks[i].topk(min(2, len(blocks[i]))).indices]
     assert set(codes.tolist()) <= {int(x) for x in allowed}
@@ -192,13 +196,14 @@ def test_hierarchical_draw_takes_the_code_first():
     scores = torch.full((1, model.vocabulary.size), -torch.inf)
     chances = torch.tensor([0.4, 0.0, 0.0, 0.3, 0.3, 0.0] + [0.0] * 9)
     scores[0, TEXT:-2] = chances.log()
-    assert Draw(grammar, temperature=0)(ids, scores).argmax() == TEXT
-    assert Draw(grammar, temperature=0, hierarchical=True)(ids, scores).argmax() in (TEXT + 3, TEXT + 4)
+    greedy = Sampling(temperature=0, hierarchical=True)
+    assert Draw(grammar, GREEDY)(ids, scores).argmax() == TEXT
+    assert Draw(grammar, greedy)(ids, scores).argmax() in (TEXT + 3, TEXT + 4)
     adaptive = Grammar(small_model(head="flat, adaptive").config)
-    draw = Draw(adaptive, temperature=0, hierarchical=True, offsets=OFFSETS)  # 1 + 3 + ...: the second code is best
+    draw = Draw(adaptive, greedy, offsets=OFFSETS)  # 1 + 3 + ...: the second code is best
     assert draw(ids, scores).argmax() in (TEXT + 3, TEXT + 4)
     with pytest.raises(ValueError, match="offsets: expected those of the adaptive sizes"):
-        Draw(adaptive, hierarchical=True)
+        Draw(adaptive, Sampling(hierarchical=True))
 
 
 def test_top_k_top_p_and_temperature_narrow_the_draw():
@@ -207,7 +212,7 @@ def test_top_k_top_p_and_temperature_narrow_the_draw():
     ids = torch.zeros(2000, 1, dtype=torch.int64)
 
     def shares(**options):
-        drawn = Draw(grammar, generator=torch.Generator().manual_seed(0), **options)(ids, scores).argmax(1)
+        drawn = Draw(grammar, Sampling(**options), generator=torch.Generator().manual_seed(0))(ids, scores).argmax(1)
         return torch.bincount(drawn, minlength=4) / 2000
 
     assert (shares() - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 0.045
@@ -217,7 +222,7 @@ def test_top_k_top_p_and_temperature_narrow_the_draw():
     assert (shares(temperature=0.5) - sharp / sharp.sum()).abs().max() < 0.045
     assert shares(temperature=0)[0] == 1
     with pytest.raises(ValueError, match="temperature: expected at least 0, got -1"):
-        Draw(grammar, temperature=-1)
+        Sampling(temperature=-1)
 
 
 def test_generators_repeat_themselves():

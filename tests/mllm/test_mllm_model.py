@@ -7,75 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semhitok.config import SemHiTokConfig, TeacherConfig, ViTConfig
-from semhitok.tokenizer import SemHiTok
-
 transformers = pytest.importorskip("transformers")
+
+from mllm_runs import small_tokenizer  # noqa: E402
+from mllm_small import ADAPTIVE, HEADS, OFFSETS, TEXT, TOKENIZER, image_ids, llm_config, samples, small_model  # noqa: E402
 
 import semhitok.mllm.loss as loss_module  # noqa: E402
 from semhitok.mllm import UnifiedMLLM, UnifiedMLLMConfig, group_cross_entropy, join, linear_cross_entropy, pack  # noqa: E402
 from semhitok.mllm.loss import group_logsumexp  # noqa: E402
 from semhitok.mllm.model import DualAdapter  # noqa: E402
 from semhitok.mllm.params import parameter_table, qwen2_5_7b  # noqa: E402
-
-TEXT = 40  # rows of the LLM's embedding
-
-
-def llm_config(kind="qwen2", **overrides):
-    sizes = {
-        "vocab_size": TEXT, "hidden_size": 18, "intermediate_size": 20, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 128,
-    }  # fmt: skip
-    return transformers.AutoConfig.for_model(kind, **{**sizes, **overrides})
-
-
-def small_tokenizer(seed=0, **more):
-    torch.manual_seed(seed)
-    teacher = TeacherConfig("vit_tiny_patch16_224", pretrained=False, image_size=16, options={
-        "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 1,
-    })  # fmt: skip
-    vit = ViTConfig(8, 1, 1)
-    config = SemHiTokConfig(
-        image_size=16, patch_size=8, num_codes=5, num_sub_codes=3, sem_dim=6, pix_dim=4,
-        teacher=teacher, semantic_decoder=vit, encoder=vit, decoder=vit, **more,
-    )  # fmt: skip
-    return SemHiTok(config).eval()
-
-
-OFFSETS = torch.tensor([0, 1, 5, 7, 13, 15])
-TOKENIZER, ADAPTIVE = small_tokenizer(), small_tokenizer(adaptive=True)
-ADAPTIVE.quantizer.offsets.copy_(OFFSETS)
-HEADS = ["flat", "hierarchical", "hierarchical, adaptive"]
-
-
-def small_model(kind="qwen2", head="flat", seed=0, resolution_id=False, **overrides):
-    """head: one of `HEADS`; "adaptive" is a tokenizer with adaptive sizes."""
-    torch.manual_seed(seed)
-    head, _, adaptive = head.partition(", ")
-    model = UnifiedMLLM.from_parts(
-        llm_config(kind, **overrides), ADAPTIVE if adaptive else TOKENIZER, head=head, resolution_id=resolution_id
-    )
-    with torch.no_grad():  # of a size that makes logits differ
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.tie_weights()
-    return model.eval()
-
-
-def image_ids(model, count=1, seed=0):
-    codes = torch.randint(15, (count, 2, 2), generator=torch.Generator().manual_seed(seed))
-    return model.vocabulary.image(codes, model.vocabulary.codebook_hash), codes
-
-
-def samples(model):
-    image, _ = image_ids(model, 3)
-    return [
-        join((image[0], False), ([5, 6, 7], False), ([8, 9], True)),  # understanding
-        join(([3, 4], False), (image[1], True)),  # text to image
-        join(([11], True), (image[2], True), ([12, 13], True)),
-    ]
-
 
 # ---- losses ----
 
@@ -84,8 +25,8 @@ def samples(model):
 def tiles(request, monkeypatch):
     if request.param == "many tiles":
         monkeypatch.setattr(loss_module, "TILE", 64)
-        monkeypatch.setattr(loss_module, "_TOKENS", 5)
-        monkeypatch.setattr(loss_module, "_TOGETHER", 3)
+        monkeypatch.setattr(loss_module, "TILE_TOKENS", 5)
+        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 3)
 
 
 def close(a, b):

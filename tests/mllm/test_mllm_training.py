@@ -11,12 +11,14 @@ from mllm_runs import SETTINGS, finish, losses, small_config, small_tokenizer, s
 
 transformers = pytest.importorskip("transformers")
 
+from mllm_small import write_pictures  # noqa: E402
+
 from semhitok.config import preset_names  # noqa: E402
-from semhitok.mllm import UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
+from semhitok.mllm import Sampling, UnifiedMLLM, generate, generate_images, prompts  # noqa: E402
 from semhitok.mllm.config import TASKS, mllm_config  # noqa: E402
 from semhitok.mllm.rows import TrainingRows  # noqa: E402
 from semhitok.mllm.sources import Records  # noqa: E402
-from semhitok.mllm.training import MLLMStage, RowBatch, _Images, run  # noqa: E402
+from semhitok.mllm.training import ImageEncoder, MLLMStage, RowBatch, train  # noqa: E402
 from semhitok.training import checkpoint, log, loop  # noqa: E402
 
 
@@ -57,8 +59,7 @@ def parts_of(world, *more):
     texts = [json.loads(line) for line in (world / "texts.jsonl").read_text().splitlines()]
     words = prompts.word_tokenizer([*(r["caption"] for r in records), *(r["text"] for r in texts)])
     sources = [Records(records, "understanding"), Records(records, "generation"), Records(texts, "text")]
-    images = _Images(config, tokenizer, torch.device("cpu"))
-    images.text_size = model.vocabulary.text_size
+    images = ImageEncoder(config.tokenizer, tokenizer, torch.device("cpu"))
     return config, model, TrainingRows(sources, config.data, model.config, words, 0), images
 
 
@@ -74,7 +75,7 @@ def test_it_learns_and_the_result_loads_by_itself(finished):
     vocabulary = model.vocabulary
     assert vocabulary.codebook_hash == small_tokenizer().codebook_hash
     codes = generate_images(
-        model, [prompts.generation(words, vocabulary, "a red thing")], guidance=2.0,
+        model, [prompts.generation(words, vocabulary, "a red thing")], sampling=Sampling(guidance=2.0),
         unconditional=prompts.generation(words, vocabulary, None),
     )  # fmt: skip
     assert codes.shape == (1, 2, 2)
@@ -88,14 +89,14 @@ def test_it_learns_and_the_result_loads_by_itself(finished):
 @pytest.mark.parametrize("more", [(), ("gradient_checkpointing=true", "head=flat")], ids=["plain", "checkpointed"])
 def test_packed_rows_give_the_losses_and_gradients_of_their_samples_alone(world, more):
     config, model, data, images = parts_of(world, *more)
-    stage = MLLMStage("joint", model, config)
+    stage = MLLMStage("joint", model, config, images)
     micro = next(data.batches(4, 2))
-    batch = images.put(micro, torch.device("cpu"))
+    batch = stage.to_device(micro)
     for part in stage.parts:
         part.optimizer = torch.optim.SGD(part.module.parameters(), 0.1)
         part.parameters = list(part.module.parameters())
         part.config.grad_clip = 1e9
-    figures = stage.network.accumulate(batch, 0)
+    figures, _ = stage.backward(batch, 0)
     mine = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     sums, counts = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
@@ -121,7 +122,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_their_samples_alone(world,
 
 def test_the_adapter_stage_leaves_the_language_model_as_it_is(world, tmp_path):
     config = small_config(world, "stages=[adapter]", "adapter.steps=4", "adapter.batch_size=2")
-    run(config, tmp_path)
+    train(config, tmp_path)
     before = untrained(config).state_dict()
     after = UnifiedMLLM.from_pretrained(tmp_path / "checkpoint")
     new = set(UnifiedMLLM.new_modules(after.config))
@@ -133,7 +134,7 @@ def test_the_adapter_stage_leaves_the_language_model_as_it_is(world, tmp_path):
 
 def test_stages_follow_each_other_and_the_joint_stage_trains_everything(world, tmp_path):
     small = ["adapter.steps=2", "adapter.batch_size=2", "joint.steps=2", "instruct.steps=2", "instruct.batch_size=2"]
-    seconds = run(small_config(world, "stages=[adapter, joint, instruct]", *small), tmp_path)
+    seconds = train(small_config(world, "stages=[adapter, joint, instruct]", *small), tmp_path)
     assert list(seconds) == ["adapter", "joint", "instruct"]
     states = [checkpoint.read_state(tmp_path / stage / "step-00000002.pt") for stage in seconds]
     kept, joint, last = (state["parts"]["network"]["weights"] for state in states)
@@ -150,7 +151,7 @@ def test_lora_trains_and_the_result_loads_without_it(world, tmp_path, stages):
     pytest.importorskip("peft")
     more = ["lora={r: 2, alpha: 4, targets: [q_proj, v_proj]}", "adapter.steps=2", "adapter.batch_size=2"]
     config = small_config(world, f"stages={stages}", *more)
-    run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     values = losses(tmp_path / "run")
     assert values[-1] < 0.97 * values[0]
     saved = checkpoint.read_state(tmp_path / "run" / "joint" / "step-00000012.pt")["parts"]["network"]["weights"]
@@ -164,21 +165,19 @@ def test_lora_trains_and_the_result_loads_without_it(world, tmp_path, stages):
     assert changed == expected
     # the rest of the stages' folders is there: the same call trains nothing and saves the same
     first = weights(tmp_path / "run")
-    run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert weights(tmp_path / "run") == first
 
 
 def test_pictures_on_the_fly_train_as_their_ids_do(world, tmp_path):
-    from test_mllm_data import write_pictures
-
     ids = write_pictures(tmp_path / "pictures", 6)
     by_file = [{"caption": f"a thing number {n}", "images": [f"pictures/{n}.png"]} for n in range(6)]
     by_ids = [{"caption": f"a thing number {n}", "codes": [ids[n]]} for n in range(6)]
     write_jsonl(tmp_path / "pictures.jsonl", by_file)
     own = f"joint.sources=[{{path: {tmp_path}/pictures.jsonl, task: generation}}]"
-    run(small_config(world, own, "joint.steps=3"), tmp_path / "files")
+    train(small_config(world, own, "joint.steps=3"), tmp_path / "files")
     stored = Records(by_ids, "generation", codebook_hash=small_tokenizer().codebook_hash)
-    run(small_config(world, "joint.steps=3"), tmp_path / "ids", sources={"joint": [stored]})
+    train(small_config(world, "joint.steps=3"), tmp_path / "ids", sources={"joint": [stored]})
     assert weights(tmp_path / "files") == weights(tmp_path / "ids")
 
 
@@ -203,7 +202,7 @@ def test_killed_runs_end_with_the_same_bits(world, finished, tmp_path):
 
 def test_a_run_stopped_by_signals_goes_on_with_the_same_bits(world, tmp_path, monkeypatch):
     more = ["stages=[adapter, joint]", "adapter.steps=3", "adapter.batch_size=2", "joint.steps=4", "precision=bf16"]
-    run(small_config(world, *more), tmp_path / "whole")
+    train(small_config(world, *more), tmp_path / "whole")
     real = loop.seed_everything
     stops = 0
     for _ in range(6):
@@ -216,12 +215,12 @@ def test_a_run_stopped_by_signals_goes_on_with_the_same_bits(world, tmp_path, mo
 
         monkeypatch.setattr(loop, "seed_everything", stop)
         try:
-            run(small_config(world, *more), tmp_path / "stopped")
+            train(small_config(world, *more), tmp_path / "stopped")
         except loop.Interrupted:
             stops += 1
     assert stops == 3  # after step 2 of adapter, 1 and 3 of joint
     monkeypatch.undo()
-    run(small_config(world, *more), tmp_path / "stopped")
+    train(small_config(world, *more), tmp_path / "stopped")
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
@@ -229,24 +228,24 @@ def test_a_loss_that_is_not_finite_leaves_its_rows(world, tmp_path, monkeypatch)
     loss = MLLMStage.loss
 
     def broken(stage, batch: RowBatch, step):
-        value, figures = loss(stage, batch, step)
-        return value * (torch.nan if step == 2 else 1), figures
+        value, figures, output = loss(stage, batch, step)
+        return value * (torch.nan if step == 2 else 1), figures, output
 
     monkeypatch.setattr(MLLMStage, "loss", broken)
     with pytest.raises(FloatingPointError, match="joint: not finite at step 2"):
-        run(small_config(world), tmp_path)
+        train(small_config(world), tmp_path)
     (path,) = (tmp_path / "joint").glob("not-finite-step-2-process-0.pt")
     found = torch.load(path, weights_only=True)
     assert found["input_ids"].shape == found["labels"].shape == (4, 64)
 
 
 def test_another_run_in_the_folder_is_refused(world, tmp_path):
-    run(small_config(world, "joint.steps=1"), tmp_path)
+    train(small_config(world, "joint.steps=1"), tmp_path)
     with pytest.raises(ValueError, match=r"holds another run: train.joint.steps was 1, now 2"):
-        run(small_config(world, "joint.steps=2"), tmp_path)
-    run(small_config(world, "joint.steps=2"), tmp_path, accept_changes=True)
+        train(small_config(world, "joint.steps=2"), tmp_path)
+    train(small_config(world, "joint.steps=2"), tmp_path, accept_changes=True)
     with pytest.raises(ValueError, match=r"holds another model: model.codebook_hash was"):
-        run(small_config(world, "joint.steps=2"), tmp_path, tokenizer=small_tokenizer(1), accept_changes=True)
+        train(small_config(world, "joint.steps=2"), tmp_path, image_tokenizer=small_tokenizer(1), accept_changes=True)
 
 
 # ---- several processes ----
@@ -283,20 +282,20 @@ def test_a_language_model_with_its_tokenizer_and_template(world, tmp_path):
     llm.to(torch.bfloat16).save_pretrained(tmp_path / "llm")
     words.save_pretrained(tmp_path / "llm")
     more = ["llm_config=null", f"llm={tmp_path}/llm", "stages=[adapter]", "adapter.steps=2", "adapter.batch_size=2"]
-    run(small_config(world, *more), tmp_path / "run")
+    train(small_config(world, *more), tmp_path / "run")
     model = UnifiedMLLM.from_pretrained(tmp_path / "run" / "checkpoint")
     assert model.vocabulary.text_size == 70 and model.dtype == torch.float32
     assert torch.equal(model.model.embed_tokens.weight, llm.get_input_embeddings().weight.float())
     kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")
     assert kept.chat_template == words.chat_template and len(kept) == len(words)
     again = ["llm_config=null", f"start_from={tmp_path}/run/checkpoint", "stages=[instruct]", "instruct.steps=1"]
-    run(small_config(world, *again, "instruct.batch_size=2"), tmp_path / "more")
+    train(small_config(world, *again, "instruct.batch_size=2"), tmp_path / "more")
     assert UnifiedMLLM.from_pretrained(tmp_path / "more" / "checkpoint").vocabulary == model.vocabulary
 
 
 def test_held_out_losses_are_logged(world, tmp_path):
     held = f"evaluation={{sources: [{{path: {world}/talks.jsonl, task: understanding}}], every: 2, batches: 3}}"
-    run(small_config(world, held, "joint.steps=5"), tmp_path)
+    train(small_config(world, held, "joint.steps=5"), tmp_path)
     found = losses(tmp_path, key="held_out_understanding_loss")
     assert len(found) == 3 and found[-1] < found[0]
     assert found == losses(tmp_path, key="held_out_loss")
@@ -306,10 +305,10 @@ def test_settings_that_contradict_each_other_are_refused(world, tmp_path):
     for more, words in (
         (["llm=a"], "llm: expected one of start_from, llm and llm_config, got llm and llm_config"),
         (["joint.sources=[]"], "joint.sources: expected at least one, got none"),
-        (["tokenizer=''"], "tokenizer: expected a tokenizer's folder or Hub name, got none"),
+        (["tokenizer=''"], "tokenizer: expected the folder or Hub name of an image tokenizer, got none"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(small_config(world, "text_tokenizer=null", *more), tmp_path, text_tokenizer=object())
+            train(small_config(world, "text_tokenizer=null", *more), tmp_path, text_tokenizer=object())
     with pytest.raises(ValueError, match="stages: expected some of adapter, joint, instruct, in this order"):
         small_config(world, "stages=[joint, adapter]")
 

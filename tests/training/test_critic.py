@@ -199,7 +199,7 @@ def test_patch_critic_judges_patches_alone():
     assert logits.shape == (3, 1, 6, 6) and logits.dtype == torch.float32
     torch.testing.assert_close(critic(images[1:2]), logits[1:2])
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in critic.modules())
-    assert critic.trained is critic
+    assert critic.smallest == 12
     assert critic(pictures(1, 12)).shape == (1, 1, 1, 1)
     with pytest.raises(ValueError, match="at least 12 pixels"):
         critic(pictures(1, 11))
@@ -232,14 +232,14 @@ def test_dino_critic_trains_its_heads_only(dino):
         dino.train(mode)
         assert dino.heads.training == mode and not any(m.training for m in dino.vit.modules())
     trained = {name for name, p in dino.named_parameters() if p.requires_grad}
-    assert trained == {f"heads.{name}" for name, _ in dino.trained.named_parameters()} and trained
+    assert trained == {f"heads.{name}" for name, _ in dino.heads.named_parameters()} and trained
     images = pictures(2, 40).requires_grad_()
     logits = dino(images)
     assert logits.shape == (2, 2 * 2 * 2) and logits.dtype == torch.float32
     logits.sum().backward()
     assert images.grad.abs().sum() > 0
     assert all(p.grad is None for p in dino.vit.parameters())
-    assert all(p.grad is not None for p in dino.trained.parameters())
+    assert all(p.grad is not None for p in dino.heads.parameters())
     with torch.no_grad():
         dino.eval()
         torch.testing.assert_close(dino(images[1:]), dino(images)[1:])
@@ -393,14 +393,14 @@ def test_lecam_joins_the_critics_loss_after_its_first_step():
     loss = small_loss({"lecam": 0.1, "train_from": 5, "loss": "non_saturating"})
     real, fake = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 0.5]])
     logits = torch.cat([real, fake]).requires_grad_()
-    plain, figures = loss.critic_loss(logits, 5)
+    plain, figures, means = loss.critic_objective(logits, 5)
     torch.testing.assert_close(plain, critic_loss("non_saturating", real, fake))
-    assert set(figures) == {"critic_loss", "real_logit", "fake_logit"}
+    assert set(figures) == {"real_logit", "fake_logit"} and means.tolist() == [1.5, -0.25]
     assert (figures["real_logit"].item(), figures["fake_logit"].item()) == (1.5, -0.25)
     assert not any(figure.requires_grad for figure in figures.values())
-    loss.update()
+    loss.update([means])
     assert loss.lecam.real.item() == pytest.approx(0.01 * 1.5) and loss.lecam.fake.item() == pytest.approx(0.01 * -0.25)
-    value, _ = loss.critic_loss(logits, 6)
+    value, _, _ = loss.critic_objective(logits, 6)
     torch.testing.assert_close(value, plain + 0.1 * loss.lecam.regularizer(real, fake))
     value.backward()
     assert logits.grad.abs().sum() > 0
@@ -417,7 +417,7 @@ def test_losses_stay_fp32_under_autocast(kind, dino, monkeypatch):
         value, _ = loss(predicted, images, Fixed(), 0, never)
         inputs = loss.critic_inputs(predicted, images, Fixed())
         logits = loss.critic(inputs)
-        critic_value, _ = loss.critic_loss(logits, 0)
+        critic_value, _, _ = loss.critic_objective(logits, 0)
     assert {t.dtype for t in (value, inputs, logits, critic_value)} == {torch.float32}
     assert torch.equal(value, expected)
     value.backward()
@@ -426,12 +426,13 @@ def test_losses_stay_fp32_under_autocast(kind, dino, monkeypatch):
 
 def test_a_critic_learns_to_tell_blurred_images():
     loss = small_loss({"width": 16})
-    optimizer = torch.optim.Adam(loss.critic.trained.parameters(), 2e-3, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(loss.critic.parameters(), 2e-3, betas=(0.5, 0.9))
     values = []
     for step in range(60):
         images = pictures(8, seed=step)
         blurred = torch.nn.functional.avg_pool2d(images, 3, 1, padding=1, count_include_pad=False)
-        value, figures = loss.critic_loss(loss.critic(loss.critic_inputs(blurred, images, Fixed(range(8), step))), step)
+        logits = loss.critic(loss.critic_inputs(blurred, images, Fixed(range(8), step)))
+        value, figures, _ = loss.critic_objective(logits, step)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

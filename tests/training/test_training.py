@@ -19,7 +19,8 @@ from semhitok.data.images import save_png
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import Interrupted, checkpoint, parts, run, train
 from semhitok.training.decoder import DecoderStage
-from semhitok.training.pixel import PixelStage, fingerprint, semantic_fingerprint
+from semhitok.training.pixel import PixelStage
+from semhitok.training.run import fingerprint, semantic_fingerprint
 from semhitok.training.semantic import SemanticStage
 
 
@@ -134,7 +135,7 @@ def test_a_signal_between_the_stages_is_not_lost(pictures, finished, tmp_path, m
         os.kill(os.getpid(), signal.SIGTERM)
         return PixelStage(*arguments)
 
-    monkeypatch.setitem(run._STAGES, "pixel", stage_with_a_signal)
+    monkeypatch.setitem(run.STAGES, "pixel", stage_with_a_signal)
     with pytest.raises(Interrupted, match="stopped after step 1 of 60 of stage pixel") as stop:
         train(small_config(), [pictures], tmp_path)
     assert stop.value.signum == signal.SIGTERM
@@ -209,19 +210,19 @@ def test_adaptive_sizes_are_set_by_training_and_survive_a_kill(pictures, tmp_pat
     lines = (tmp_path / "whole" / "pixel" / "log.jsonl").read_text().splitlines()
     used = [record for record in map(json.loads, lines) if "group_usage" in record]
     assert used and all(record["dead_sub_codes"] == pytest.approx(1 - record["group_usage"]) for record in used)
-    update = PixelStage.update
+    after_step = PixelStage.after_step
     for last in (11, 30):
 
-        def killed(stage, step, seed, last=last):
+        def killed(stage, outputs, step, seed, last=last):
             if step == last:
                 raise _Killed
-            return update(stage, step, seed)
+            return after_step(stage, outputs, step, seed)
 
         out = tmp_path / f"killed-{last}"
         shutil.copytree(tmp_path / "whole" / "semantic", out / "semantic")
         shutil.copy(tmp_path / "whole" / "config.json", out)
         with monkeypatch.context() as patch, pytest.raises(_Killed):
-            patch.setattr(PixelStage, "update", killed)
+            patch.setattr(PixelStage, "after_step", killed)
             train(config, [pictures], out)
         train(config, [pictures], out)
         assert checkpoint_bytes(out) == checkpoint_bytes(tmp_path / "whole")
@@ -251,7 +252,7 @@ def test_a_damaged_state_is_a_clear_error(pictures, finished, tmp_path, kind):
         state.write_bytes(b"")
     else:
         state.write_bytes((finished / "pixel" / "step-00000060.pt").read_bytes())
-    with pytest.raises(ValueError, match=r"step-00000007\.pt: (not a whole training state|expected stage)"):
+    with pytest.raises(ValueError, match=r"step-00000007\.pt: (not a complete training state|expected stage)"):
         train(small_config(), [pictures], tmp_path)
 
 
@@ -261,7 +262,7 @@ def test_loading_a_state_runs_no_code_from_it(tmp_path):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     torch.save({"stage": "semantic", "step": 1, "model": Evil()}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="not a whole training state"):
+    with pytest.raises(ValueError, match="not a complete training state"):
         checkpoint.read_state(tmp_path / "state.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -367,6 +368,11 @@ def test_compiled_trunks_train_like_plain_ones(pictures, finished, tmp_path):
     train(small_config("compile=true"), [pictures], tmp_path)
     for stage in ("semantic", "pixel"):
         assert losses(tmp_path, stage) == pytest.approx(losses(finished, stage), rel=1e-4)
+
+
+def test_a_critic_that_sees_too_little_is_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="critic: expected to see at least 24 pixels a side, got 16"):
+        train(small_config(*CRITIC, "pixel.loss.critic.layers=3", "pixel.loss.critic.shift=16"), [pictures], tmp_path)
 
 
 def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):

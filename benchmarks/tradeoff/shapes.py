@@ -1,8 +1,8 @@
-"""A generated labelled set: 64 x 64 pictures of one to three objects, with labels and a caption in words.
+"""Generated 64 x 64 pictures of one to three objects, with labels and captions.
 
-Meaning and pixels compete: an object is a shape, a colour, a texture and a size in one of 3 x 3 cells, while most
-pixels belong to a patterned background under changing light, and every colour is jittered. A picture is a function of
-(seed, index) alone and takes about a millisecond.
+Meaning and pixels compete: an object has a shape, colour, texture and size and is in one of 3 x 3 cells, while most
+pixels belong to a patterned background in changing light, and all colours are jittered. A picture is a function of
+(seed, index) and takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -13,42 +13,36 @@ import torch
 from torch import Tensor
 
 from semhitok._optional import require
+from semhitok.demo import scenes
+from semhitok.demo.scenes import COLOUR_RGB, COLOURS, COLUMNS, ROWS, SIZES
+from semhitok.demo.teacher import Lesson, cell_means
 
-SIZE = 64  # pixels a side
-CELLS = 3  # cells a side
+SIZE = 64  # side length in pixels
+CELLS = 3  # cells along a side
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 TEXTURES = ("plain", "striped", "dotted", "checked")
-SIZES = ("small", "medium", "large")
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES}  # the columns of `labels`
-
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
 
 PATTERNS = ("even", "shaded", "barred", "tiled", "cloudy")
 GROUNDS = ("grey", "brown", "navy", "olive", "teal", "pink")
 LIGHTS = ("dim", "normal", "bright")
 SURROUNDINGS = {"pattern": PATTERNS, "ground": GROUNDS, "light": LIGHTS}  # the columns of `background`
 
-_RGB = (
-    (0.85, 0.1, 0.1), (0.95, 0.5, 0.05), (0.92, 0.88, 0.1), (0.1, 0.65, 0.15),
-    (0.1, 0.85, 0.85), (0.12, 0.2, 0.9), (0.6, 0.12, 0.75), (0.95, 0.95, 0.95),
-)  # fmt: skip
-_GROUND_RGB = (
+GROUND_RGB = (
     (0.5, 0.5, 0.5), (0.45, 0.28, 0.15), (0.12, 0.14, 0.35), (0.4, 0.42, 0.15), (0.12, 0.4, 0.4), (0.8, 0.55, 0.6),
 )  # fmt: skip
-_GAIN = (0.6, 0.85, 1.1)  # of the lights
-_RADIUS = (6.5, 8.2, 10.0)  # pixels, of the sizes
+GAINS = (0.6, 0.85, 1.1)  # of the lights
+RADII = (6.5, 8.2, 10.0)  # pixels, of the sizes
 
 
 class Picture(NamedTuple):
-    """One picture and all there is to know of it.
+    """One picture and its labels.
 
     image: uint8 [3, 64, 64], RGB.
-    labels: int64 [9, 4], for each cell, row by row, the shape, colour, texture and size as places in `ATTRIBUTES`;
+    labels: int64 [9, 4], for each cell, row by row, the shape, colour, texture and size as indices into `ATTRIBUTES`;
         -1 where the cell is empty.
-    background: int64 [3], pattern, ground colour and light as places in `SURROUNDINGS`.
+    background: int64 [3], pattern, ground colour and light as indices into `SURROUNDINGS`.
     caption: the same in words: "a small striped red circle at the top left, ..., on a barred olive background in dim
         light"; phrases are separated by ", ", objects in the order of their cells, the background last.
     """
@@ -57,11 +51,6 @@ class Picture(NamedTuple):
     labels: Tensor
     background: Tensor
     caption: str
-
-    @property
-    def num_objects(self) -> int:
-        """The number of objects, 1 to 3."""
-        return int((self.labels[:, 0] >= 0).sum())
 
 
 class Pictures(NamedTuple):
@@ -93,10 +82,10 @@ def picture(seed: int, index: int) -> Picture:
     pixels = _background(np, random, background)
     for cell in sorted(cells):
         _draw(np, random, pixels, cell, labels[cell])
-    # light: the named gain, and a slope across the picture that has no name
+    # light: the gain that the label names, and a slope across the picture that no label names
     across, down = random.uniform(-0.12, 0.12, 2)
     slope = np.linspace(-1, 1, SIZE, dtype=np.float32)
-    gain = _GAIN[background[2]] * random.uniform(0.93, 1.07)
+    gain = GAINS[background[2]] * random.uniform(0.93, 1.07)
     pixels *= (gain * (1 + across * slope[:, None] + down * slope[:, None, None])).astype(np.float32)
     pixels += random.normal(0, 0.015, pixels.shape).astype(np.float32)
     image = (pixels.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(2, 0, 1)
@@ -105,7 +94,7 @@ def picture(seed: int, index: int) -> Picture:
 
 
 def pictures(seed: int, first: int, count: int) -> Pictures:
-    """Pictures first, ..., first + count - 1 of the set `seed`, stacked; errors as `picture` raises them."""
+    """Pictures first to first + count - 1 of the set `seed`, stacked. For errors see `picture`."""
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     found = [picture(seed, first + n) for n in range(count)]
@@ -114,7 +103,7 @@ def pictures(seed: int, first: int, count: int) -> Pictures:
 
 
 def caption(labels: Tensor, background: Tensor) -> str:
-    """The words for labels [9, 4] and background [3], as in `Picture`."""
+    """The caption for labels [9, 4] and background [3], as in `Picture`."""
     phrases = []
     for cell, (shape, colour, texture, size) in enumerate(labels.tolist()):
         if shape >= 0:
@@ -127,15 +116,9 @@ def caption(labels: Tensor, background: Tensor) -> str:
     )
 
 
-def cell_of_patches(grid_size: int) -> Tensor:
-    """The cell, 0 to 8, in which the middle of each patch of a grid lies: int64 [grid_size, grid_size]."""
-    place = ((torch.arange(grid_size) + 0.5) * CELLS / grid_size).long()
-    return place[:, None] * CELLS + place
-
-
 def _background(np: Any, random: Any, labels: Any) -> Any:
     """float32 [64, 64, 3]: two tones of the ground colour, mixed by the pattern."""
-    base = np.array(_GROUND_RGB[labels[1]]) + random.uniform(-0.05, 0.05, 3)
+    base = np.array(GROUND_RGB[labels[1]]) + random.uniform(-0.05, 0.05, 3)
     contrast = random.uniform(0.15, 0.3) * random.choice((-1, 1))
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     angle, period, phase = random.uniform(0, np.pi), random.uniform(8, 16), random.uniform(0, 16)
@@ -160,9 +143,9 @@ def _background(np: Any, random: Any, labels: Any) -> Any:
 
 
 def _draw(np: Any, random: Any, pixels: Any, cell: int, labels: Any) -> None:
-    """Put the object with these labels into a cell of pixels [64, 64, 3], with soft edges."""
+    """Draw the object with these labels into a cell of pixels [64, 64, 3], with soft edges."""
     shape, colour, texture, size = labels
-    radius = _RADIUS[size] * random.uniform(0.93, 1.05)
+    radius = RADII[size] * random.uniform(0.93, 1.05)
     side = SIZE / CELLS
     room = max(side / 2 - radius, 0) + 0.5
     row, column = (np.array(divmod(int(cell), CELLS)) + 0.5) * side + random.uniform(-room, room, 2)
@@ -172,8 +155,8 @@ def _draw(np: Any, random: Any, pixels: Any, cell: int, labels: Any) -> None:
     angle = random.uniform(-0.25, 0.25)
     y, x = y + 0.5 - row, x + 0.5 - column
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    cover = (0.5 - _distance(np, SHAPES[shape], x, y, radius)).clip(0, 1)[..., None]
-    paint = np.array(_RGB[colour]) + random.uniform(-0.05, 0.05, 3)
+    cover = (0.5 - distance(np, SHAPES[shape], x, y, radius)).clip(0, 1)[..., None]
+    paint = np.array(COLOUR_RGB[colour]) + random.uniform(-0.05, 0.05, 3)
     period, phase = random.uniform(4, 5), random.uniform(0, 5)
     kind = TEXTURES[texture]
     if kind == "plain":
@@ -187,19 +170,34 @@ def _draw(np: Any, random: Any, pixels: Any, cell: int, labels: Any) -> None:
     window += cover * (paint * (1 - 0.5 * dark[..., None]) - window)
 
 
-def _distance(np: Any, shape: str, x: Any, y: Any, radius: float) -> Any:
+def distance(np: Any, shape: str, x: Any, y: Any, radius: float) -> Any:
     """About the signed distance of points from the outline of a shape, negative inside."""
-    far = np.hypot(x, y)
     if shape == "circle":
-        return far - radius * 0.95
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - radius * 0.8
-    if shape == "triangle":
-        return np.maximum(y - radius * 0.7, 0.85 * abs(x) - 0.5 * y - radius * 0.42)
-    if shape == "cross":
-        a, b = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-        return np.maximum(a - radius * 0.95, b - radius * 0.3)
-    if shape == "ring":
-        return abs(far - radius * 0.72) - radius * 0.23
-    angle = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5  # star, five points
-    return far * (np.cos(angle) + 1.7 * abs(np.sin(angle))) - radius * 1.05
+        return np.hypot(x, y) - radius * 0.95
+    if shape == "star":  # of five points
+        angle = (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5
+        return np.hypot(x, y) * (np.cos(angle) + 1.7 * abs(np.sin(angle))) - radius * 1.05
+    return scenes.square(np, x, y, radius) if shape == "square" else scenes.distance(np, shape, x, y, radius)
+
+
+def lesson(data: Pictures) -> Lesson:
+    """The captions as a lesson for the teacher: regions are the 3 x 3 cells, phrases the objects and the background."""
+    objects = [w for words in ATTRIBUTES.values() for w in words] + [*ROWS, *COLUMNS]
+    of_object = {word: n for n, word in enumerate(objects)}
+    # A word of an object is another one than the same word of a background.
+    behind = [w for words in SURROUNDINGS.values() for w in words]
+    of_background = {word: n + len(objects) for n, word in enumerate(behind)}
+    found = torch.zeros(len(data.captions), 4, len(objects) + len(behind))  # three objects at most and the background
+    for caption, rows in zip(data.captions, found, strict=True):
+        for phrase, row in zip(caption.split(", "), rows, strict=False):
+            words = of_background if phrase.endswith(" light") else of_object
+            row[[words[w] for w in phrase.split() if w in words]] = 1
+    return Lesson(
+        data.images,
+        found,
+        cell_means().expand(len(found), -1, -1),
+        data.labels,
+        data.background,
+        {name: len(words) for name, words in ATTRIBUTES.items()},
+        {name: len(words) for name, words in SURROUNDINGS.items()},
+    )

@@ -1,0 +1,92 @@
+"""Dataclasses as settings: filled strictly from nested dicts, and changed by name=value."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, TypeVar
+
+from semhitok._optional import require
+
+T = TypeVar("T")
+
+
+def override(config: Any, assignment: str) -> None:
+    """Set one field by a dotted path, such as `pixel.optimizer.lr=1e-3`; the value is YAML.
+
+    Raises:
+        ValueError: no such setting, or a value of a wrong type or out of range.
+    """
+    path, separator, text = assignment.partition("=")
+    if not separator:
+        raise ValueError(f"override: expected name=value, got {assignment!r}")
+    *parents, name = path.strip().split(".")
+    target = config
+    for parent in parents:
+        target = getattr(target, parent, None)
+    hints = typing.get_type_hints(type(target)) if dataclasses.is_dataclass(target) else {}
+    if name not in hints:
+        raise ValueError(f"override: no such setting {path.strip()!r}")
+    setattr(target, name, _convert(hints[name], require("yaml").safe_load(text), path.strip()))
+    if hasattr(target, "__post_init__"):
+        target.__post_init__()
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
+    """Build a dataclass from nested dicts.
+
+    Args:
+        cls: the dataclass.
+        data: settings by name.
+        where: the path of `data`, for messages of errors.
+        default: gives the values of missing keys; None leaves them to the defaults of `cls`.
+
+    Raises:
+        ValueError: an unknown key, a value of a wrong type or out of range.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints), key=str)
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
+    values: dict[str, Any] = {}
+    for field_ in dataclasses.fields(typing.cast(Any, cls)):
+        name = field_.name
+        value = None
+        if default is not None:
+            value = values[name] = getattr(default, name)
+        elif field_.default_factory is not dataclasses.MISSING:
+            value = field_.default_factory()
+        if name in data:
+            values[name] = _convert(hints[name], data[name], f"{where}.{name}", value)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    """`value` as the annotated type `hint`, or ValueError. `default` gives what a dict leaves out."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:
+        return None if value is None else _convert(arguments[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where, default)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return [_convert(arguments[0], v, f"{where}[{n}]") for n, v in enumerate(value)]
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+            raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
+        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads "1e-3" (no dot) as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or hint
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
+    return value

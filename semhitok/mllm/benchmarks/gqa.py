@@ -1,0 +1,29 @@
+"""GQA: compositional questions with answers of a word or two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
+from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies, pairs
+
+
+def load(data: Path, images: Path | None = None) -> list[Question]:
+    """{id: {"imageId", "question", "answer", "types": {"structural"}}} of testdev_balanced_questions.json."""
+    folder = image_folder(data, images, "images")
+    (path,) = data_files(data, "testdev_balanced_questions.json")
+    questions = []
+    for id_, row in read_object(path).items():
+        where = f"{path}: {id_}"
+        image = folder / f"{field(row, 'imageId', where)}.jpg"
+        category = row.get("types", {}).get("structural", "")
+        gold = field(row, "answer", where)
+        questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, category))
+    return questions
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Percentage of right answers, ignoring case and a full stop at the end; also of each structural type."""
+    right = [text.strip().removesuffix(".").strip().lower() == q.gold for q, text in pairs(questions, answers)]
+    return accuracies(questions, right)

@@ -1,0 +1,53 @@
+"""SEED-Bench: multiple choice; its image questions only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
+from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies, pairs
+
+CHOICES = ("a", "b", "c", "d")
+
+
+def load(data: Path, images: Path | None = None) -> list[Question]:
+    """Image questions of {"questions": [{"question_id", "question", "choice_a", ..., "answer", "data_id", ...}]}."""
+    folder = image_folder(data, images, "SEED-Bench-image", "images")
+    (path,) = data_files(data, "SEED-Bench.json")
+    content = read_object(path)
+    names = {number: name for name, number in content.get("question_type", {}).items()}
+    questions = []
+    for row in field(content, "questions", str(path)):
+        where = f"{path}: question {field(row, 'question_id', str(path))}"
+        if row.get("data_type", "image") != "image":
+            continue
+        choices = {c.upper(): str(field(row, f"choice_{c}", where)) for c in CHOICES}
+        gold = field(row, "answer", where)
+        if gold not in choices:
+            raise ValueError(f"{where}: answer: expected one of {', '.join(choices)}, got {gold!r}")
+        text = "\n".join([field(row, "question", where), *(f"{letter}. {c}" for letter, c in choices.items())])
+        kind = row.get("question_type_id")
+        category = names.get(kind, str(kind))
+        image = folder / str(field(row, "data_id", where))
+        questions.append(Question(str(row["question_id"]), image, text + LETTER, (gold, choices), category))
+    return questions
+
+
+def answer_of(text: str, choices: Mapping[str, str]) -> str:
+    """The letter that an answer is, whose choice it is, or that it begins with (before . : ) or a space); else ""."""
+    text = text.strip()
+    found = re.match(r"\(?([A-D])(?:[.:)]+|\s|$)", text)
+    if found and found[0] == text:
+        return found[1]
+    # "A dog" is a choice before it is the letter A.
+    said = text.removesuffix(".").lower()
+    same = [letter for letter, choice in choices.items() if choice.strip().removesuffix(".").lower() == said]
+    return same[0] if same else found[1] if found else ""
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Percentage of right letters, of all questions and of each type."""
+    right = [answer_of(text, q.gold[1]) == q.gold[0] for q, text in pairs(questions, answers)]
+    return accuracies(questions, right)
