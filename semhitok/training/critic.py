@@ -91,7 +91,7 @@ class DinoCritic(nn.Module):
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
         self.vit.requires_grad_(False)
-        self.heads = nn.ModuleList(_Head(self.vit.embed_dim) for _ in self.blocks)
+        self.heads = nn.ModuleList(Head(self.vit.embed_dim) for _ in self.blocks)
         self.train()
 
     def train(self, mode: bool = True) -> DinoCritic:
@@ -105,7 +105,7 @@ class DinoCritic(nn.Module):
         Autocast is off in here, because spectral norms do not work in bf16.
         """
         with torch.autocast(images.device.type, enabled=False):
-            images = _resize(images.float(), self.image_size)
+            images = resize(images.float(), self.image_size)
             maps = self.vit.forward_intermediates(
                 (images - self.mean) / self.std,
                 indices=self.blocks,
@@ -117,7 +117,7 @@ class DinoCritic(nn.Module):
             return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """Tokens [B, C, h, w] of one block -> logits [B, 1, h, w]: StyleGAN-T's head, but on the plane.
 
     StyleGAN-T convolves 9 successive tokens, this head 3 x 3. In place of batch normalisation every token is normalised
@@ -254,7 +254,7 @@ def _choose(numbers: Tensor, count: int) -> Tensor:
     return (numbers * count).long()
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize(images: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] -> [B, 3, size, size], bicubic with antialias, and not clamped: a clamp would cut gradients.
 
     Equal to `F.interpolate`, but computed as two matrix products, because the backward pass of `F.interpolate` sums in

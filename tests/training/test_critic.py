@@ -258,7 +258,7 @@ def test_dino_critic_sees_normalised_tokens_of_its_blocks(dino):
 
 def test_heads_normalise_tokens_one_by_one():
     torch.manual_seed(0)
-    head, maps = critics._Head(8).eval(), torch.randn(2, 8, 3, 3)
+    head, maps = critics.Head(8).eval(), torch.randn(2, 8, 3, 3)
     scaled = maps * torch.rand(2, 1, 3, 3).add(0.5) + torch.randn(2, 1, 3, 3)
     torch.testing.assert_close(head(scaled), head(maps), rtol=1e-3, atol=1e-4)
 
@@ -267,7 +267,7 @@ def test_heads_normalise_tokens_one_by_one():
 def test_resizing_is_bicubic(shape):
     images = torch.rand(2, 3, *shape)
     expected = torch.nn.functional.interpolate(images, (32, 32), mode="bicubic", antialias=True)
-    torch.testing.assert_close(critics._resize(images, 32), expected)
+    torch.testing.assert_close(critics.resize(images, 32), expected)
 
 
 def test_dino_critic_reads_a_local_file_or_says_what_is_wrong(dino, tmp_path):
