@@ -80,10 +80,7 @@ class CodeUsage:
             return {view: {"usage": 0.0, "perplexity": 0.0} for view in ("semantic", "flat", "group")}
         used = tokens > 0
         return {
-            "semantic": {
-                "usage": used.double().mean().item(),
-                "perplexity": _entropy(tokens).exp().item(),
-            },
+            "semantic": {"usage": used.double().mean().item(), "perplexity": _entropy(tokens).exp().item()},
             "flat": {
                 "usage": (counts > 0).double().mean().item(),
                 "perplexity": _entropy(counts.flatten()).exp().item(),

@@ -9,14 +9,7 @@ import safetensors.torch
 import torch
 from small_tokenizers import adaptive_tokenizer, small_config
 
-from semhitok.config import (
-    SemHiTokConfig,
-    TeacherConfig,
-    override,
-    preset,
-    preset_names,
-    train_config,
-)
+from semhitok.config import SemHiTokConfig, TeacherConfig, override, preset, preset_names, train_config
 from semhitok.models.teacher import Teacher
 from semhitok.tokenizer import SemHiTok
 
@@ -275,11 +268,7 @@ def test_presets_build_on_the_meta_device(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     config = model.config
     assert config.vocabulary_size == (2048 if name == "semhitok-tiny" else 196_608)
-    assert model.quantizer.pix_codebook.shape == (
-        config.num_codes,
-        config.num_sub_codes,
-        config.pix_dim,
-    )
+    assert model.quantizer.pix_codebook.shape == (config.num_codes, config.num_sub_codes, config.pix_dim)
     assert SemHiTokConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

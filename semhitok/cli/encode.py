@@ -75,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="encoding processes, each of one thread on a CPU (default: 1)",
         ),
         corpus.add_argument(
-            "--workers",
-            type=arguments.positive,
-            metavar="N",
-            help="decoding processes for each (default: none)",
+            "--workers", type=arguments.positive, metavar="N", help="decoding processes for each (default: none)"
         ),
     ]
     parser.set_defaults(corpus_flags={option.dest: option.option_strings[0] for option in options})

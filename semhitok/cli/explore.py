@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
     parser.add_argument("--compare", metavar="CHECKPOINT", help="another tokenizer, to show beside the first")
     parser.add_argument(
-        "--images",
-        metavar="FOLDER",
-        help=f"images to search for patches that share a code (the first {_MAX_IMAGES})",
+        "--images", metavar="FOLDER", help=f"images to search for patches that share a code (the first {_MAX_IMAGES})"
     )
     arguments.add_device_argument(parser)
     parser.add_argument(

@@ -43,11 +43,6 @@ def run(args: argparse.Namespace) -> int:
         args,
         config,
         lambda device: train(
-            config,
-            args.sources,
-            args.out,
-            held_out=args.held_out,
-            device=device,
-            accept_changes=args.accept_changes,
+            config, args.sources, args.out, held_out=args.held_out, device=device, accept_changes=args.accept_changes
         ),
     )

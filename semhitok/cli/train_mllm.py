@@ -35,7 +35,5 @@ def run(args: argparse.Namespace) -> int:
     if args.stages:
         args.set.append(f"stages={json.dumps(args.stages)}")
     return training.run_training(
-        args,
-        config,
-        lambda device: train(config, args.out, device=device, accept_changes=args.accept_changes),
+        args, config, lambda device: train(config, args.out, device=device, accept_changes=args.accept_changes)
     )

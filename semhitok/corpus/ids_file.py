@@ -50,12 +50,7 @@ class CodesFile:
         return Vocabulary(self.num_codes, self.num_sub_codes, codebook_hash=self.codebook_hash, offsets=self.offsets)
 
 
-def save_codes(
-    path: str | os.PathLike[str],
-    codes: torch.Tensor,
-    names: Sequence[str],
-    vocabulary: Vocabulary,
-) -> None:
+def save_codes(path: str | os.PathLike[str], codes: torch.Tensor, names: Sequence[str], vocabulary: Vocabulary) -> None:
     """Write an ids file. It appears complete or not at all.
 
     Args:

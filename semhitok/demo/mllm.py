@@ -25,15 +25,7 @@ from semhitok._optional import require
 from semhitok.config import TrainConfig, from_dict, override
 from semhitok.corpus.ids_file import load_codes, save_codes
 from semhitok.demo import scenes
-from semhitok.demo.reader import (
-    Reader,
-    Scores,
-    chance,
-    evaluate_captions,
-    evaluate_questions,
-    score,
-    train_reader,
-)
+from semhitok.demo.reader import Reader, Scores, chance, evaluate_captions, evaluate_questions, score, train_reader
 from semhitok.demo.teacher import ContrastiveConfig, scenes_lesson, train_teacher
 from semhitok.mllm import Sampling
 from semhitok.mllm.assistant import Assistant

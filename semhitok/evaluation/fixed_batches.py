@@ -62,10 +62,7 @@ def exact() -> Iterator[None]:
     torch.set_autocast_enabled("cuda", False)
     torch.set_autocast_enabled("cpu", False)
     try:
-        with (
-            torch.no_grad(),
-            backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
+        with torch.no_grad(), backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         backends.cuda.matmul.allow_tf32 = old[0]

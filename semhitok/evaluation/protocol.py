@@ -141,10 +141,7 @@ class _Evaluation:
         self.protocol = self.folder.store_references(images, size, _protocol(len(images), size, self.labels))
 
     def run(
-        self,
-        subject: dict[str, Any],
-        compute: Callable[[list[str]], dict[str, Tensor]],
-        usage: CodeUsage | None = None,
+        self, subject: dict[str, Any], compute: Callable[[list[str]], dict[str, Tensor]], usage: CodeUsage | None = None
     ) -> Report:
         """Measure, and write the report. `compute` gives the rows of the images of `BATCH` names."""
         numbers = torch.arange(len(self.names)).split(BATCH * distributed.world_size())

@@ -75,7 +75,7 @@ class _Page:
                 gr.HTML(
                     "<p>Click a patch in any of the pictures to see its ids (i, j). Click one of its sub-codes to swap "
                     f"it in and decode the image again. Accepted are {', '.join(FORMATS)} files of up to {_MAX_FILE} "
-                    f"and {MAX_PIXELS:,} pixels.</p>",
+                    f"and {MAX_PIXELS:,} pixels.</p>"
                 )
         with gr.Row():
             self.panels = [_Panel(explorer, number) for number, explorer in enumerate(explorers)]

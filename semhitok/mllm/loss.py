@@ -190,13 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _GroupCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        groups: Tensor,
-        targets: Tensor,
-        offsets: Tensor,
-        dtype: torch.dtype,
-        weight: Tensor,
+        ctx: Any, hidden: Tensor, groups: Tensor, targets: Tensor, offsets: Tensor, dtype: torch.dtype, weight: Tensor
     ) -> Tensor:
         loss = hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):

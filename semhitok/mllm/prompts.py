@@ -43,7 +43,7 @@ def conversation(
         messages: {"role", "content"} each. Content is text, or a list of {"type": "text", "text"} and
             {"type": "image"}.
         images: int64 [2 + h * w] each, as returned by `Vocabulary.image`, one for every `<image>` in order.
-        given: number of ids at the beginning of an answer's images that are not learnt.
+        given: number of first ids of each image that are not learnt.
 
     Raises:
         ValueError: no answer or an empty one, a wrong number of images, text ids that the model does not have, or a
@@ -153,8 +153,7 @@ class _Writer:
     """Collects parts: text is tokenised piece by piece between its images."""
 
     def __init__(self, text_tokenizer: Any, vocabulary: Vocabulary, images: Sequence[Tensor], given: int = 0) -> None:
-        self.text_tokenizer, self.vocabulary, self.images = text_tokenizer, vocabulary, list(images)
-        self.given = given
+        self.text_tokenizer, self.vocabulary, self.images, self.given = text_tokenizer, vocabulary, list(images), given
         self.used = 0
         self.parts: list[Part] = []
 

@@ -15,14 +15,7 @@ from semhitok.training.stage import Stage
 
 
 def save(
-    folder: Path,
-    stage: Stage,
-    step: int,
-    *,
-    seconds: float,
-    best: float | None,
-    position: dict[str, Any],
-    keep: int,
+    folder: Path, stage: Stage, step: int, *, seconds: float, best: float | None, position: dict[str, Any], keep: int
 ) -> None:
     """Save the state after `step` steps, and delete all but the last `keep` states; a collective call.
 

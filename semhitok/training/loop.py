@@ -29,6 +29,7 @@ from semhitok import distributed
 from semhitok._files import write_json
 from semhitok.config import EngineConfig
 from semhitok.data.batch import seed_everything
+from semhitok.data.stream import Batches
 from semhitok.evaluation.metrics import METRICS
 from semhitok.training import checkpoint, log
 from semhitok.training.parts import Figures
@@ -66,25 +67,12 @@ class StopOnSignal:
             signal.signal(number, handler)
 
 
-class Batches(Protocol[Loaded]):
-    """The micro-batches of one process, a list for every step, without end."""
-
-    skipped: int  # samples that could not be used
-
-    def __next__(self) -> list[Loaded]: ...
-
-    def position(self) -> dict[str, Any]:
-        """Where the data stand, for `Data.batches`: numbers and text."""
-
-    def close(self) -> None: ...
-
-
 class Data(Protocol[Loaded]):
     """What a run trains on."""
 
     def batches(
         self, batch_size: int, micro_batch: int, step: int, position: Mapping[str, Any] | None
-    ) -> Batches[Loaded]:
+    ) -> Batches[list[Loaded]]:
         """The batches after `step` steps, which ended at `position`."""
 
 

@@ -144,8 +144,5 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and not name.endswith("positions")
             (decayed if matrix else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)

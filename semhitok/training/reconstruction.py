@@ -72,12 +72,7 @@ class ReconstructionLoss(nn.Module):
         return self
 
     def forward(
-        self,
-        predicted: Tensor,
-        images: Tensor,
-        batch: Batch,
-        step: int,
-        last_layer: Callable[[Tensor], Tensor],
+        self, predicted: Tensor, images: Tensor, batch: Batch, step: int, last_layer: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Figures]:
         """The loss of reconstructions. The critic and its gradients stay as they are.
 

@@ -380,12 +380,7 @@ def test_the_help_names_every_benchmark_and_preset(capsys):
 
 
 def test_usage_errors(capsys):
-    for arguments in (
-        [],
-        ["fly"],
-        ["encode"],
-        ["encode", "a", "b", "--out", "c", "--batch-size", "0"],
-    ):
+    for arguments in ([], ["fly"], ["encode"], ["encode", "a", "b", "--out", "c", "--batch-size", "0"]):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2

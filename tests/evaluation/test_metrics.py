@@ -35,13 +35,7 @@ def test_equal_to_scikit_image(shape, noise):
         a, b = (x[index].permute(1, 2, 0).double().numpy() for x in (images, noisy))
         assert ours_psnr[index] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-9)
         expected = structural_similarity(
-            a,
-            b,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=1,
-            channel_axis=2,
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=2
         )
         assert ours_ssim[index] == pytest.approx(expected, abs=1e-6)
 

@@ -62,8 +62,8 @@ def losses(run: Path, stage: str) -> list[float]:
 
 
 # A server that has everything imported and forks workers: a start takes a fraction of a second.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_processes", "semhitok.training", "timm", "accelerate", "webdataset"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["training_processes", "semhitok.training", "timm", "accelerate", "webdataset"])
 
 
 class Workers:
@@ -81,7 +81,7 @@ class Workers:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.processes = [
-            _context.Process(
+            context.Process(
                 target=_work,
                 args=(rank, world_size, port, out, pictures, settings, log, deadly_write, unwrapped_critic, kw),
             )
