@@ -7,11 +7,7 @@ from typing import Any
 
 
 def require(module: str, extra: str = "models") -> Any:
-    """Import and return `module`, which the optional dependencies `extra` provide.
-
-    Raises:
-        ImportError: the package is missing; one line names it and the command that installs it.
-    """
+    """Import and return `module` of the dependencies `extra`; ImportError with the command that installs them."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

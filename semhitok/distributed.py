@@ -85,11 +85,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def check_equal(tensor: Tensor, name: str) -> None:
-    """Check that `tensor` has the same bits on every process.
-
-    Raises:
-        RuntimeError: it differs; raised on every process.
-    """
+    """Raise RuntimeError on every process unless `tensor` has the same bits on all of them."""
     if world_size() == 1:
         return
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

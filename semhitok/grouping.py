@@ -76,11 +76,7 @@ class Grouping:
 
 
 def check_offsets(offsets: Sequence[int], num_groups: int, num_ids: int) -> None:
-    """Check that `offsets` share out `num_ids` ids among `num_groups` groups, with at least one id for each.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise ValueError unless `offsets` share out `num_ids` ids among `num_groups` groups, at least one each."""
     if len(offsets) != num_groups + 1:
         raise ValueError(f"offsets: expected {num_groups + 1}, one a semantic code and the end, got {len(offsets)}")
     if offsets[0] != 0 or offsets[-1] != num_ids:

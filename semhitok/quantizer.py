@@ -245,15 +245,10 @@ class HierarchicalQuantizer(nn.Module):
     ) -> None:
         """Set the sub-codes by k-means inside every semantic group, fitted by the first process.
 
+        Tokens are z_pix [N, Dp], in the groups sem_codes [N] int64. `generator` is as in `SemanticQuantizer.restart`.
         A group starts from m of its own tokens. Adaptive sizes are set first, by `clustering.allocate`, and k-means
         starts from its codes. Codes for which a group has no tokens start at the group's mean plus the difference of a
         random token from the mean of its own group: sub-codes that started from one point would tie and stay together.
-
-        Args:
-            z_pix: [N, Dp], floating point.
-            sem_codes: [N] int64 in [0, K).
-            iterations: of k-means.
-            generator: as in `SemanticQuantizer.restart`, with the same error.
         """
         generator = _generator(generator)
         if distributed.rank() == 0:

@@ -56,11 +56,7 @@ class CodeUsage:
         self.offsets = None if offsets is None else torch.as_tensor(offsets)
 
     def update(self, codes: torch.Tensor) -> None:
-        """Count flat ids: integers of any shape in [0, K * m), on any device.
-
-        Raises:
-            ValueError: not integers, or out of range; then nothing is counted.
-        """
+        """Count flat ids: integers of any shape in [0, K * m), on any device; if others, ValueError and no count."""
         flat = self.vocabulary.check(codes).flatten().to(self.counts.device)
         self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
 

@@ -101,11 +101,7 @@ class Vocabulary:
         return self.begin_of_image + self.num_special
 
     def resolution(self, pixels: int) -> int:
-        """The special id of images of `pixels` x `pixels`.
-
-        Raises:
-            ValueError: `pixels` is not one of `resolutions`.
-        """
+        """The special id of images of `pixels` x `pixels`; ValueError if it is not one of `resolutions`."""
         if pixels not in self.resolutions:
             raise ValueError(f"pixels: expected one of {self.resolutions}, got {pixels}")
         return self.end_of_image + 1 + self.resolutions.index(pixels)
@@ -189,11 +185,7 @@ class Vocabulary:
         return _checked("codes", codes, 0, self.num_flat_codes)
 
     def check_hash(self, other: str | None) -> None:
-        """Check that ids with the codebook hash `other` belong to this vocabulary's codebooks.
-
-        Raises:
-            ValueError: the hashes differ, or one of them is unknown.
-        """
+        """Raise ValueError unless `other` is the codebook hash of this vocabulary, and neither is unknown."""
         if self.codebook_hash is None or self.codebook_hash != other:
             expected, got = ("unknown" if digest is None else digest[:12] for digest in (self.codebook_hash, other))
             raise ValueError(f"codebook_hash: expected ids of codebook {expected}, got ids of codebook {got}")
