@@ -127,10 +127,7 @@ class Codebooks(nn.Module):
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
-        semantic = self.grouping.group_of(codes)
-        return Features(
-            nn.functional.embedding(semantic, self.sem), nn.functional.embedding(codes, self.pix.flatten(0, -2))
-        )
+        return Features(self.sem[self.grouping.group_of(codes)], self.pix.flatten(0, -2)[codes])
 
     @property
     def grouping(self) -> Grouping:
@@ -339,6 +336,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        reduction: str = "mean",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The loss with `labels`, the logits without: never both, as the loss does not compute all logits at once.
@@ -353,9 +351,11 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             use_cache: None means False, other than in transformers' own models, as a cache would disable packing.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or indices of positions.
             num_items_in_batch: divides the sum of the losses; the number of labels by default.
+            reduction: "mean", or "none" for the loss of each label.
 
         Returns:
-            with `labels`, `loss`, the mean over labels (scalar, fp32); otherwise `logits` [B, T, vocabulary.size].
+            with `labels`, `loss`, the mean over labels (scalar, fp32), or with "none" [B * (T - 1)], 0 where -100;
+            otherwise `logits` [B, T, vocabulary.size].
 
         Raises:
             ValueError: see `embed`; both or neither of `input_ids` and `inputs_embeds`; labels out of range.
@@ -379,9 +379,10 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None:
             labels = labels[:, 1:].flatten()
-            losses = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
-            count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss = losses.sum() / count
+            loss = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
+            if reduction == "mean":
+                count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+                loss = loss.sum() / count
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, keep])

@@ -1,6 +1,6 @@
 """Rows for the unified model: records of all sources, mixed, formatted and packed, for one of several processes.
 
-Record (a dict, see `semhitok.mllm.sources`) -> `RowSample` -> `Row` of several samples -> `MicroRows`, a micro-batch.
+Record (a dict, see `semhitok.mllm.sources`) -> `RowSample` -> `MicroRows` of one row -> of a whole micro-batch.
 
 Every row of the global batch has a stream of its own, which draws from a part of each source by the seed and the number
 of the draw. So the batches do not depend on how many processes share them.
@@ -55,18 +55,7 @@ class RowSample:
     before: dict[str, Any] = field(default_factory=dict)
 
 
-class Row(NamedTuple):
-    """A row of samples: see `MicroRows` for the fields; `columns` int64 [n] are where the ids of its images go."""
-
-    packed: Packed
-    tasks: Tensor
-    padding: Tensor
-    images: Tensor
-    columns: Tensor
-
-
-@dataclass
-class MicroRows:
+class MicroRows(NamedTuple):
     """Rows that go through the model at once, on the CPU.
 
     Attributes:
@@ -84,10 +73,11 @@ class MicroRows:
     places: Tensor
 
     @classmethod
-    def stack(cls, rows: Sequence[Row]) -> MicroRows:
-        packed, tasks, padding, images, columns = zip(*rows, strict=True)
-        places = [torch.stack([torch.full_like(c, n), c], 1) for n, c in enumerate(columns)]
-        merged = Packed(*(torch.cat(tensors) for tensors in zip(*packed, strict=True)))
+    def stack(cls, rows: Sequence[MicroRows]) -> MicroRows:
+        """Micro-batches of one row each as one."""
+        packed, tasks, padding, images, places = zip(*rows, strict=True)
+        merged = Packed(*map(torch.cat, zip(*packed, strict=True)))
+        places = [place + torch.tensor([n, 0]) for n, place in enumerate(places)]
         return cls(merged, torch.cat(tasks), torch.cat(padding), torch.cat(images), torch.cat(places))
 
     def with_ids(self, ids: Tensor) -> Packed:
@@ -201,23 +191,23 @@ class TrainingRows:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise (WrongCodebook if isinstance(error, WrongCodebook) else ValueError)(f"{name}{reason}") from None
 
-    def row(self, samples: Sequence[RowSample]) -> Row:
+    def row(self, samples: Sequence[RowSample]) -> MicroRows:
         """A row of samples that fit in it."""
         length, size = self.config.length, self.model.image_size
         tasks, padding = (torch.zeros(1, length, dtype=torch.uint8) for _ in range(2))
         images: list[Tensor] = []
-        columns: list[int] = []
+        places: list[tuple[int, int]] = []
         start = 0
         for sample in samples:
             end = start + len(sample.sample.input_ids)
             tasks[0, start:end] = sample.task
             images += [pixels for pixels, _ in sample.images]
-            columns += [start + offset for _, offset in sample.images]
+            places += [(0, start + offset) for _, offset in sample.images]
             start = end
         padding[0, start:] = 1
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         packed = pack([s.sample for s in samples], length, self.pad_id)
-        return Row(packed, tasks, padding, stacked, torch.tensor(columns, dtype=torch.int64))
+        return MicroRows(packed, tasks, padding, stacked, torch.tensor(places, dtype=torch.int64).reshape(-1, 2))
 
     def _parts(
         self, source: Source, record: Record, images: Sequence[Tensor], drop_caption: bool

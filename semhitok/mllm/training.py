@@ -114,7 +114,7 @@ def train(
             seconds[name] = run_stage(stage, run, _evaluation(stage, held_out_rows, config.evaluation.batches))
             model = stage.finish()
         if distributed.rank() == 0:
-            _save(model, text_tokenizer, folder / "checkpoint")
+            _save(folder / "checkpoint", model.eval(), text_tokenizer)
         if distributed.world_size() > 1:
             torch.distributed.barrier()
     return seconds
@@ -149,13 +149,7 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, tasks: Tensor) -> Tensor:
-        wrapped: Any = self.model
-        model: UnifiedMLLM = wrapped if isinstance(wrapped, UnifiedMLLM) else wrapped.get_base_model()
-        trunk: Any = model.model
-        hidden = trunk(
-            inputs_embeds=model.embed(input_ids), position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        losses = model.token_losses(hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        losses = self.model(input_ids, position_ids=position_ids, labels=labels, reduction="none").loss
         return losses.new_zeros(len(TASKS)).index_add(0, tasks[:, 1:].flatten(), losses)
 
 
@@ -299,7 +293,7 @@ def _text_tokenizer(config: MLLMTrainConfig, folder: Path, sources: Sequence[Seq
     if distributed.rank() == 0 and not saved.exists():
         size = AutoConfig.for_model(**(config.llm_config or {})).vocab_size
         texts = (text for stage in sources for source in stage for text in source.texts())
-        _write(saved, word_tokenizer(texts, size).save_pretrained)
+        _save(saved, word_tokenizer(texts, size))
     if distributed.world_size() > 1:
         torch.distributed.barrier()
     return AutoTokenizer.from_pretrained(saved)
@@ -336,19 +330,12 @@ def _evaluation(stage: MLLMStage, rows: TrainingRows | None, count: int) -> Call
     return evaluate
 
 
-def _save(model: UnifiedMLLM, text_tokenizer: Any, folder: Path) -> None:
-    def write(place: Path) -> None:
-        model.eval().save_pretrained(place)
-        text_tokenizer.save_pretrained(place)
-
-    _write(folder, write)
-
-
-def _write(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Write a folder that exists complete or not at all."""
+def _save(folder: Path, *saved: Any) -> None:
+    """Save models and tokenizers of transformers in a folder, which exists complete or not at all."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write(part)
+    for thing in saved:
+        thing.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
-from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, mean, pairs
+from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
@@ -35,7 +35,7 @@ def vqa_accuracy(text: str, gold: Sequence[str]) -> float:
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Mean VQA accuracy."""
-    return {"accuracy": 100 * mean([vqa_accuracy(text, q.gold) for q, text in pairs(questions, answers)])}
+    return accuracies(questions, answers, vqa_accuracy)
 
 
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"} | {
