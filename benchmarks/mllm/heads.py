@@ -45,10 +45,11 @@ from semhitok.training.parts import learning_rate, make_optimizer
 PICTURES, HELD_OUT = 4000, 160
 LENGTH, SAMPLES = 256, 24  # ids of a row, pictures of a step: 8 rows
 POINTS = 4  # evaluations on the way
+SIZES = {False: "fixed", True: "adaptive"}  # of sub-codebooks
 
 
 class Sizes(NamedTuple):
-    """Of a loss that is measured alone."""
+    """Sizes of a loss that is measured alone."""
 
     num_codes: int
     num_sub_codes: int
@@ -69,15 +70,12 @@ def tokenizers(out: Path) -> dict[bool, SemHiTok]:
     lesson = ContrastiveConfig("scenes", PICTURES, 150, demo.TEACHER_BATCH)
     teacher = train_teacher(lesson, out, lambda: scenes_lesson(images))
     folder = demo.write_pictures(images.images, out / "pictures")
-    found = {}
     for adaptive in (False, True):
         config = demo.tokenizer_config()
         config.model.teacher, config.model.adaptive = teacher, adaptive
         config.semantic.steps, config.pixel.steps = 100, 300
-        run = out / ("adaptive" if adaptive else "fixed")
-        train(config, [folder], run)
-        found[adaptive] = SemHiTok.from_pretrained(run / "checkpoint")
-    return found
+        train(config, [folder], out / SIZES[adaptive])
+    return {adaptive: SemHiTok.from_pretrained(out / name / "checkpoint") for adaptive, name in SIZES.items()}
 
 
 def samples(model: Any, tokenizer: SemHiTok, codes: Tensor, captions: Sequence[str], words: Any) -> list[Sample]:
@@ -110,8 +108,7 @@ def compare(
         torch.manual_seed(0)
         llm = AutoConfig.for_model(**(config.llm_config or {}))
         models[head] = UnifiedMLLM.from_parts(llm, tokenizer, head=head, dtype=torch.float32).train()
-    given = samples(models["flat"], tokenizer, codes, captions, words)
-    unseen = samples(models["flat"], tokenizer, *held, words)
+    given, unseen = (samples(models["flat"], tokenizer, *pairs, words) for pairs in ((codes, captions), held))
     unseen_rows = [pack(unseen[n : n + SAMPLES], LENGTH) for n in range(0, len(unseen), SAMPLES)]
     optimizers = {head: make_optimizer(model, config.joint.optimizer) for head, model in models.items()}
     losses: dict[str, list[float]] = {head: [] for head in models}
@@ -154,9 +151,8 @@ def measure(head: str, adaptive: bool, sizes: Sizes) -> dict[str, float]:
         vocab_size=sizes.text_ids, hidden_size=sizes.width, intermediate_size=sizes.width, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
-    model: Any = UnifiedMLLM(
-        UnifiedMLLMConfig(llm, sizes.num_codes, sizes.num_sub_codes, 1, 1, head=head, adaptive=adaptive)
-    )
+    config = UnifiedMLLMConfig(llm, sizes.num_codes, sizes.num_sub_codes, 1, 1, head=head, adaptive=adaptive)
+    model: Any = UnifiedMLLM(config)
     if adaptive:
         model.codebooks.offsets.copy_(uneven(sizes.num_codes, sizes.num_sub_codes))
     hidden = torch.randn(sizes.tokens, sizes.width).requires_grad_()
@@ -180,7 +176,7 @@ def table(rows: Sequence[tuple[Sizes, bool, str, Sequence[float], float | None, 
     for sizes, adaptive, head, losses, step, of_loss in rows:
         found = "".join(f"{x:8.3f}" for x in losses) if losses else f"{'-':>8}" * POINTS
         lines.append(
-            f"{f'{sizes.num_codes} x {sizes.num_sub_codes}':11} {'adaptive' if adaptive else 'fixed':9} {head:12}"
+            f"{f'{sizes.num_codes} x {sizes.num_sub_codes}':11} {SIZES[adaptive]:9} {head:12}"
             f"{found}  {'-' if step is None else f'{step:.3f}':>7}"
             f"  {of_loss['s']:7.2f}  {of_loss['MiB']:7.1f}  {of_loss['gradients']:9.1f}"
         )

@@ -180,12 +180,12 @@ class TrainingRows:
         if isinstance(record, Sample):
             return [self._row_sample(record, task, [])]
         try:
-            images, pixels = self._images(record)
-            sample = join(*self._parts(source, record, images, drop_caption))
+            images = self._images(record)
+            sample = join(*self._parts(source, record, [ids for ids, _ in images], drop_caption))
             if not images and "text" in record:
                 pieces = zip(*(x.split(self.config.length) for x in sample), strict=True)
                 return [self._row_sample(Sample(*piece), task, []) for piece in pieces]
-            return [self._row_sample(sample, task, pixels)]
+            return [self._row_sample(sample, task, [pixels for _, pixels in images])]
         except (ValueError, KeyError, TypeError) as error:
             name = f"{record['name']}: " if "name" in record else ""
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -195,19 +195,19 @@ class TrainingRows:
         """A row of samples that fit in it."""
         length, size = self.config.length, self.model.image_size
         tasks, padding = (torch.zeros(1, length, dtype=torch.uint8) for _ in range(2))
-        images: list[Tensor] = []
+        images = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
         places: list[tuple[int, int]] = []
         start = 0
         for sample in samples:
             end = start + len(sample.sample.input_ids)
             tasks[0, start:end] = sample.task
-            images += [pixels for pixels, _ in sample.images]
+            images += [pixels[None] for pixels, _ in sample.images]
             places += [(0, start + offset) for _, offset in sample.images]
             start = end
         padding[0, start:] = 1
-        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         packed = pack([s.sample for s in samples], length, self.pad_id)
-        return MicroRows(packed, tasks, padding, stacked, torch.tensor(places, dtype=torch.int64).reshape(-1, 2))
+        columns = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+        return MicroRows(packed, tasks, padding, torch.cat(images), columns)
 
     def _parts(
         self, source: Source, record: Record, images: Sequence[Tensor], drop_caption: bool
@@ -237,29 +237,26 @@ class TrainingRows:
         images = [(p, begin + self.prefix) for p, begin in zip(pixels, begins, strict=False) if p is not None]
         return RowSample(sample, task, images)
 
-    def _images(self, record: Record) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The ids of a record's images in the vocabulary, and the pixels of those that have no ids yet."""
-        grid, resolution = self.model.grid_size, self.model.image_size if self.model.resolution_id else None
-        images: list[Tensor] = []
-        pixels: list[Tensor | None] = []
+    def _images(self, record: Record) -> list[tuple[Tensor, Tensor | None]]:
+        """The ids of each image in the vocabulary, and its pixels if it has no ids yet."""
         if "codes" in record:
             try:
                 self.vocabulary.check_hash(record.get("codebook_hash"))
             except ValueError as error:
                 raise WrongCodebook(str(error)) from None
-            for codes in record["codes"]:
-                ids = torch.as_tensor(codes)
-                if ids.numel() != grid**2:
-                    raise ValueError(f"codes: expected {grid**2} ids an image, got {ids.numel()}")
-                images.append(self.vocabulary.image(ids.reshape(grid, grid), self.vocabulary.codebook_hash, resolution))
-                pixels.append(None)
-            return images, pixels
+            return [(self._image(torch.as_tensor(codes)), None) for codes in record["codes"]]
+        images: list[tuple[Tensor, Tensor | None]] = []
         for image in record.get("images", ()):
             found = image.image() if isinstance(image, ShardSample) else read_image(Path(record["folder"], image))
-            pixels.append(to_uint8(resize_crop(found, self.model.image_size)))
-            blank = torch.zeros(grid, grid, dtype=torch.int64)
-            images.append(self.vocabulary.image(blank, self.vocabulary.codebook_hash, resolution))
-        return images, pixels
+            blank = self._image(torch.zeros(self.model.grid_size**2, dtype=torch.int64))
+            images.append((blank, to_uint8(resize_crop(found, self.model.image_size))))
+        return images
+
+    def _image(self, codes: Tensor) -> Tensor:
+        grid, resolution = self.model.grid_size, self.model.image_size if self.model.resolution_id else None
+        if codes.numel() != grid**2:
+            raise ValueError(f"codes: expected {grid**2} ids an image, got {codes.numel()}")
+        return self.vocabulary.image(codes.reshape(grid, grid), self.vocabulary.codebook_hash, resolution)
 
 
 class _RowStream:

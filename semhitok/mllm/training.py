@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,8 @@ def train(
             seed_everything(config.seed, name)  # for the weights of LoRA, whatever ran before
             stage = MLLMStage(name, model, config, images)
             run = Run(config, folder, data[name], stop, config.evaluation.every, unit="tokens")
-            seconds[name] = run_stage(stage, run, _evaluation(stage, held_out_rows, config.evaluation.batches))
+            evaluate = partial(stage.evaluate, held_out_rows, config.evaluation.batches) if held_out_rows else None
+            seconds[name] = run_stage(stage, run, evaluate)
             model = stage.finish()
         if distributed.rank() == 0:
             _save(folder / "checkpoint", model.eval(), text_tokenizer)
@@ -220,15 +223,17 @@ class MLLMStage(Stage[MicroRows, RowBatch, None]):
         figures = {f"{t}_loss": s / n for t, s, n in zip(TASKS, sums, batch.counts, strict=True) if n}
         return sums.sum() / max(1, sum(batch.counts)), {**figures, "padding": batch.padding}, None
 
-    def evaluate(self, batches: Iterator[list[MicroRows]]) -> Evaluation:
-        """The loss of each task on held-out samples, the same on all processes."""
+    def evaluate(self, rows: TrainingRows, count: int) -> Evaluation:
+        """The loss of each task on the first `count` batches of held-out rows, the same on all processes."""
         totals = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)
-        for loaded in batches:
-            batch = self.to_device(loaded)
-            for micro in batch:
-                with self.autocast():
-                    totals[0] += self.network(*micro.packed, micro.tasks)
-            totals[1] += torch.tensor(batch[0].counts, device=self.device) / distributed.world_size()
+        size = self.config.batch_size
+        with closing(rows.batches(size, self.config.micro_batch or max(1, size // rows.world_size))) as batches:
+            for loaded in islice(batches, count):
+                batch = self.to_device(loaded)
+                for micro in batch:
+                    with self.autocast():
+                        totals[0] += self.network(*micro.packed, micro.tasks)
+                totals[1] += torch.tensor(batch[0].counts, device=self.device) / distributed.world_size()
         sums, counts = distributed.all_reduce(totals).tolist()
         figures = {f"{t}_loss": s / n for t, s, n in zip(TASKS, sums, counts, strict=True) if n}
         return {"loss": sum(sums) / max(1, sum(counts)), **figures}, None
@@ -312,22 +317,6 @@ def _model(config: MLLMTrainConfig, image_tokenizer: SemHiTok) -> UnifiedMLLM:
     llm = config.llm or AutoConfig.for_model(**(config.llm_config or {}))
     options: Any = {"head": config.head, "resolution_id": config.resolution_id, "dtype": torch.float32}
     return UnifiedMLLM.from_parts(llm, image_tokenizer, **options)
-
-
-def _evaluation(stage: MLLMStage, rows: TrainingRows | None, count: int) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the stage on the first `count` batches of held-out rows; None without any."""
-    if rows is None:
-        return None
-    config = stage.config
-
-    def evaluate() -> Evaluation:
-        batches = rows.batches(config.batch_size, config.micro_batch or max(1, config.batch_size // rows.world_size))
-        try:
-            return stage.evaluate(islice(batches, count))
-        finally:
-            batches.close()
-
-    return evaluate
 
 
 def _save(folder: Path, *saved: Any) -> None:

@@ -38,9 +38,8 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     return accuracies(questions, answers, vqa_accuracy)
 
 
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"} | {
-    "seven": "7", "eight": "8", "nine": "9", "ten": "10"
-}  # fmt: skip
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {name: str(n) for n, name in enumerate(NAMES)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
