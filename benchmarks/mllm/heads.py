@@ -7,7 +7,7 @@ kept in --out. On the ids of each the demo's tiny Qwen2 learns text to image wit
 batches, in turns. "nats an id" is the mean -log p(h) of image ids in pictures of combinations that training never
 showed. It compares heads, not tokenizers, whose ids hold different things; the steps' seconds are medians.
 
-"loss" is loss and gradients alone, in fp32, of image ids drawn evenly, in a process of its own (mllm_loss_memory.py):
+"loss" is loss and gradients alone, in fp32, of image ids drawn evenly, in a process of its own, as in loss_memory.py:
 seconds, MiB beyond the gradients of the heads, and these. The last rows have 24,576 x 8 image ids behind Qwen2.5's
 152,064 text ids, width 896, 4,096 tokens. Adaptive sizes are drawn here, log-normal, about as uneven as the small
 tokenizer's.
@@ -41,6 +41,7 @@ from semhitok.mllm.prompts import generation_parts, word_tokenizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 from semhitok.training.parts import learning_rate, make_optimizer
+from semhitok.vocabulary import Vocabulary
 
 PICTURES, HELD_OUT = 4000, 160
 LENGTH, SAMPLES = 256, 24  # ids of a row, pictures of a step: 8 rows
@@ -78,10 +79,9 @@ def tokenizers(out: Path) -> dict[bool, SemHiTok]:
     return {adaptive: SemHiTok.from_pretrained(out / name / "checkpoint") for adaptive, name in SIZES.items()}
 
 
-def samples(model: Any, tokenizer: SemHiTok, codes: Tensor, captions: Sequence[str], words: Any) -> list[Sample]:
-    images = model.vocabulary.image(codes, tokenizer.codebook_hash)
-    pairs = zip(captions, images, strict=True)
-    return [join(*generation_parts(words, model.vocabulary, caption, image)) for caption, image in pairs]
+def samples(vocabulary: Vocabulary, codes: Tensor, captions: Sequence[str], words: Any) -> list[Sample]:
+    pairs = zip(captions, vocabulary.image(codes, vocabulary.codebook_hash), strict=True)
+    return [join(*generation_parts(words, vocabulary, caption, image)) for caption, image in pairs]
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def compare(
         torch.manual_seed(0)
         llm = AutoConfig.for_model(**(config.llm_config or {}))
         models[head] = UnifiedMLLM.from_parts(llm, tokenizer, head=head, dtype=torch.float32).train()
-    given, unseen = (samples(models["flat"], tokenizer, *pairs, words) for pairs in ((codes, captions), held))
+    given, unseen = (samples(models["flat"].vocabulary, *pairs, words) for pairs in ((codes, captions), held))
     unseen_rows = [pack(unseen[n : n + SAMPLES], LENGTH) for n in range(0, len(unseen), SAMPLES)]
     optimizers = {head: make_optimizer(model, config.joint.optimizer) for head, model in models.items()}
     losses: dict[str, list[float]] = {head: [] for head in models}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from semhitok._files import read_text
 from semhitok._messages import printable, progress
 from semhitok.cli import arguments, text
 
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    captions = args.captions + (_lines(args.prompts) if args.prompts else [])
+    prompts = read_text(Path(args.prompts)).splitlines() if args.prompts else []
+    captions = args.captions + [line.strip() for line in prompts if line.strip()]
     if not captions:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
@@ -58,11 +60,3 @@ def run(args: argparse.Namespace) -> int:
                 pictures.clear()
     print(printable(f"{out}: {text.count(len(jobs), 'picture')} of {text.count(len(captions), 'caption')}"))
     return text.DONE
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts: {path}: expected UTF-8 text, got other bytes") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]

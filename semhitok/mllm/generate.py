@@ -65,14 +65,7 @@ class Sampling:
 
 DEFAULT, GREEDY = Sampling(), Sampling(temperature=0.0)
 # Whatever the LLM's generation config says, `Draw` alone chooses.
-UNCHANGED = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-}
+NEUTRAL = dict(do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
 
 
 class Grammar(LogitsProcessor):
@@ -309,7 +302,7 @@ def generate(
         attention_mask=mask,
         logits_processor=processors,
         max_new_tokens=max_new_tokens,
-        **UNCHANGED,
+        **NEUTRAL,
         eos_token_id=model.vocabulary.size if eos_id is None else eos_id,
         pad_token_id=pad_id,
         use_cache=use_cache,
@@ -341,15 +334,15 @@ def generate_images(
     See `generate` for the other arguments and the errors.
     """
     vocabulary, grid = model.vocabulary, model.config.grid_size
-    begin = [vocabulary.begin_of_image]
-    free = [*torch.as_tensor(unconditional, dtype=torch.int64).tolist(), *begin]
+    asked = [*prompts, unconditional]
+    begun = [[*torch.as_tensor(x, dtype=torch.int64).tolist(), vocabulary.begin_of_image] for x in asked]
     prefix = int(model.config.resolution_id)
     rows = generate(
         model,
-        [[*torch.as_tensor(prompt, dtype=torch.int64).tolist(), *begin] for prompt in prompts],
+        begun[:-1],
         max_new_tokens=prefix + grid**2,
         sampling=sampling,
-        unconditional=[free] * len(prompts),
+        unconditional=begun[-1:] * len(prompts),
         generator=generator,
         use_cache=use_cache,
     )

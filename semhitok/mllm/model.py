@@ -91,13 +91,8 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
         Without adaptive sizes, which a config does not have; see `UnifiedMLLM.vocabulary`.
         """
-        return Vocabulary(
-            self.num_codes,
-            self.num_sub_codes,
-            self.text_config.vocab_size,
-            self.codebook_hash,
-            (self.image_size,) if self.resolution_id else (),
-        )
+        sizes = (self.image_size,) if self.resolution_id else ()
+        return Vocabulary(self.num_codes, self.num_sub_codes, self.text_config.vocab_size, self.codebook_hash, sizes)
 
 
 class Codebooks(nn.Module):
@@ -386,13 +381,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., width] -> logits [..., vocabulary.size], for one softmax over all ids."""

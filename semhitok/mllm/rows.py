@@ -75,9 +75,9 @@ class MicroRows(NamedTuple):
     @classmethod
     def stack(cls, rows: Sequence[MicroRows]) -> MicroRows:
         """Micro-batches of one row each as one."""
-        packed, tasks, padding, images, places = zip(*rows, strict=True)
+        packed, tasks, padding, images, _ = zip(*rows, strict=True)
         merged = Packed(*map(torch.cat, zip(*packed, strict=True)))
-        places = [place + torch.tensor([n, 0]) for n, place in enumerate(places)]
+        places = [row.places + torch.tensor([n, 0]) for n, row in enumerate(rows)]
         return cls(merged, torch.cat(tasks), torch.cat(padding), torch.cat(images), torch.cat(places))
 
     def with_ids(self, ids: Tensor) -> Packed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
+from semhitok._files import read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 

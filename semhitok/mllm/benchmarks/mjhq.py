@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from semhitok._files import read_object
 from semhitok._messages import progress
 from semhitok.data.images import read_image, resize_crop, to_uint8
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder, read_object
+from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import Run
 

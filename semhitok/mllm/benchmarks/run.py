@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from semhitok._files import write_json
+from semhitok._files import read_object, write_json
 from semhitok._messages import progress
 from semhitok.mllm.assistant import DRAWING, Assistant, Job, draw_files
-from semhitok.mllm.benchmarks.files import check_files, read_object
+from semhitok.mllm.benchmarks.files import check_files
 from semhitok.mllm.benchmarks.questions import Question, Scores
 from semhitok.mllm.generate import Sampling
 

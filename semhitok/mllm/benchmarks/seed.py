@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
+from semhitok._files import read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies
 
 CHOICES = ("a", "b", "c", "d")
