@@ -7,10 +7,10 @@ kept in --out. On the ids of each the demo's tiny Qwen2 learns text to image wit
 batches, in turns. "nats an id" is the mean -log p(h) of image ids in pictures of combinations that training never
 showed. It compares heads, not tokenizers, whose ids hold different things; the steps' seconds are medians.
 
-"loss" is loss and gradients alone, in fp32, of image ids drawn evenly, in a process of its own, as in loss_memory.py:
-seconds, MiB beyond the gradients of the heads, and these. The last rows have 24,576 x 8 image ids behind Qwen2.5's
-152,064 text ids, width 896, 4,096 tokens. Adaptive sizes are drawn here, log-normal, about as uneven as the small
-tokenizer's.
+"loss" is the loss and its gradients alone, in fp32, for image ids drawn evenly, in a process of its own as in
+loss_memory.py: seconds, MiB besides the gradients of the heads, and MiB of those gradients. The last rows have
+24,576 x 8 image ids behind Qwen2.5's 152,064 text ids, width 896, 4,096 tokens. Adaptive sizes are drawn here,
+log-normal, about as uneven as the small tokenizer's.
 """
 
 from __future__ import annotations

@@ -22,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files that the conversation is about")
     parser.add_argument("--question", metavar="TEXT", help="ask this one question")
     parser.add_argument(
-        "--max-new-tokens",
-        type=arguments.positive,
-        default=256,
-        metavar="N",
-        help="longest answer, in ids (default: 256)",
+        "--max-new-tokens", type=arguments.positive, default=256, metavar="N", help="most new ids (default: 256)"
     )
     arguments.add_sampling_arguments(parser, temperature=0.0)
 

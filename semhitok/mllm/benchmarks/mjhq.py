@@ -39,10 +39,9 @@ def draw(run: Run) -> Scores:
     # Loaded before the pictures are drawn, so that an error is raised early.
     label, network = feature_network(run.features, run.assistant.model.device)
     run.draw(jobs)
-    reference, ours = (
-        _statistics(paths, run.assistant.image_size, network, title)
-        for title, paths in (("reference", references), ("drawn", [job.path for job in jobs]))
-    )
+    size = run.assistant.image_size
+    reference = _statistics(references, size, network, "reference")
+    ours = _statistics([job.path for job in jobs], size, network, "drawn")
     scores = {"fid" if label == "rfid" else label: frechet_distance(reference, ours), "pictures": float(len(jobs))}
     run.write_scores(scores)
     return scores
@@ -50,8 +49,7 @@ def draw(run: Run) -> Scores:
 
 def _statistics(paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str) -> FeatureStatistics:
     statistics = FeatureStatistics()
-    bar = progress(paths, label)
-    images = (to_uint8(resize_crop(read_image(path), size))[None] for path in bar)
+    images = (to_uint8(resize_crop(read_image(path), size))[None] for path in progress(paths, label))
     with exact():
         for rows in rows_in_order(images, lambda group: {"features": network(group)}):
             statistics.update(rows["features"])
