@@ -37,19 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.mllm import benchmarks
 
     benchmark = benchmarks.find(args.benchmark)
-    sampling = arguments.sampling(args)
+    settings = {name: getattr(args, name) for name in ("images", "batch_size", "seed", "features")}
+    settings["sampling"] = arguments.sampling(args)
     assistant = arguments.load_assistant(args, teacher=benchmark.reads_images)
-    scores = benchmarks.evaluate(
-        args.benchmark,
-        args.data,
-        assistant,
-        arguments.make_output_folder(args.out),
-        model=benchmarks.fingerprint(args.model),
-        images=args.images,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        sampling=sampling,
-        features=args.features,
-    )
+    out, model = arguments.make_output_folder(args.out), benchmarks.fingerprint(args.model)
+    scores = benchmarks.evaluate(args.benchmark, args.data, assistant, out, model=model, **settings)
     print(text.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
     return text.DONE

@@ -331,7 +331,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        reduction: str = "mean",
+        reduce: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The loss with `labels`, the logits without: never both, as the loss does not compute all logits at once.
@@ -346,11 +346,11 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             use_cache: None means False, other than in transformers' own models, as a cache would disable packing.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or indices of positions.
             num_items_in_batch: divides the sum of the losses; the number of labels by default.
-            reduction: "mean", or "none" for the loss of each label.
+            reduce: False gives the loss of each label in place of their mean.
 
         Returns:
-            with `labels`, `loss`, the mean over labels (scalar, fp32), or with "none" [B * (T - 1)], 0 where -100;
-            otherwise `logits` [B, T, vocabulary.size].
+            with `labels`, `loss`, fp32: the mean over labels, or [B * (T - 1)], 0 where -100; otherwise `logits`
+            [B, T, vocabulary.size].
 
         Raises:
             ValueError: see `embed`; both or neither of `input_ids` and `inputs_embeds`; labels out of range.
@@ -375,7 +375,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             labels = labels[:, 1:].flatten()
             loss = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
-            if reduction == "mean":
+            if reduce:
                 count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
                 loss = loss.sum() / count
         else:

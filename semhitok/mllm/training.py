@@ -152,7 +152,7 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, tasks: Tensor) -> Tensor:
-        losses = self.model(input_ids, position_ids=position_ids, labels=labels, reduction="none").loss
+        losses = self.model(input_ids, position_ids=position_ids, labels=labels, reduce=False).loss
         return losses.new_zeros(len(TASKS)).index_add(0, tasks[:, 1:].flatten(), losses)
 
 
