@@ -108,7 +108,11 @@ class SemHiTok(nn.Module):
         """
         q = self.features(codes)
         q_pix = self.quantizer.group_means(codes) if semantic_only else q.pixel
-        return self.decoder(torch.cat([q.semantic, q_pix], dim=-1)).clamp(0, 1)
+        return self.decode_features(q.semantic, q_pix).clamp(0, 1)
+
+    def decode_features(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
+        """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images [B, 3, H, W], differentiable, not clamped."""
+        return self.decoder(torch.cat([q_sem, q_pix], dim=-1))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """`decode(encode(images))`: [B, 3, H, W] -> [B, 3, H, W]."""
