@@ -75,12 +75,9 @@ def run(args: argparse.Namespace) -> int:
     codebook = tokenizer.quantizer.semantic.codebook.cpu()
     semantic, _ = tokenizer.vocabulary.split(tokens.codes)
     fit = (tokens.z_sem * codebook[semantic]).sum(1).view_as(codes)
-    maps, start = [], 0
-    for image in pictures:
-        columns = image.shape[2] // size
-        count = image.shape[1] // size * columns
-        maps.append((image, codes[start : start + count], columns))
-        start += count
+    columns = [image.shape[2] // size for image in pictures]
+    counts = [image.shape[1] // size * n for image, n in zip(pictures, columns, strict=True)]
+    maps = list(zip(pictures, codes[: sum(counts)].split(counts), columns, strict=True))
     plots.semantic_map(tokenizer, maps, out / "semantic_map.png")
     patches = tokens.patches.view(*codes.shape, -1).permute(0, 3, 1, 2)
     crops = torch.nn.functional.pixel_shuffle(patches, config.patch_size)
@@ -98,16 +95,11 @@ def _table(result: dict[str, Any]) -> str:
     lines.append(f"{'share of variance explained':28}" + "".join(f"{kind:>9}" for kind in _KINDS))
     for name, share in result["explained_variance"].items():
         lines.append(f"  {name.replace('_', ' '):26}" + "".join(f"{share[kind]:9.3f}" for kind in _KINDS))
-    lines += [
-        "",
-        f"{'tokens of a semantic code':28}{'codes':>9}{'of all':>9}{'usage':>9}{'if even':>9}{'perplexity':>12}",
-    ]
+    heading = f"{'tokens of a semantic code':28}{'codes':>9}{'of all':>9}{'usage':>9}{'if even':>9}{'perplexity':>12}"
+    lines += ["", heading]
+    row = "{codes:9}{share_of_tokens:9.1%}{usage:9.3f}{usage_if_even:9.3f}{perplexity:12.2f}"
     for b in result["sub_codes_by_frequency"]:
-        name = f"  {b['tokens_from']} - {b['tokens_to']}"
-        lines.append(
-            f"{name:28}{b['codes']:9}{b['share_of_tokens']:9.1%}{b['usage']:9.3f}{b['usage_if_even']:9.3f}"
-            f"{b['perplexity']:12.2f}"
-        )
+        lines.append(f"  {b['tokens_from']} - {b['tokens_to']}".ljust(28) + row.format_map(b))
     errors, distances = result["ownership"], result["distances"]
     lines += [
         "",

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from semhitok.corpus.ids_file import load_codes, save_codes
 from semhitok.demo import scenes
 from semhitok.demo.reader import Reader, Scores, chance, evaluate_captions, evaluate_questions, score, train_reader
 from semhitok.demo.teacher import ContrastiveConfig, scenes_lesson, train_teacher
+from semhitok.evaluation import plots
 from semhitok.mllm import Sampling
 from semhitok.mllm.assistant import Assistant
 from semhitok.mllm.config import MLLMTrainConfig, mllm_config
@@ -99,32 +101,27 @@ def demo(
         semhitok.training.Interrupted: a signal came; the same call resumes.
         ValueError, OSError: see the trainings.
     """
-    clock = _Clock(out / "seconds.json")
-    with clock("reader"):
+    seconds_of = out / "seconds.json"
+    with _timed("reader", seconds_of):
         reader = _reader(out / "reader.safetensors")
-    with clock("teacher"):
+    with _timed("teacher", seconds_of):
         made = scenes.pictures(0, 0, pictures, "train", SIZE)
-        teacher = train_teacher(
-            ContrastiveConfig("scenes", pictures, TEACHER_STEPS, TEACHER_BATCH), out, lambda: scenes_lesson(made)
-        )
+        settings = ContrastiveConfig("scenes", pictures, TEACHER_STEPS, TEACHER_BATCH)
+        teacher = train_teacher(settings, out, lambda: scenes_lesson(made))
     config = tokenizer or tokenizer_config()
     config.model.teacher = teacher
-    with clock("tokenizer"):
+    with _timed("tokenizer", seconds_of):
         images = write_pictures(made.images, out / "pictures")
         train(config, [images], out / "tokenizer")
     image_tokenizer = SemHiTok.from_pretrained(out / "tokenizer" / "checkpoint")
     held = {split: scenes.pictures(1, 0, HELD_OUT, split, SIZE) for split in SPLITS}
-    with clock("ids"):
+    with _timed("ids", seconds_of):
         codes = {split: encode(image_tokenizer, x.images) for split, x in held.items()}
         training_codes = _training_codes(image_tokenizer, made.images, out / "ids.safetensors")
-    with clock("model"):
-        train_mllm(
-            model or model_config(),
-            out / "model",
-            sources={"joint": _sources(image_tokenizer, training_codes, made)},
-            image_tokenizer=image_tokenizer,
-        )
-    with clock("evaluation"):
+    with _timed("model", seconds_of):
+        sources = {"joint": _sources(image_tokenizer, training_codes, made)}
+        train_mllm(model or model_config(), out / "model", sources=sources, image_tokenizer=image_tokenizer)
+    with _timed("evaluation", seconds_of):
         tokenizer_folder = str(out / "tokenizer" / "checkpoint")
         assistant = Assistant.load(out / "model" / "checkpoint", tokenizer_folder, teacher=False)
         metrics: dict[str, Any] = {"tokens": training_codes[0].numel()}
@@ -132,7 +129,7 @@ def demo(
         for split, data in held.items():
             metrics[split], drawn[split] = _evaluate(assistant, reader, data, codes[split])
             _draw_figure(assistant, data, codes[split], drawn[split], out / f"{split}.png")
-    first = metrics[SPLITS[0]]
+    first, seconds = metrics[SPLITS[0]], _seconds(seconds_of)
     best = first["images"][f"guidance {SAMPLINGS[-1].guidance:g}"]
     short = {
         "caption_attributes": first["captions"]["right image"]["mean"],
@@ -141,9 +138,9 @@ def demo(
         "image_shape": best["shape"],
         "caption_attributes_wrong_image": first["captions"]["wrong image"]["mean"],
         "chance": chance()["mean"],
-        "seconds": sum(clock.seconds.values()),
+        "seconds": sum(seconds.values()),
     }
-    metrics = {**short, **metrics, "seconds_of": clock.seconds}
+    metrics = {**short, **metrics, "seconds_of": seconds}
     write_json(out / "metrics.json", metrics)
     return table(metrics)
 
@@ -190,27 +187,21 @@ def write_pictures(images: Tensor, folder: Path) -> Path:
 # ---- the parts ----
 
 
-class _Clock:
-    """Seconds of each part, over all calls."""
+@contextlib.contextmanager
+def _timed(part: str, path: Path) -> Iterator[None]:
+    """Add the seconds that a part takes to the file `path`, {part: seconds over all calls}."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = _seconds(path)
+        earlier = 0.0 if part == "evaluation" else seconds.get(part, 0.0)  # every call repeats the evaluation
+        seconds[part] = earlier + time.perf_counter() - began
+        write_atomic(path, json.dumps(seconds).encode())
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
 
-    def __call__(self, part: str) -> _Clock:
-        self.part = part
-        return self
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self.began
-        if self.part == "evaluation":
-            self.seconds[self.part] = spent  # repeated in every call
-        else:
-            self.seconds[self.part] = self.seconds.get(self.part, 0.0) + spent
-        write_atomic(self.path, json.dumps(self.seconds).encode())
+def _seconds(path: Path) -> dict[str, float]:
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def _reader(path: Path) -> Reader:
@@ -237,9 +228,8 @@ def _training_codes(image_tokenizer: SemHiTok, images: Tensor, path: Path) -> Te
 def _sources(image_tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) -> list[Records]:
     """Text to image, captions and questions, with weights 3 : 1 : 1."""
     codebook_hash = image_tokenizer.codebook_hash
-    captioned = [
-        {"caption": text, "codes": [x.flatten().tolist()]} for text, x in zip(data.captions, codes, strict=True)
-    ]
+    pairs = zip(data.captions, codes, strict=True)
+    captioned = [{"caption": text, "codes": [x.flatten().tolist()]} for text, x in pairs]
     asked = []
     for n, (row, labels) in enumerate(zip(captioned, data.labels, strict=True)):
         name, question = list(scenes.QUESTIONS.items())[n % len(scenes.QUESTIONS)]
@@ -299,10 +289,7 @@ def _draw_figure(
     assistant: Assistant, data: scenes.Pictures, codes: Tensor, drawn: Tensor, path: Path, count: int = 8
 ) -> None:
     """Pictures with the model's captions, their reconstructions, and the model's pictures of captions."""
-    matplotlib: Callable[..., Any] = require("matplotlib", "demo")
-    matplotlib.use("Agg")  # type: ignore[attr-defined]
-    import matplotlib.pyplot as plt
-
+    plt = plots.pyplot()
     count = min(count, len(codes))
     captions = _describe(assistant, codes[:count])
     figure, axes = plt.subplots(3, count, figsize=(2 * count, 7), layout="constrained")
@@ -312,11 +299,10 @@ def _draw_figure(
         ("from this caption", drawn[:count], data.captions[:count]),
     )
     for line, (name, images, texts) in zip(axes, rows, strict=True):
-        for n, (axis, image, text) in enumerate(zip(line, images, texts, strict=True)):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_xticks([]), axis.set_yticks([])
+        for axis, image, text in zip(line, images, texts, strict=True):
+            axis.imshow(plots.picture(image))
+            axis.set(xticks=[], yticks=[])
             axis.set_xlabel(textwrap.fill(text, 22), fontsize=7)
-            if n == 0:
-                axis.set_ylabel(name, fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)

@@ -60,10 +60,7 @@ def shuffled(codes: Tensor, seed: int = 0) -> Tensor:
 def evaluate_captions(describe: Describe, codes: Tensor, labels: Tensor) -> dict[str, Scores]:
     """`score` of captions for the right images, for other images and for shuffled ids, and chance.
 
-    Args:
-        describe: the model, as a function.
-        codes: flat ids [N, h, w].
-        labels: int64 [N, 5].
+    `describe` is the model; codes are flat ids [N, h, w], labels int64 [N, 5].
     """
 
     def of(codes: Tensor) -> Scores:
@@ -91,12 +88,8 @@ def evaluate_questions(answer: Answer, codes: Tensor, labels: Tensor) -> dict[st
 
 
 def _three(of: Callable[[Tensor], Scores], codes: Tensor) -> dict[str, Scores]:
-    return {
-        "right image": of(codes),
-        "wrong image": of(other(codes)),
-        "shuffled ids": of(shuffled(codes)),
-        "chance": chance(),
-    }
+    scores = {"right image": of(codes), "wrong image": of(other(codes)), "shuffled ids": of(shuffled(codes))}
+    return scores | {"chance": chance()}
 
 
 class Reader(nn.Module):

@@ -43,42 +43,28 @@ SCALE = 20.0  # of the cosines that are the logits of regions
 
 
 class Lesson(NamedTuple):
-    """N pictures and the content of their captions as tensors.
+    """N pictures and the content of their captions as tensors."""
 
-    images: uint8 [N, 3, 64, 64].
-    words: float32 [N, P, V], 1 for the words of each of a caption's phrases.
-    regions: float32 [N, R, 64], weights of the 8 x 8 tokens in each region; they sum to one.
-    labels: int64 [N, R, A], attributes of the object in each region; -1 if there is none.
-    background: int64 [N, B], attributes of the background.
-    attributes: name -> number of values, of each column of `labels`.
-    surroundings: name -> number of values, of each column of `background`.
-    """
-
-    images: Tensor
-    words: Tensor
-    regions: Tensor
-    labels: Tensor
-    background: Tensor
-    attributes: dict[str, int]
-    surroundings: dict[str, int]
+    images: Tensor  # uint8 [N, 3, 64, 64]
+    words: Tensor  # float32 [N, P, V], 1 for the words of each of a caption's phrases
+    regions: Tensor  # float32 [N, R, 64], weights of the 8 x 8 tokens in each region; they sum to one
+    labels: Tensor  # int64 [N, R, A], attributes of the object in each region; -1 if there is none
+    background: Tensor  # int64 [N, B], attributes of the background
+    attributes: dict[str, int]  # name -> number of values, of each column of `labels`
+    surroundings: dict[str, int]  # name -> number of values, of each column of `background`
 
 
 @dataclass
 class ContrastiveConfig:
-    """Training of the small teacher.
+    """Training of the small teacher, by AdamW."""
 
-    data, pictures: name and size of the training set.
-    steps, batch_size, lr: of AdamW; warm-up over the first tenth, then cosine decay to zero.
-    words_weight, region_weight: of the second and third term of the loss.
-    """
-
-    data: str
+    data: str  # name of the training set
     pictures: int = 16_000
     steps: int = 1500
     batch_size: int = 96
-    lr: float = 1.5e-3
-    words_weight: float = 10.0
-    region_weight: float = 1.0
+    lr: float = 1.5e-3  # warm-up over the first tenth, then cosine decay to zero
+    words_weight: float = 10.0  # of the second term of the loss
+    region_weight: float = 1.0  # of the third term
     seed: int = 0
 
 
@@ -252,9 +238,7 @@ def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         if bar.disable and (step + 1) % max(config.steps // 5, 1) == 0:
             spent = time.perf_counter() - started
-            print(
-                f"teacher: step {step + 1} of {config.steps}, loss {loss.item():.3f}, {spent:.0f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            progress = f"step {step + 1} of {config.steps}, loss {loss.item():.3f}, {spent:.0f} s"
+            print(f"teacher: {progress}", file=sys.stderr, flush=True)
     bar.close()
     return {k: v.detach().float().contiguous() if v.is_floating_point() else v for k, v in vit.state_dict().items()}

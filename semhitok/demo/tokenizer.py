@@ -38,9 +38,9 @@ def demo(config: TrainConfig, out: Path) -> str:
         part: [whole_tiles(read_image(path), size) for path in list_images([folder])]
         for part, folder in folders.items()
     }
-    begun = time.perf_counter()
+    began = time.perf_counter()
     codes = {part: [encode(image_tokenizer, x) for x in images] for part, images in photographs.items()}
-    seconds_encoding = time.perf_counter() - begun
+    seconds_encoding = time.perf_counter() - began
     everything = torch.cat([c for part in codes.values() for c in part])
     metrics: dict[str, Any] = {}
     pictures: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -132,12 +132,8 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
 
 def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
     references = metrics["references"]
-    lines = [
-        "",
-        f"semhitok-tiny on photographs (teacher: {metrics['teacher']})",
-        "",
-        f"{'':34}  PSNR dB   SSIM  semantic part only, dB",
-    ]
+    lines = ["", f"semhitok-tiny on photographs (teacher: {metrics['teacher']})"]
+    lines += ["", f"{'':34}  PSNR dB   SSIM  semantic part only, dB"]
     for part, label in (("held_out", "held-out parts of 14 photographs"), ("unseen", "an unseen photograph")):
         row = metrics[part]
         lines.append(f"{label:34}  {row['psnr']:7.2f}  {row['ssim']:5.3f}  {row['semantic_only_psnr']:22.2f}")
@@ -146,10 +142,8 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
             lines.append(f"{'  trivial: ' + title:34}  {other['psnr']:7.2f}  {other['ssim']:5.3f}")
     m = config.model
     sizes = {"semantic": m.num_codes, "flat": m.vocabulary_size, "group": m.num_sub_codes}
-    for title, codes in (
-        (f"codes of all {metrics['tokens']:,} patches", metrics),
-        ("codes of the held-out parts alone", metrics["held_out"]["codes"]),
-    ):
+    all_codes = f"codes of all {metrics['tokens']:,} patches"
+    for title, codes in ((all_codes, metrics), ("codes of the held-out parts alone", metrics["held_out"]["codes"])):
         lines += ["", f"{title:34}  {'usage':>7}  perplexity  of"]
         for view, size in sizes.items():
             row = codes[view]
@@ -173,9 +167,8 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
     cut = [min(x.shape[1:]) for x, _, _ in rows]
     rows = [(x[:, -n:], y[:, -n:], z[:, -n:]) for n, (x, y, z) in zip(cut, rows, strict=True)]
     heights = [3 * row[0].shape[1] / row[0].shape[2] for row in rows]
-    figure, axes = plt.subplots(
-        len(rows), 3, figsize=(9, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    options = {"height_ratios": heights, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9, sum(heights) + 0.3), **options)
     for line, row in zip(axes, rows, strict=True):
         for axis, picture in zip(line, row, strict=True):
             axis.imshow(plots.picture(picture), interpolation="nearest")
@@ -190,8 +183,7 @@ def _draw_curves(out: Path) -> None:
     plt = plots.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 6))
     for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
-        lines = (out / stage / "log.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         for axis, keys in (
             (row[0], ("cosine", "l1", "l2", "codebook", "commitment")),
             (row[1], ("semantic_usage", "flat_usage", "group_usage")),

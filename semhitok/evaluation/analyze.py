@@ -31,25 +31,15 @@ _FLAT_TOKENS = 16384  # tokens compared with all K * m sub-codes
 
 
 class Tokens(NamedTuple):
-    """A set of images as N tokens, in the order of images and rows; on the CPU.
+    """A set of images as N tokens, in the order of images and rows; on the CPU."""
 
-    Attributes:
-        patches: uint8 [N, 3 * p * p], pixels of the images.
-        decoded: uint8 [N, 3 * p * p], pixels of the reconstructions.
-        decoded_semantic: uint8 [N, 3 * p * p], pixels of the reconstructions from the semantic codes alone.
-        z_sem: fp32 [N, Ds], before quantisation.
-        z_pix: fp32 [N, Dp], before quantisation.
-        codes: int64 [N], flat ids.
-        source: int64 [N], the number of the image that a token is from.
-    """
-
-    patches: Tensor
-    decoded: Tensor
-    decoded_semantic: Tensor
-    z_sem: Tensor
-    z_pix: Tensor
-    codes: Tensor
-    source: Tensor
+    patches: Tensor  # uint8 [N, 3 * p * p], pixels of the images
+    decoded: Tensor  # uint8 [N, 3 * p * p], pixels of the reconstructions
+    decoded_semantic: Tensor  # uint8 [N, 3 * p * p], pixels of the reconstructions from the semantic codes alone
+    z_sem: Tensor  # fp32 [N, Ds], before quantisation
+    z_pix: Tensor  # fp32 [N, Dp], before quantisation
+    codes: Tensor  # int64 [N], flat ids
+    source: Tensor  # int64 [N], the number of the image that a token is from
 
 
 @torch.no_grad()
@@ -101,16 +91,6 @@ def analyze(tokenizer: SemHiTok, tokens: Tokens, seed: int = 0) -> dict[str, Any
     }
 
 
-class _Rows:
-    """table[rows], indexed in slices so that it is never built as a whole."""
-
-    def __init__(self, table: Tensor, rows: Tensor) -> None:
-        self.table, self.rows = table, rows
-
-    def __getitem__(self, at: slice) -> Tensor:
-        return self.table[self.rows[at]]
-
-
 def explained_variance(
     tokens: Tokens, vocabulary: Vocabulary, generator: torch.Generator
 ) -> dict[str, dict[str, float]]:
@@ -137,29 +117,30 @@ def explained_variance(
         fit, test = (half != fold).nonzero().squeeze(1), (half == fold).nonzero().squeeze(1)
         x = tokens.patches[fit]
         mean = _sums(x, torch.zeros_like(fit), 1)[0] / len(fit)
-        guesses: dict[str, _Rows] = {"total": _Rows(mean, torch.zeros_like(test))}
-        for name, ids in (("semantic_id", semantic), ("random_id", shuffled)):
-            guesses[name] = _Rows(*_by_id(x, ids[fit], ids[test], mean))
         parents, parent = _by_id(x, semantic[fit], vocabulary.split(tokens.codes[test].unique())[0], mean)
-        guesses["flat_id"] = _Rows(*_by_id(x, tokens.codes[fit], tokens.codes[test], parents[parent]))
         centres = _kmeans(x, int(semantic[fit].unique().numel()), generator)
-        guesses["kmeans_pixels"] = _Rows(centres, _nearest(tokens.patches[test], centres))
-        guesses["decoded_semantic"] = _Rows(tokens.decoded_semantic, test)
-        guesses["decoded"] = _Rows(tokens.decoded, test)
+        guesses = {  # a table of patches, and a row of it for each patch of `test`
+            "total": (mean, torch.zeros_like(test)),
+            "semantic_id": _by_id(x, semantic[fit], semantic[test], mean),
+            "random_id": _by_id(x, shuffled[fit], shuffled[test], mean),
+            "kmeans_pixels": (centres, _nearest(tokens.patches[test], centres)),
+            "flat_id": _by_id(x, tokens.codes[fit], tokens.codes[test], parents[parent]),
+            "decoded_semantic": (tokens.decoded_semantic, test),
+            "decoded": (tokens.decoded, test),
+        }
         for name, guess in guesses.items():
-            errors[name] = errors.get(name, zero) + _squared_errors(tokens.patches, test, guess)
+            errors[name] = errors.get(name, zero) + _squared_errors(tokens.patches, test, *guess)
     total = errors.pop("total").clamp_min(1e-9)
-    order = ("semantic_id", "random_id", "kmeans_pixels", "flat_id", "decoded_semantic", "decoded")
-    shares = {name: (1 - errors[name] / total).tolist() for name in order}
+    shares = {name: (1 - error / total).tolist() for name, error in errors.items()}
     return {name: dict(zip(("pixels", "colour", "texture"), share, strict=True)) for name, share in shares.items()}
 
 
-def _squared_errors(patches: Tensor, rows: Tensor, guess: _Rows) -> Tensor:
-    """Sums of squared errors of patches[rows]: of all pixels, of mean colours, of the rest; float64 [3]."""
+def _squared_errors(patches: Tensor, rows: Tensor, table: Tensor, guess: Tensor) -> Tensor:
+    """Summed squared errors of table[guess] for patches[rows]: of pixels, of mean colours, of the rest; float64 [3]."""
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(rows), _CHUNK):
         part = slice(start, start + _CHUNK)
-        error = (patches[rows[part]].float() - guess[part].float()).unflatten(1, (3, -1)).double()
+        error = (patches[rows[part]].float() - table[guess[part]].float()).unflatten(1, (3, -1)).double()
         colour = error.mean(2).square().sum() * error.shape[2]
         sums += torch.stack([error.square().sum(), colour])
     return torch.stack([sums[0], sums[1], sums[0] - sums[1]])
@@ -168,12 +149,10 @@ def _squared_errors(patches: Tensor, rows: Tensor, guess: _Rows) -> Tensor:
 def _sums(patches: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sums [count, P] and numbers [count] of the patches with each id in [0, count)."""
     sums, counts = torch.zeros(count, patches.shape[1]), torch.zeros(count, dtype=torch.int64)
-    for start in range(0, len(ids), _CHUNK):
-        sums_part, counts_part = ops.segment_sum(
-            patches[start : start + _CHUNK].float(), ids[start : start + _CHUNK], count
-        )
-        sums += sums_part
-        counts += counts_part
+    for x, part in zip(patches.split(_CHUNK), ids.split(_CHUNK), strict=True):
+        part_sums, part_counts = ops.segment_sum(x.float(), part, count)
+        sums += part_sums
+        counts += part_counts
     return sums, counts
 
 
@@ -294,8 +273,9 @@ def distances(
         figures["within"] = torch.cat(inner).mean().item()
     if len(present) < 3:
         return figures, torch.zeros(0, 2)
-    pairs = torch.combinations(torch.arange(len(present))) if len(present) <= 200 else None
-    if pairs is None:
+    if len(present) <= 200:
+        pairs = torch.combinations(torch.arange(len(present)))
+    else:
         first = torch.randint(len(present), (_PAIRS,), generator=generator)
         step = torch.randint(1, len(present), (_PAIRS,), generator=generator)
         pairs = torch.stack([first, (first + step) % len(present)], dim=1)
@@ -305,10 +285,9 @@ def distances(
     cosine = (semantic[pairs[:, 0]] * semantic[pairs[:, 1]]).sum(1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine))
     correlation = require("scipy.stats", "eval").spearmanr(angle.numpy(), distance.numpy()).statistic
-    return figures | {
-        "between": distance.mean().item(),
-        "rank_correlation": 0.0 if correlation != correlation else float(correlation),
-    }, torch.stack([angle, distance], dim=1)
+    figures["between"] = distance.mean().item()
+    figures["rank_correlation"] = 0.0 if correlation != correlation else float(correlation)
+    return figures, torch.stack([angle, distance], dim=1)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:

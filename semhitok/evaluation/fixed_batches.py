@@ -56,15 +56,11 @@ def rows_in_order(
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
     """fp32 without TF32, deterministic convolutions, no gradients; restores the settings at exit."""
-    backends = torch.backends
-    old = (backends.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
-    backends.cuda.matmul.allow_tf32 = False
-    torch.set_autocast_enabled("cuda", False)
-    torch.set_autocast_enabled("cpu", False)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
+    convolutions = cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with torch.no_grad(), backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False), convolutions:
             yield
     finally:
-        backends.cuda.matmul.allow_tf32 = old[0]
-        torch.set_autocast_enabled("cuda", old[1])
-        torch.set_autocast_enabled("cpu", old[2])
+        matmul.allow_tf32 = allowed

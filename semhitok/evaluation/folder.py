@@ -137,19 +137,10 @@ def _read_protocol(out: Path) -> dict[str, Any]:
 
 
 def _store(images: dict[str, Path], folder: Path, convert: Callable[[Tensor], Tensor], label: str) -> str:
-    """Write `convert` of every image to folder/NAME.png, 8 bits; the processes share the work.
+    """Write `convert` of every image {name: file} to folder/NAME.png, 8 bits; the processes share the work.
 
-    Args:
-        images: {name: file}.
-        folder: new or empty.
-        convert: float [3, H, W] in [0, 1] -> [3, S, S]; its ValueErrors are reported with the file's name.
-        label: of the progress bar.
-
-    Returns:
-        SHA-256 of names and pixels (uint8, [3, S, S] each), in order; the same on every process.
-
-    Raises:
-        ValueError: images that cannot be read or converted, on every process, by name.
+    Images that cannot be read or converted are a ValueError on every process, which names them. Returns the SHA-256 of
+    names and pixels (uint8, [3, S, S] each), in order.
     """
     digests: dict[str, str] = {}
     bad: list[str] = []

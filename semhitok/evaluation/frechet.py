@@ -32,8 +32,7 @@ class FeatureStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._pending: list[Tensor] = []
-        self._shift = self._sum = self._products = torch.empty(0)
+        self._shift = self._sum = self._products = self._rest = torch.empty(0)
 
     def update(self, features: Tensor) -> None:
         """Add rows [n, D].
@@ -46,15 +45,15 @@ class FeatureStatistics:
         if not bool(features.isfinite().all()):
             raise ValueError("features: expected finite values, got NaN or infinity")
         self.count += len(features)
-        self._pending.append(features.detach().cpu().double())
-        if sum(map(len, self._pending)) >= BATCH:
-            rows = torch.cat(self._pending)
-            whole = len(rows) // BATCH * BATCH
-            for block in rows[:whole].split(BATCH):
-                self._add(block)
-            self._pending = [rows[whole:]]
+        rows = torch.cat([self._rest, features.detach().cpu().double()])
+        full = len(rows) // BATCH * BATCH
+        for block in rows[:full].split(BATCH):
+            self._add(block)
+        self._rest = rows[full:]
 
     def _add(self, block: Tensor) -> None:
+        if not len(block):
+            return
         if not len(self._shift):
             # Sums of differences from one feature vector lose fewer digits than sums of features.
             self._shift = block[0]
@@ -71,10 +70,8 @@ class FeatureStatistics:
         """
         if self.count < 2:
             raise ValueError(f"features: expected at least 2 images, got {self.count}")
-        rest = torch.cat(self._pending)
-        if len(rest):
-            self._add(rest)
-        self._pending = [rest[:0]]
+        self._add(self._rest)
+        self._rest = self._rest[:0]
         mean = self._sum / self.count
         covariance = (self._products - self.count * mean.outer(mean)) / (self.count - 1)
         return mean + self._shift, (covariance + covariance.T) / 2

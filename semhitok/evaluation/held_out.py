@@ -53,9 +53,7 @@ def evaluate_held_out(
         missing = pictures - sum(map(len, kept))
         if missing > 0:
             kept.append(torch.cat([images[:missing], outputs[:missing]], dim=-1))
-    figures: dict[str, float] = {}
-    for name, tensor in sums.items():
-        total, number = distributed.all_reduce(tensor).tolist()
-        figures[name] = total / max(number, 1)
+    totals = {name: distributed.all_reduce(tensor).tolist() for name, tensor in sums.items()}
+    figures = {name: total / max(number, 1) for name, (total, number) in totals.items()}
     distributed.all_reduce(usage.counts)
     return figures | usage.figures(), torch.cat(kept) if kept else None

@@ -52,12 +52,11 @@ class PairMetrics:
             raise OSError(f"networks: expected the same on every process, got {found}")
 
     def _load(self, features: str | None, device: torch.device | str) -> None:
-        if features is not None:
-            label, network = feature_network(features, device)
-            self.distances[label] = network
-        if "rfid" not in self.distances:
+        named = dict([feature_network(features, device)]) if features is not None else {}
+        self.distances = named
+        if "rfid" not in named:
             try:
-                self.distances = {"rfid": feature_network("inception", device)[1]} | self.distances
+                self.distances = dict([feature_network("inception", device)]) | named
             except (ImportError, OSError, ValueError) as error:
                 self.absent["rfid"] = str(error)
         for name, metric in METRICS.items():
@@ -104,28 +103,18 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
         "semantic_cosine": F.cosine_similarity(predicted, target, dim=-1).double().mean((1, 2)),
     }
     if pool:
-        vectors = {
-            "teacher": teacher,
-            "z_sem": z_sem,
-            "q_sem ++ q_pix": torch.cat([q.semantic, q.pixel], dim=-1),
-            "q_sem": q.semantic,
-        }
+        both = torch.cat([q.semantic, q.pixel], dim=-1)
+        vectors = {"teacher": teacher, "z_sem": z_sem, "q_sem ++ q_pix": both, "q_sem": q.semantic}
         rows |= {_POOLED + name: vector.float().mean((1, 2)) for name, vector in vectors.items()}
     return reconstructions, rows
 
 
 class Measured(NamedTuple):
-    """Figures of a set of images.
+    """Figures of a set of images."""
 
-    Attributes:
-        figures: of the set, {name: value}.
-        images: of each image, {name: [value]}, in order.
-        pooled: features to be probed, {name: [N, C]}.
-    """
-
-    figures: dict[str, float]
-    images: dict[str, list[float]]
-    pooled: dict[str, Tensor]
+    figures: dict[str, float]  # of the set, {name: value}
+    images: dict[str, list[float]]  # of each image, {name: [value]}, in order
+    pooled: dict[str, Tensor]  # features to be probed, {name: [N, C]}
 
 
 def measure(

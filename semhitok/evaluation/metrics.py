@@ -1,5 +1,8 @@
 """Metrics: the formulas, and at the end `METRICS`, the table of all figures that evaluations report.
 
+The formulas take `images` and `targets`, both float [B, C, H, W] in [0, 1], and raise ValueError for wrong or different
+shapes, too few pixels, or values that are not floating point.
+
 A new metric is a function of image pairs and a row of the table. `semhitok eval`, its page, evaluation during training
 and `semhitok reconstruct` all read the table.
 """
@@ -11,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from semhitok.models.lpips import perceptual_loss
 
-PairFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PairFunction = Callable[[Tensor, Tensor], Tensor]
 
 _WINDOW = 11  # of SSIM, pixels a side
 _SIGMA = 1.5  # of its Gaussian weights, pixels
@@ -30,39 +34,23 @@ _DIRECTIONS = 512  # that patches are projected to
 CHUNK = 16  # images, or directions, at once
 
 
-def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB: -10 log10 of the mean squared error.
 
-    Args:
-        images: float [B, C, H, W] in [0, 1].
-        targets: float [B, C, H, W] in [0, 1].
-
-    Returns:
-        float64 [B]; infinite for equal images.
-
-    Raises:
-        ValueError: wrong or different shapes, or not floating point.
+    Returns float64 [B]; infinite for equal images.
     """
     _check_pair(images, targets)
     error = (images.double() - targets.double()).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(error)
 
 
-def ssim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
 
     Computed per channel and averaged over all positions where the whole window lies inside the image. Equal to
     scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)`.
 
-    Args:
-        images: float [B, C, H, W] in [0, 1], H and W at least 11.
-        targets: float [B, C, H, W] in [0, 1].
-
-    Returns:
-        float64 [B], at most 1; 1 for equal images.
-
-    Raises:
-        ValueError: wrong or different shapes, smaller images, or not floating point.
+    H and W are at least 11. Returns float64 [B], at most 1; 1 for equal images.
     """
     _check_pair(images, targets)
     if min(images.shape[2:]) < _WINDOW:
@@ -78,20 +66,13 @@ def ssim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return similarity.mean(dim=(1, 2, 3))
 
 
-def gmsd(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def gmsd(images: Tensor, targets: Tensor) -> Tensor:
     """Gradient magnitude similarity deviation of each image's luma (Xue et al. 2014): how unevenly edges are kept.
 
     Prewitt gradients of the means of 2 x 2 pixels, zero-padded as in the authors' code; c = 170 / 255^2.
 
-    Args:
-        images: float [B, 3, H, W] in [0, 1], H and W at least 2; an odd last row or column is left out.
-        targets: float [B, 3, H, W] in [0, 1].
-
-    Returns:
-        float64 [B], at least 0; 0 for equal images.
-
-    Raises:
-        ValueError: wrong or different shapes, smaller images, or not floating point.
+    C is 3, H and W are at least 2; an odd last row or column is left out. Returns float64 [B], at least 0; 0 for equal
+    images.
     """
     _check_pair(images, targets)
     if images.shape[1] != 3 or min(images.shape[2:]) < 2:
@@ -101,9 +82,7 @@ def gmsd(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return similarity.std(dim=(1, 2, 3), correction=0)
 
 
-def sliced_wasserstein(
-    images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
-) -> tuple[list[float], float]:
+def sliced_wasserstein(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[list[float], float]:
     """Sliced Wasserstein distance of two sets of images: textures at several scales (Karras et al. 2018, section 5).
 
     Each image gives 128 patches of 7 x 7 pixels from every level of its Laplacian pyramid, down to 16 pixels. Patches
@@ -114,15 +93,11 @@ def sliced_wasserstein(
     Memory besides the sets: the patches, 0.15 MB for a pair of images and level, and some temporary copies.
 
     Args:
-        images: float [N, 3, H, W] in [0, 1], H and W at least 16.
-        targets: float [N, 3, H, W] in [0, 1]. The order of images matters only through the places of their patches.
+        images, targets: C is 3, H and W are at least 16. The order of images affects only the places.
         generator: on the CPU; decides places and directions.
 
     Returns:
         The distance for each level, finest first, and their mean.
-
-    Raises:
-        ValueError: wrong or different shapes, smaller images, or not floating point.
     """
     _check_pair(images, targets)
     count, channels, *sides = images.shape
@@ -130,9 +105,7 @@ def sliced_wasserstein(
         raise ValueError(
             f"images: expected 3 channels of at least {SMALLEST} x {SMALLEST} pixels, got {list(images.shape)}"
         )
-    places: list[
-        torch.Tensor
-    ] = []  # for each level: rows and columns of the patches' top left corners, [2, N, patches]
+    places: list[Tensor] = []  # for each level: rows and columns of the patches' top left corners, [2, N, patches]
     while min(sides) >= SMALLEST:
         shape = (count, _PATCHES)
         places.append(torch.stack([torch.randint(side - _PATCH + 1, shape, generator=generator) for side in sides]))
@@ -148,7 +121,7 @@ def sliced_wasserstein(
     return levels, sum(levels) / len(levels)
 
 
-def _check_pair(images: torch.Tensor, targets: torch.Tensor) -> None:
+def _check_pair(images: Tensor, targets: Tensor) -> None:
     if images.ndim != 4 or min(images.shape[1:]) < 1:
         raise ValueError(f"images: expected [B, C, H, W], got {list(images.shape)}")
     if targets.shape != images.shape:
@@ -158,7 +131,7 @@ def _check_pair(images: torch.Tensor, targets: torch.Tensor) -> None:
             raise ValueError(f"{name}: expected floating point in [0, 1], got {values.dtype}")
 
 
-def _blur(images: torch.Tensor) -> torch.Tensor:
+def _blur(images: Tensor) -> Tensor:
     """Gaussian mean of every whole window: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
     offset = torch.arange(_WINDOW, dtype=images.dtype, device=images.device) - _WINDOW // 2
     weights = torch.exp(-offset.square() / (2 * _SIGMA**2))
@@ -168,7 +141,7 @@ def _blur(images: torch.Tensor) -> torch.Tensor:
     return planes.squeeze(1).unflatten(0, images.shape[:2])
 
 
-def _gradient_magnitude(images: torch.Tensor) -> torch.Tensor:
+def _gradient_magnitude(images: Tensor) -> Tensor:
     """Magnitude of the luma's Prewitt gradients at half the size: [B, 3, H, W] -> float64 [B, 1, H // 2, W // 2]."""
     weights = torch.tensor(_LUMA, dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
     luma = F.avg_pool2d((images.double() * weights).sum(1, keepdim=True), 2)
@@ -177,10 +150,10 @@ def _gradient_magnitude(images: torch.Tensor) -> torch.Tensor:
     return (dx * dx + dy * dy).sqrt().unsqueeze(1)
 
 
-def _patches(images: torch.Tensor, places: list[torch.Tensor]) -> list[torch.Tensor]:
+def _patches(images: Tensor, places: list[Tensor]) -> list[Tensor]:
     """Normalised patches at `places` in each level of Laplacian pyramids: fp32 [N * 128, 3 * 49] for each level."""
     offset = torch.arange(_PATCH, device=images.device)
-    levels: list[list[torch.Tensor]] = [[] for _ in places]
+    levels: list[list[Tensor]] = [[] for _ in places]
     for start in range(0, len(images), CHUNK):
         coarse = images[start : start + CHUNK].float()
         number = torch.arange(len(coarse), device=images.device).view(-1, 1, 1, 1)
@@ -204,7 +177,7 @@ def _patches(images: torch.Tensor, places: list[torch.Tensor]) -> list[torch.Ten
     return result
 
 
-def _binomial(images: torch.Tensor) -> torch.Tensor:
+def _binomial(images: Tensor) -> Tensor:
     """Blur with (1, 4, 6, 4, 1) / 16 in both directions, borders mirrored: [B, C, H, W] -> the same shape."""
     x = F.pad(images, (2, 2, 2, 2), mode="reflect")
     for dim in (2, 3):

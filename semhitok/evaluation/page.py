@@ -19,9 +19,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     figures, absent = report["figures"], report["absent"]
     frechet = [name for name in figures if name.startswith("frechet[")]
     probes = [name for name in figures if name.startswith(("linear[", "knn["))]
-    rows = [
-        ("images", f"{report['protocol']['images']} of {report['protocol']['size']} x {report['protocol']['size']}")
-    ]
+    count, size = report["protocol"]["images"], report["protocol"]["size"]
+    rows = [("images", f"{count} of {size} x {size}")]
     # Distances on other networks' features stand beside the rFID.
     for name in ["rfid", *frechet, *(name for name in METRICS if name != "rfid"), *probes]:
         metric = METRICS.get(name, Metric(name, None, heading=name, digits=4))
@@ -55,11 +54,8 @@ def _examples(images: list[dict[str, Any]], metric: Metric) -> list[str]:
     ranked = sorted(images, key=lambda image: image[metric.name], reverse=not metric.lower_is_better)
     middle = max(0, (len(ranked) - _SHOWN) // 2)
     parts = []
-    for title, shown in (
-        ("Best", ranked[:_SHOWN]),
-        ("Median", ranked[middle : middle + _SHOWN]),
-        ("Worst", ranked[-_SHOWN:]),
-    ):
+    titled = {"Best": ranked[:_SHOWN], "Median": ranked[middle : middle + _SHOWN], "Worst": ranked[-_SHOWN:]}
+    for title, shown in titled.items():
         parts.append(f"<h2>{title} by {metric.heading.partition(' ')[0]}: original, reconstruction</h2>")
         for image in shown:
             file = quote(f"{image['name']}.png")

@@ -70,11 +70,8 @@ def patches_of_codes(
 ) -> None:
     """Patches that share a semantic id, in a row for each id; the colour of a frame stands for the sub-code.
 
-    Args:
-        images: [N, 3, size, size], float in [0, 1] or uint8.
-        codes: their flat ids [N, h, w].
-        fit: how near each token is to its semantic code, [N, h, w]; the nearest patches are shown. None shows random
-            ones.
+    The images [N, 3, size, size], float in [0, 1] or uint8, have flat ids [N, h, w]. With `fit` [N, h, w], how near
+    each token is to its semantic code, the nearest patches are shown; without, random ones.
     """
     rows, columns, context = 10, 24, 8
     config = tokenizer.config
@@ -89,9 +86,8 @@ def patches_of_codes(
     scale = 1.0 if images.is_floating_point() else 255.0
     generator = torch.Generator().manual_seed(0)
     plt = pyplot()
-    figure, axes = plt.subplots(
-        len(chosen), columns, figsize=(12, 0.52 * len(chosen) + 0.4), squeeze=False, layout="constrained"
-    )
+    size = (12, 0.52 * len(chosen) + 0.4)
+    figure, axes = plt.subplots(len(chosen), columns, figsize=size, squeeze=False, layout="constrained")
     palette = plt.get_cmap("tab20")
     for row, code in zip(axes, chosen.tolist(), strict=True):
         found = (semantic == code).nonzero()
@@ -106,10 +102,8 @@ def patches_of_codes(
             for spine in axis.spines.values():
                 spine.set(color=palette(int(sub[n, y, x]) % 20), linewidth=2)
         row[0].set_ylabel(str(code), rotation=0, ha="right", va="center")
-    title = (
-        "patches (centres) that share a semantic id" if fit is None else "patches (centres) nearest to a semantic code"
-    )
-    figure.suptitle(f"{title}, a row a code; the frame's colour is the sub-code")
+    which = "that share a semantic id" if fit is None else "nearest to a semantic code"
+    figure.suptitle(f"patches (centres) {which}, a row a code; the frame's colour is the sub-code")
     save(figure, path)
 
 

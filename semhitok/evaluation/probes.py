@@ -59,9 +59,8 @@ def check_labels(labels: Sequence[str]) -> None:
     counts = Counter(labels)
     label, fewest = min(counts.items(), key=lambda item: item[1])
     if len(counts) < 2 or fewest < 2:
-        raise ValueError(
-            f"labels: expected at least 2, each of at least 2 images, got {len(counts)}, of {label!r} {fewest}"
-        )
+        found = f"{len(counts)}, of {label!r} {fewest}"
+        raise ValueError(f"labels: expected at least 2, each of at least 2 images, got {found}")
 
 
 def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
@@ -84,10 +83,10 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(f"features: expected [{len(labels)}, D], as many as labels, got {list(features.shape)}")
     check_labels(labels)
-    linear_model = require("sklearn.linear_model", "eval")
-    neighbors = require("sklearn.neighbors", "eval")
-    selection = require("sklearn.model_selection", "eval")
-    numpy, preprocessing = require("numpy"), require("sklearn.preprocessing", "eval")
+    numpy = require("numpy")
+    linear_model, neighbors, selection, preprocessing = (
+        require(f"sklearn.{name}", "eval") for name in ("linear_model", "neighbors", "model_selection", "preprocessing")
+    )
     x, y = features.double().cpu().numpy(), numpy.array(labels)
     folds = selection.StratifiedKFold(folds_of(labels), shuffle=True, random_state=0)
     right = {"linear": 0, "knn": 0}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -161,15 +162,14 @@ class _Evaluation:
                 figures |= {f"{kind}[{name}]": share for kind, share in probe(rows, self.labels).items()}
             if "bits_per_pixel" in subject:
                 figures["bits_per_pixel"] = subject["bits_per_pixel"]
+            keys, columns = ["name", *measured.images], [self.names, *measured.images.values()]
+            images = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
             report = {
                 "subject": subject,
                 "figures": figures,
                 "absent": self.metrics.absent,
                 "warnings": [str(w.message) for w in caught if w.category is UserWarning],
-                "images": [
-                    {"name": name} | {key: values[n] for key, values in measured.images.items()}
-                    for n, name in enumerate(self.names)
-                ],
+                "images": images,
                 "protocol": self.protocol,
                 "versions": _versions(self.device),
             }
@@ -198,12 +198,9 @@ def _protocol(count: int, size: int, labels: Sequence[str] | None) -> dict[str, 
         "sliced_wasserstein_images": min(count, _SLICED),
     }
     if labels is not None:
-        majority = max(labels.count(label) for label in set(labels)) / count
-        protocol["probes"] = {
-            "split": f"stratified {folds_of(labels)}-fold, shuffled by seed 0",
-            "classes": len(set(labels)),
-            "largest_class": majority,
-        }
+        counts = Counter(labels)
+        split = f"stratified {folds_of(labels)}-fold, shuffled by seed 0"
+        protocol["probes"] = {"split": split, "classes": len(counts), "largest_class": max(counts.values()) / count}
     return protocol
 
 

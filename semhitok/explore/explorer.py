@@ -21,23 +21,14 @@ DECODED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class View:
-    """One image under one tokenizer, with the chosen patch and swapped sub-codes; tensors on the CPU.
+    """One image under one tokenizer, with the chosen patch and swapped sub-codes; tensors on the CPU."""
 
-    Attributes:
-        image: fp32 [3, S, S] in [0, 1], as the tokenizer saw it.
-        z_sem: fp32 [h, w, Ds], before quantisation.
-        z_pix: fp32 [h, w, Dp], before quantisation.
-        encoded: int64 [h, w], flat ids as the tokenizer encoded them.
-        codes: int64 [h, w], flat ids with sub-codes swapped.
-        place: row and column of the chosen patch.
-    """
-
-    image: Tensor
-    z_sem: Tensor
-    z_pix: Tensor
-    encoded: Tensor
-    codes: Tensor
-    place: tuple[int, int] | None = None
+    image: Tensor  # fp32 [3, S, S] in [0, 1], as the tokenizer saw it
+    z_sem: Tensor  # fp32 [h, w, Ds], before quantisation
+    z_pix: Tensor  # fp32 [h, w, Dp], before quantisation
+    encoded: Tensor  # int64 [h, w], flat ids as the tokenizer encoded them
+    codes: Tensor  # int64 [h, w], flat ids with sub-codes swapped
+    place: tuple[int, int] | None = None  # row and column of the chosen patch
 
     @property
     def num_swapped(self) -> int:
@@ -46,65 +37,39 @@ class View:
 
 
 class Patch(NamedTuple):
-    """Ids of the chosen patch.
+    """Ids of the chosen patch."""
 
-    Attributes:
-        i, j: its semantic code and its present sub-code.
-        encoded_j: the sub-code that the tokenizer encoded.
-        flat: the flat id of (i, j).
-        size: m_i, the number of sub-codes that i owns.
-        cosine: of z_sem to code i.
-    """
-
-    i: int
-    j: int
-    encoded_j: int
-    flat: int
-    size: int
-    cosine: float
+    i: int  # its semantic code
+    j: int  # its present sub-code
+    encoded_j: int  # the sub-code that the tokenizer encoded
+    flat: int  # the flat id of (i, j)
+    size: int  # m_i, the number of sub-codes that i owns
+    cosine: float  # of z_sem to code i
 
 
 class SubCodes(NamedTuple):
-    """Sub-codes for the chosen patch, in the order of j.
+    """Sub-codes for the chosen patch, in the order of j."""
 
-    Attributes:
-        sub: int64 [n], j.
-        distances: fp32 [n], |z_pix - sub-code|^2.
-    """
-
-    sub: Tensor
-    distances: Tensor
+    sub: Tensor  # int64 [n], j
+    distances: Tensor  # fp32 [n], |z_pix - sub-code|^2
 
 
 class Album(NamedTuple):
-    """Images of a folder and their ids under one tokenizer; on the CPU.
+    """Images of a folder and their ids under one tokenizer; on the CPU."""
 
-    Attributes:
-        names: file name of each image.
-        images: uint8 [N, 3, S, S].
-        codes: int64 [N, h, w], flat ids.
-    """
-
-    names: list[str]
-    images: Tensor
-    codes: Tensor
+    names: list[str]  # file name of each image
+    images: Tensor  # uint8 [N, 3, S, S]
+    codes: Tensor  # int64 [N, h, w], flat ids
 
 
 class Sharing(NamedTuple):
-    """Patches of an album that share a semantic code.
+    """Patches of an album that share a semantic code."""
 
-    Attributes:
-        crops: fp32 [n, 3, 3p, 3p] in [0, 1], n of the patches with their neighbours.
-        names: file names of their images.
-        sub: int64 [n], their sub-codes.
-        num_patches, num_images: of all such patches in the album.
-    """
-
-    crops: Tensor
-    names: list[str]
-    sub: Tensor
-    num_patches: int
-    num_images: int
+    crops: Tensor  # fp32 [n, 3, 3p, 3p] in [0, 1], n of the patches with their neighbours
+    names: list[str]  # file names of their images
+    sub: Tensor  # int64 [n], their sub-codes
+    num_patches: int  # of all such patches in the album
+    num_images: int  # with such patches
 
 
 class Explorer:
@@ -213,9 +178,9 @@ class Explorer:
     def alternatives(self, view: View) -> Tensor:
         """The chosen patch and its neighbours, decoded with each of `sub_codes`: fp32 [n, 3, 3p, 3p]."""
         row, column = _place(view)
-        first, sub = self.vocabulary.flat(self.patch(view).i, 0), self.sub_codes(view).sub
+        sub = self.sub_codes(view).sub
         codes = view.codes.repeat(len(sub), 1, 1)
-        codes[:, row, column] = first + sub
+        codes[:, row, column] = self.vocabulary.flat(self.patch(view).i, 0) + sub
         p = self.tokenizer.config.patch_size
         parts = [self.tokenizer.decode(part.to(self.device)) for part in codes.split(DECODED_AT_ONCE)]
         return crop_around(torch.cat(parts).float().cpu(), row, column, p, margin=p)

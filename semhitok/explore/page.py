@@ -48,6 +48,8 @@ _CSS = """
 .dark .error { color: #fca5a5 }
 """
 
+_SHOWN: dict[str, Any] = {"format": "png", "interactive": False, "buttons": []}  # of pictures without controls
+
 Views = tuple[View, ...]
 
 
@@ -81,12 +83,8 @@ class _Page:
             self.panels = [_Panel(explorer, number) for number, explorer in enumerate(explorers)]
         self.outputs = [views, *(part for panel in self.panels for part in panel.outputs)]
         # One event at a time, whatever the number of sessions, so that the load on the machine is bounded.
-        options: dict[str, Any] = {
-            "concurrency_limit": 1,
-            "concurrency_id": "model",
-            "api_visibility": "private",
-            "show_progress": "minimal",
-        }
+        options: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+        options |= {"api_visibility": "private", "show_progress": "minimal"}
         drop.upload(self.open_file, drop, [drop, status, *self.outputs], **options)
         for number, panel in enumerate(self.panels):
             for picture in panel.pictures:
@@ -171,24 +169,14 @@ def serve(explorers: Sequence[Explorer], listener: socket.socket) -> None:
     page = build(explorers)
     # Until this is set, Gradio lets a request name any file as its upload; mounting a page does not set it.
     page.has_launched = True
-    outside = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None
-    )  # those pages would load scripts from other hosts
+    # FastAPI's own pages would load scripts from other hosts.
+    outside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     # Keeps out other sites whose host name resolves to this address (DNS rebinding).
     outside.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    app = gr.mount_gradio_app(
-        outside,
-        page,
-        path="/",
-        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-        css=_CSS,
-        max_file_size=_MAX_FILE,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-    )
+    theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+    unused: dict[str, Any] = {"footer_links": [], "run_history": False, "enable_monitoring": False}
+    unused |= {"ssr_mode": False, "mcp_server": False}
+    app = gr.mount_gradio_app(outside, page, path="/", theme=theme, css=_CSS, max_file_size=_MAX_FILE, **unused)
     # An open page keeps its connection; do not wait for it.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
@@ -210,12 +198,10 @@ class _Panel:
                     gr.Image(
                         label=label,
                         alt_text=label,
-                        format="png",
-                        interactive=False,
-                        buttons=[],
                         min_width=140,
                         elem_classes="picture",
                         elem_id=f"{label.split()[-1].lower()}-{number}",
+                        **_SHOWN,
                     )
                     for label in ("Image", "Semantic map", "Reconstruction")
                 ]
@@ -233,18 +219,8 @@ class _Panel:
 
     @staticmethod
     def _gallery(name: str) -> gr.Gallery:
-        return gr.Gallery(
-            format="png",
-            columns=8,
-            height="auto",
-            object_fit="contain",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            visible=False,
-            elem_id=name,
-            elem_classes="crops",
-        )
+        options: dict[str, Any] = {"columns": 8, "height": "auto", "object_fit": "contain", "allow_preview": False}
+        return gr.Gallery(visible=False, elem_id=name, elem_classes="crops", **options, **_SHOWN)
 
     def values(self, view: View) -> Iterator[Any]:
         """The values of `outputs` for a view."""
@@ -289,9 +265,8 @@ class _Panel:
         if album is None:
             return gr.Gallery(visible=False)
         crops, names, sub, num_patches, num_images = self.explorer.sharing(view, _MAX_SHARING)
-        items = [
-            (self._crop(crop), f"j = {j}\n{name}") for crop, name, j in zip(crops, names, sub.tolist(), strict=True)
-        ]
+        shown = zip(crops, names, sub.tolist(), strict=True)
+        items = [(self._crop(crop), f"j = {j}\n{name}") for crop, name, j in shown]
         label = (
             f"Patches of the folder with i = {patch.i}: {num_patches} in {num_images} of {len(album.names)} images. "
             f"{len(items)} are shown, those with j = {patch.j} first"
