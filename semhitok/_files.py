@@ -1,4 +1,4 @@
-"""Writing files atomically."""
+"""Writing files atomically, and reading text and JSON with errors that name the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ValueError if it holds other bytes."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
+
+
+def read_object(path: Path) -> Any:
+    """The JSON object in a file; ValueError if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:

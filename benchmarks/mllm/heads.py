@@ -7,10 +7,10 @@ kept in --out. On the ids of each the demo's tiny Qwen2 learns text to image wit
 batches, in turns. "nats an id" is the mean -log p(h) of image ids in pictures of combinations that training never
 showed. It compares heads, not tokenizers, whose ids hold different things; the steps' seconds are medians.
 
-"loss" is loss and gradients alone, in fp32, of image ids drawn evenly, in a process of its own (mllm_loss_memory.py):
-seconds, MiB beyond the gradients of the heads, and these. The last rows have 24,576 x 8 image ids behind Qwen2.5's
-152,064 text ids, width 896, 4,096 tokens. Adaptive sizes are drawn here, log-normal, about as uneven as the small
-tokenizer's.
+"loss" is the loss and its gradients alone, in fp32, for image ids drawn evenly, in a process of its own as in
+loss_memory.py: seconds, MiB besides the gradients of the heads, and MiB of those gradients. The last rows have
+24,576 x 8 image ids behind Qwen2.5's 152,064 text ids, width 896, 4,096 tokens. Adaptive sizes are drawn here,
+log-normal, about as uneven as the small tokenizer's.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ from semhitok.mllm.prompts import generation_parts, word_tokenizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 from semhitok.training.parts import learning_rate, make_optimizer
+from semhitok.vocabulary import Vocabulary
 
 PICTURES, HELD_OUT = 4000, 160
 LENGTH, SAMPLES = 256, 24  # ids of a row, pictures of a step: 8 rows
 POINTS = 4  # evaluations on the way
+SIZES = {False: "fixed", True: "adaptive"}  # of sub-codebooks
 
 
 class Sizes(NamedTuple):
-    """Of a loss that is measured alone."""
+    """Sizes of a loss that is measured alone."""
 
     num_codes: int
     num_sub_codes: int
@@ -69,21 +71,17 @@ def tokenizers(out: Path) -> dict[bool, SemHiTok]:
     lesson = ContrastiveConfig("scenes", PICTURES, 150, demo.TEACHER_BATCH)
     teacher = train_teacher(lesson, out, lambda: scenes_lesson(images))
     folder = demo.write_pictures(images.images, out / "pictures")
-    found = {}
     for adaptive in (False, True):
         config = demo.tokenizer_config()
         config.model.teacher, config.model.adaptive = teacher, adaptive
         config.semantic.steps, config.pixel.steps = 100, 300
-        run = out / ("adaptive" if adaptive else "fixed")
-        train(config, [folder], run)
-        found[adaptive] = SemHiTok.from_pretrained(run / "checkpoint")
-    return found
+        train(config, [folder], out / SIZES[adaptive])
+    return {adaptive: SemHiTok.from_pretrained(out / name / "checkpoint") for adaptive, name in SIZES.items()}
 
 
-def samples(model: Any, tokenizer: SemHiTok, codes: Tensor, captions: Sequence[str], words: Any) -> list[Sample]:
-    images = model.vocabulary.image(codes, tokenizer.codebook_hash)
-    pairs = zip(captions, images, strict=True)
-    return [join(*generation_parts(words, model.vocabulary, caption, image)) for caption, image in pairs]
+def samples(vocabulary: Vocabulary, codes: Tensor, captions: Sequence[str], words: Any) -> list[Sample]:
+    pairs = zip(captions, vocabulary.image(codes, vocabulary.codebook_hash), strict=True)
+    return [join(*generation_parts(words, vocabulary, caption, image)) for caption, image in pairs]
 
 
 @torch.no_grad()
@@ -110,8 +108,7 @@ def compare(
         torch.manual_seed(0)
         llm = AutoConfig.for_model(**(config.llm_config or {}))
         models[head] = UnifiedMLLM.from_parts(llm, tokenizer, head=head, dtype=torch.float32).train()
-    given = samples(models["flat"], tokenizer, codes, captions, words)
-    unseen = samples(models["flat"], tokenizer, *held, words)
+    given, unseen = (samples(models["flat"].vocabulary, *pairs, words) for pairs in ((codes, captions), held))
     unseen_rows = [pack(unseen[n : n + SAMPLES], LENGTH) for n in range(0, len(unseen), SAMPLES)]
     optimizers = {head: make_optimizer(model, config.joint.optimizer) for head, model in models.items()}
     losses: dict[str, list[float]] = {head: [] for head in models}
@@ -154,9 +151,8 @@ def measure(head: str, adaptive: bool, sizes: Sizes) -> dict[str, float]:
         vocab_size=sizes.text_ids, hidden_size=sizes.width, intermediate_size=sizes.width, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
-    model: Any = UnifiedMLLM(
-        UnifiedMLLMConfig(llm, sizes.num_codes, sizes.num_sub_codes, 1, 1, head=head, adaptive=adaptive)
-    )
+    config = UnifiedMLLMConfig(llm, sizes.num_codes, sizes.num_sub_codes, 1, 1, head=head, adaptive=adaptive)
+    model: Any = UnifiedMLLM(config)
     if adaptive:
         model.codebooks.offsets.copy_(uneven(sizes.num_codes, sizes.num_sub_codes))
     hidden = torch.randn(sizes.tokens, sizes.width).requires_grad_()
@@ -180,7 +176,7 @@ def table(rows: Sequence[tuple[Sizes, bool, str, Sequence[float], float | None, 
     for sizes, adaptive, head, losses, step, of_loss in rows:
         found = "".join(f"{x:8.3f}" for x in losses) if losses else f"{'-':>8}" * POINTS
         lines.append(
-            f"{f'{sizes.num_codes} x {sizes.num_sub_codes}':11} {'adaptive' if adaptive else 'fixed':9} {head:12}"
+            f"{f'{sizes.num_codes} x {sizes.num_sub_codes}':11} {SIZES[adaptive]:9} {head:12}"
             f"{found}  {'-' if step is None else f'{step:.3f}':>7}"
             f"  {of_loss['s']:7.2f}  {of_loss['MiB']:7.1f}  {of_loss['gradients']:9.1f}"
         )

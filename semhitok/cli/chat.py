@@ -1,6 +1,6 @@
 """Ask a unified model about images: one question, or a conversation line by line.
 
-Without --question, every line of the standard input is a question, until it ends (Ctrl-D); the model remembers the
+Without --question, every line of standard input is a question, until end of file (Ctrl-D); the model remembers the
 conversation. An empty question (--question "") asks for a caption.
 
 examples:
@@ -20,13 +20,9 @@ from semhitok.cli import arguments, text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_assistant_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files that the conversation is about")
-    parser.add_argument("--question", metavar="TEXT", help="ask this alone")
+    parser.add_argument("--question", metavar="TEXT", help="ask this one question")
     parser.add_argument(
-        "--max-new-tokens",
-        type=arguments.positive,
-        default=256,
-        metavar="N",
-        help="longest answer, in ids (default: 256)",
+        "--max-new-tokens", type=arguments.positive, default=256, metavar="N", help="most new ids (default: 256)"
     )
     arguments.add_sampling_arguments(parser, temperature=0.0)
 
@@ -34,12 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from semhitok.mllm.assistant import Chat
 
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "sampling": arguments.sampling(args),
-        "seed": args.seed,
-        "callback": _print,
-    }
+    options = {"max_new_tokens": args.max_new_tokens, "sampling": arguments.sampling(args), "seed": args.seed}
+    options["callback"] = _print
     assistant = arguments.load_assistant(args)
     chat = Chat(assistant, assistant.read(args.images))
     if args.question is not None:

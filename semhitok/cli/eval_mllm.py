@@ -1,9 +1,9 @@
 """Measure a unified model on a public benchmark whose data you have: pope, gqa, mme, seed, textvqa, mjhq or geneval.
 
 DATA is the benchmark's own folder, or its file of questions; --images is the folder of its images, if that is not in
-DATA under the benchmark's own name. Answers are greedy. They are written to OUT/answers.jsonl, scores to
-OUT/scores.json, pictures to OUT/images. If it is interrupted, the same command resumes. Images are resized and cropped
-to the model's size.
+DATA under the benchmark's own name. Images are resized and cropped to the model's size; answers are greedy. Answers are
+written to OUT/answers.jsonl, scores to OUT/scores.json, pictures to OUT/images. An interrupted run resumes with the
+same command.
 
 geneval draws the pictures that GenEval's own evaluator reads from OUT/images; mjhq measures the Fréchet distance to
 MJHQ-30K, on Inception's features (the FID) or those of --features: a timm model, NAME=FILE, random:NAME, or
@@ -37,19 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.mllm import benchmarks
 
     benchmark = benchmarks.find(args.benchmark)
-    sampling = arguments.sampling(args)
+    settings = {name: getattr(args, name) for name in ("images", "batch_size", "seed", "features")}
+    settings["sampling"] = arguments.sampling(args)
     assistant = arguments.load_assistant(args, teacher=benchmark.reads_images)
-    scores = benchmarks.evaluate(
-        args.benchmark,
-        args.data,
-        assistant,
-        arguments.make_output_folder(args.out),
-        model=benchmarks.fingerprint(args.model),
-        images=args.images,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        sampling=sampling,
-        features=args.features,
-    )
+    out, model = arguments.make_output_folder(args.out), benchmarks.fingerprint(args.model)
+    scores = benchmarks.evaluate(args.benchmark, args.data, assistant, out, model=model, **settings)
     print(text.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
     return text.DONE

@@ -1,8 +1,8 @@
 """Draw pictures from captions with a unified model.
 
-Writes OUT/NUMBER-CAPTION-SEED.png, with the caption, seed and settings in its metadata, and OUT/NUMBER-CAPTION-grid.png
-of each caption's pictures. Picture n of a caption has the seed SEED + n; caption, seed and settings give the same
-picture again, whatever else is drawn beside it.
+Each picture is saved as OUT/NUMBER-CAPTION-SEED.png, with its caption, seed and settings in the metadata; all pictures
+of a caption are also saved together, as OUT/NUMBER-CAPTION-grid.png. Picture n of a caption has the seed SEED + n. The
+same caption, seed and settings give the same picture, whatever else is in the batch.
 
 examples:
   semhitok generate runs/mllm/checkpoint --tokenizer runs/tiny/checkpoint "a small red ring at top left" --out drawn
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from semhitok._files import read_text
 from semhitok._messages import printable, progress
 from semhitok.cli import arguments, text
 
@@ -22,17 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_assistant_arguments(parser)
     captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
     captions.required = False  # --prompts may have them; argparse would match "*" to nothing in front of an option
-    parser.add_argument("--prompts", metavar="FILE", help="captions, or more of them, one a line")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the PNGs")
+    parser.add_argument("--prompts", metavar="FILE", help="text file of captions, one a line; adds to CAPTION")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to save the pictures in")
     parser.add_argument(
-        "--count", type=arguments.positive, default=4, metavar="N", help="pictures of each caption (default: 4)"
+        "--count", type=arguments.positive, default=4, metavar="N", help="pictures per caption (default: 4)"
     )
     arguments.add_batch_argument(parser, "pictures")
     arguments.add_drawing_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    captions = args.captions + (_lines(args.prompts) if args.prompts else [])
+    prompts = read_text(Path(args.prompts)).splitlines() if args.prompts else []
+    captions = args.captions + [line.strip() for line in prompts if line.strip()]
     if not captions:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
@@ -54,16 +56,7 @@ def run(args: argparse.Namespace) -> int:
             pictures.append(picture)
             bar.update()
             if len(pictures) == args.count:
-                stem = stems.pop(0)
-                save_png(grid(pictures), out / f"{stem}-grid.png")
-                pictures = []
+                save_png(grid(pictures), out / f"{stems.pop(0)}-grid.png")
+                pictures.clear()
     print(printable(f"{out}: {text.count(len(jobs), 'picture')} of {text.count(len(captions), 'caption')}"))
     return text.DONE
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts: {path}: expected UTF-8 text, got other bytes") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -223,7 +223,7 @@ class Chat:
 
 
 class Job(NamedTuple):
-    """A picture to draw: its file, caption and seed."""
+    """A picture to draw."""
 
     path: Path
     caption: str
@@ -283,13 +283,8 @@ def _check_image_tokenizer(config: UnifiedMLLMConfig, image_tokenizer: SemHiTok)
     expected, got = config.codebook_hash, image_tokenizer.codebook_hash
     if expected != got:
         codebooks = "unknown ones" if expected is None else f"codebooks {expected[:12]}"
-        raise ValueError(
-            f"image_tokenizer: expected the one that the model was trained with, {codebooks}, got {got[:12]}"
-        )
-    sizes = [(c.image_size, c.grid_size) for c in (config, image_tokenizer.config)]
+        problem = f"expected the one that the model was trained with, {codebooks}, got {got[:12]}"
+        raise ValueError(f"image_tokenizer: {problem}")
+    sizes = [f"{c.image_size} pixels as {c.grid_size} x {c.grid_size} ids" for c in (config, image_tokenizer.config)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            "image_tokenizer: expected images of {} pixels as {} x {} ids, got {} and {} x {}".format(
-                *(x for size, grid in sizes for x in (size, grid, grid))
-            )
-        )
+        raise ValueError(f"image_tokenizer: expected images of {sizes[0]}, got {sizes[1]}")

@@ -64,8 +64,8 @@ class RowsConfig:
             raise ValueError(f"data.caption_drop: expected a share, 0 to 1, got {self.caption_drop}")
 
 
-def _optimizer(lr: float) -> Any:
-    return lambda: OptimizerConfig(lr, lr / 10, 0.03, (0.9, 0.95), 0.0)
+def _optimizer(lr: float) -> OptimizerConfig:
+    return OptimizerConfig(lr, lr / 10, 0.03, (0.9, 0.95), 0.0)
 
 
 @dataclass
@@ -77,15 +77,8 @@ class MLLMStageConfig(StageConfig):
 
     steps: int = 5000
     batch_size: int = 64
-    optimizer: OptimizerConfig = field(default_factory=_optimizer(2e-5))
+    optimizer: OptimizerConfig = field(default_factory=lambda: _optimizer(2e-5))
     sources: list[SourceConfig] = field(default_factory=list)
-
-
-@dataclass
-class AdapterStageConfig(MLLMStageConfig):
-    """Stage 1: adapter, embeddings and heads of image ids learn; the LLM is frozen."""
-
-    optimizer: OptimizerConfig = field(default_factory=_optimizer(1e-3))
 
 
 @dataclass
@@ -140,7 +133,7 @@ class MLLMTrainConfig(EngineConfig):
     resolution_id: bool = False
     start_from: str | None = None
     data: RowsConfig = field(default_factory=RowsConfig)
-    adapter: AdapterStageConfig = field(default_factory=AdapterStageConfig)
+    adapter: MLLMStageConfig = field(default_factory=lambda: MLLMStageConfig(optimizer=_optimizer(1e-3)))
     joint: MLLMStageConfig = field(default_factory=MLLMStageConfig)
     instruct: MLLMStageConfig = field(default_factory=MLLMStageConfig)
     lora: LoRAConfig | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -63,6 +64,8 @@ class Sampling:
 
 
 DEFAULT, GREEDY = Sampling(), Sampling(temperature=0.0)
+# Whatever the LLM's generation config says, `Draw` alone chooses.
+NEUTRAL = dict(do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
 
 
 class Grammar(LogitsProcessor):
@@ -89,6 +92,7 @@ class Grammar(LogitsProcessor):
         self.vocabulary, self.adaptive = config.vocabulary, config.adaptive
         self.prefix = [self.vocabulary.resolution(config.image_size)] if config.resolution_id else []
         self.tokens = config.grid_size**2
+        self.length = len(self.prefix) + self.tokens + 1  # ids after begin of image that complete it
         self.images, self.max_length = images, max_length
         self.num_text_ids = self.vocabulary.text_size if num_text_ids is None else num_text_ids
         if not 0 < self.num_text_ids <= self.vocabulary.text_size:
@@ -99,11 +103,6 @@ class Grammar(LogitsProcessor):
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(input_ids == self.vocabulary.begin_of_image, places, -self.length - 1).amax(1)
         return input_ids.shape[1] - 1 - last
-
-    @property
-    def length(self) -> int:
-        """Number of ids after begin of image that complete it."""
-        return len(self.prefix) + self.tokens + 1
 
     def in_image(self, input_ids: Tensor) -> Tensor:
         """Whether the next id is an image id, [B] bool."""
@@ -237,10 +236,8 @@ def left_pad(prompts: Sequence[Prompt], pad_id: int = 0) -> tuple[Tensor, Tensor
     rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
     if not rows or not all(len(row) for row in rows):
         raise ValueError(f"prompts: expected one or more, none of them empty, got lengths {[len(r) for r in rows]}")
-    length = max(len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0), value=pad_id) for row in rows])
-    size = torch.tensor([len(row) for row in rows], device=ids.device)
-    return ids, (torch.arange(length, device=ids.device) >= length - size[:, None]).long()
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
 
 @torch.no_grad()
@@ -297,8 +294,7 @@ def generate(
     grammar = Grammar(model.config, images=images, max_length=max_length, num_text_ids=num_text_ids)
     processors = LogitsProcessorList([Guidance(sampling.guidance, grammar)] if guided else [])
     processors.append(grammar)
-    offsets = model.codebooks.offsets
-    processors.append(Draw(grammar, sampling, offsets=offsets, halves=guided, generator=generator))
+    processors.append(Draw(grammar, sampling, offsets=model.codebooks.offsets, halves=guided, generator=generator))
     # Without eos_id, an id that never occurs: None would be replaced by that of the LLM's generation config.
     transformers_model: Any = model
     out = transformers_model.generate(
@@ -306,12 +302,7 @@ def generate(
         attention_mask=mask,
         logits_processor=processors,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
+        **NEUTRAL,
         eos_token_id=model.vocabulary.size if eos_id is None else eos_id,
         pad_token_id=pad_id,
         use_cache=use_cache,
@@ -343,15 +334,15 @@ def generate_images(
     See `generate` for the other arguments and the errors.
     """
     vocabulary, grid = model.vocabulary, model.config.grid_size
-    begin = [vocabulary.begin_of_image]
-    free = [*torch.as_tensor(unconditional, dtype=torch.int64).tolist(), *begin]
+    asked = [*prompts, unconditional]
+    begun = [[*torch.as_tensor(x, dtype=torch.int64).tolist(), vocabulary.begin_of_image] for x in asked]
     prefix = int(model.config.resolution_id)
     rows = generate(
         model,
-        [[*torch.as_tensor(prompt, dtype=torch.int64).tolist(), *begin] for prompt in prompts],
+        begun[:-1],
         max_new_tokens=prefix + grid**2,
         sampling=sampling,
-        unconditional=[free] * len(prompts),
+        unconditional=begun[-1:] * len(prompts),
         generator=generator,
         use_cache=use_cache,
     )

@@ -91,13 +91,8 @@ class UnifiedMLLMConfig(PreTrainedConfig):
 
         Without adaptive sizes, which a config does not have; see `UnifiedMLLM.vocabulary`.
         """
-        return Vocabulary(
-            self.num_codes,
-            self.num_sub_codes,
-            self.text_config.vocab_size,
-            self.codebook_hash,
-            (self.image_size,) if self.resolution_id else (),
-        )
+        sizes = (self.image_size,) if self.resolution_id else ()
+        return Vocabulary(self.num_codes, self.num_sub_codes, self.text_config.vocab_size, self.codebook_hash, sizes)
 
 
 class Codebooks(nn.Module):
@@ -127,10 +122,7 @@ class Codebooks(nn.Module):
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
-        semantic = self.grouping.group_of(codes)
-        return Features(
-            nn.functional.embedding(semantic, self.sem), nn.functional.embedding(codes, self.pix.flatten(0, -2))
-        )
+        return Features(self.sem[self.grouping.group_of(codes)], self.pix.flatten(0, -2)[codes])
 
     @property
     def grouping(self) -> Grouping:
@@ -339,6 +331,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        reduce: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The loss with `labels`, the logits without: never both, as the loss does not compute all logits at once.
@@ -353,9 +346,11 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             use_cache: None means False, other than in transformers' own models, as a cache would disable packing.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or indices of positions.
             num_items_in_batch: divides the sum of the losses; the number of labels by default.
+            reduce: False gives the loss of each label in place of their mean.
 
         Returns:
-            with `labels`, `loss`, the mean over labels (scalar, fp32); otherwise `logits` [B, T, vocabulary.size].
+            with `labels`, `loss`, fp32: the mean over labels, or [B * (T - 1)], 0 where -100; otherwise `logits`
+            [B, T, vocabulary.size].
 
         Raises:
             ValueError: see `embed`; both or neither of `input_ids` and `inputs_embeds`; labels out of range.
@@ -379,19 +374,14 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None:
             labels = labels[:, 1:].flatten()
-            losses = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
-            count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-            loss = losses.sum() / count
+            loss = self.token_losses(hidden[:, :-1].flatten(0, 1), labels)
+            if reduce:
+                count = (labels != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+                loss = loss.sum() / count
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., width] -> logits [..., vocabulary.size], for one softmax over all ids."""

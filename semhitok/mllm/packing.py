@@ -70,11 +70,7 @@ def pack(samples: Sequence[Sample], length: int, pad_id: int = 0) -> Packed:
         used[row] += size
     device = samples[0].input_ids.device
     shape = (len(rows), length)
-    packed = Packed(
-        torch.full(shape, pad_id, dtype=torch.int64, device=device),
-        torch.full(shape, IGNORE, dtype=torch.int64, device=device),
-        torch.empty(shape, dtype=torch.int64, device=device),
-    )
+    packed = Packed(*(torch.full(shape, value, device=device) for value in (pad_id, IGNORE, 0)))
     for row, members in enumerate(rows):
         start = 0
         for sample in members:

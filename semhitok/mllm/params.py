@@ -30,13 +30,9 @@ def parameter_table(model: UnifiedMLLM) -> dict[str, int]:
     """Parameters of each part. Tied ones are counted once, in the first part. Codebooks (buffers) come last."""
     seen: set[int] = set()
     table = {}
-    trunk = [("text embedding", model.model.get_input_embeddings()), ("LLM's trunk", model.model)]
-    parts = [
-        (name.replace("_", " "), module)
-        for name, module in model.named_children()
-        if name not in ("model", "codebooks")
-    ]
-    for name, module in [*trunk, *parts]:
+    parts = [("text embedding", model.model.get_input_embeddings()), ("LLM's trunk", model.model)]
+    parts += [(name.replace("_", " "), x) for name, x in model.named_children() if name not in ("model", "codebooks")]
+    for name, module in parts:
         own = {id(p): p.numel() for p in module.parameters() if id(p) not in seen}
         seen |= own.keys()
         table[name] = sum(own.values())

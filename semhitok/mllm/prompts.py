@@ -50,24 +50,9 @@ def conversation(
             chat template that changes earlier text when an answer is added.
     """
     turns = [_message(m) for m in messages]
-    answers = [n for n, m in enumerate(turns) if m["role"] == "assistant"]
-    if not answers:
+    if not any(m["role"] == "assistant" for m in turns):
         raise ValueError("messages: expected at least one of the assistant, got none")
-    writer = _Writer(text_tokenizer, vocabulary, images, given)
-    done = ""
-    for n in answers:
-        asked, answered = _render(text_tokenizer, turns[:n], True), _render(text_tokenizer, turns[: n + 1], False)
-        content = turns[n]["content"]
-        place = answered.rfind(content)
-        if not content:
-            raise ValueError("messages: expected an answer with content, got an empty one")
-        if not asked.startswith(done) or not answered.startswith(asked) or place < len(asked):
-            raise ValueError("chat_template: expected one that leaves earlier text and answers as they are")
-        writer.write(asked[len(done) :], False)
-        writer.write(answered[len(asked) : place + len(content)], True)
-        writer.write(answered[place + len(content) :], True, first_only=True)
-        done = answered
-    return writer.finish()
+    return _parts(_Writer(text_tokenizer, vocabulary, images, given), turns, False)
 
 
 def prompt(
@@ -75,18 +60,10 @@ def prompt(
 ) -> list[int]:
     """Ids of a conversation whose next message is an answer. For arguments and errors see `conversation`."""
     turns = [_message(m) for m in messages]
-    answers = [n for n, m in enumerate(turns) if m["role"] == "assistant"]
-    if answers and answers[-1] == len(turns) - 1:
+    if turns and turns[-1]["role"] == "assistant":
         raise ValueError("messages: expected a question at the end, got an answer")
-    past = turns[: answers[-1] + 1] if answers else []
-    count = sum(m["content"].count(IMAGE) for m in past)
-    parts = conversation(text_tokenizer, vocabulary, past, images[:count]) if past else []
-    writer = _Writer(text_tokenizer, vocabulary, images[count:])
-    done, asked = _render(text_tokenizer, past, False) if past else "", _render(text_tokenizer, turns, True)
-    if not asked.startswith(done):
-        raise ValueError("chat_template: expected one that leaves earlier text and answers as they are")
-    writer.write(asked[len(done) :], False)
-    return [i for ids, _ in [*parts, *writer.finish()] for i in ids]
+    parts = _parts(_Writer(text_tokenizer, vocabulary, images), turns, True)
+    return [i for ids, _ in parts for i in ids]
 
 
 def understanding(text_tokenizer: Any, vocabulary: Vocabulary, image: Tensor, question: str = "") -> list[int]:
@@ -157,6 +134,11 @@ class _Writer:
         self.used = 0
         self.parts: list[Part] = []
 
+    def render(self, messages: Sequence[Message], ask: bool) -> str:
+        template = self.text_tokenizer.chat_template or PLAIN
+        options = {"tokenize": False, "add_generation_prompt": ask, "chat_template": template}
+        return self.text_tokenizer.apply_chat_template(list(messages), **options)
+
     def write(self, text: str, learnt: bool, *, first_only: bool = False, markers: bool = True) -> None:
         """Add `text`. `first_only`: only its first id is learnt. `markers`: `<image>` stands for an image."""
         for number, piece in enumerate(text.split(IMAGE) if markers else [text]):
@@ -185,15 +167,32 @@ class _Writer:
         return self.parts
 
 
+def _parts(writer: _Writer, turns: Sequence[Message], asks: bool) -> list[Part]:
+    """The turns up to the last answer, or with `asks` all of them and the beginning of the next answer."""
+    template_error = ValueError("chat_template: expected one that leaves earlier text and answers as they are")
+    done = ""
+    for n in (n for n, m in enumerate(turns) if m["role"] == "assistant"):
+        asked, answered = writer.render(turns[:n], True), writer.render(turns[: n + 1], False)
+        content = turns[n]["content"]
+        place = answered.rfind(content)
+        if not content:
+            raise ValueError("messages: expected an answer with content, got an empty one")
+        if not asked.startswith(done) or not answered.startswith(asked) or place < len(asked):
+            raise template_error
+        writer.write(asked[len(done) :], False)
+        writer.write(answered[len(asked) : place + len(content)], True)
+        writer.write(answered[place + len(content) :], True, first_only=True)
+        done = answered
+    if asks:
+        asked = writer.render(turns, True)
+        if not asked.startswith(done):
+            raise template_error
+        writer.write(asked[len(done) :], False)
+    return writer.finish()
+
+
 def _tokenise(text_tokenizer: Any, text: str) -> list[int]:
     return text_tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def _render(text_tokenizer: Any, messages: Sequence[Message], ask: bool) -> str:
-    template = text_tokenizer.chat_template or PLAIN
-    return text_tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=ask, chat_template=template
-    )
 
 
 def _question(question: str) -> list[Message]:

@@ -1,6 +1,6 @@
 """Rows for the unified model: records of all sources, mixed, formatted and packed, for one of several processes.
 
-Record (a dict, see `semhitok.mllm.sources`) -> `RowSample` -> `Row` of several samples -> `MicroRows`, a micro-batch.
+Record (a dict, see `semhitok.mllm.sources`) -> `RowSample` -> `MicroRows` of one row -> of a whole micro-batch.
 
 Every row of the global batch has a stream of its own, which draws from a part of each source by the seed and the number
 of the draw. So the batches do not depend on how many processes share them.
@@ -55,18 +55,7 @@ class RowSample:
     before: dict[str, Any] = field(default_factory=dict)
 
 
-class Row(NamedTuple):
-    """A row of samples: see `MicroRows` for the fields; `columns` int64 [n] are where the ids of its images go."""
-
-    packed: Packed
-    tasks: Tensor
-    padding: Tensor
-    images: Tensor
-    columns: Tensor
-
-
-@dataclass
-class MicroRows:
+class MicroRows(NamedTuple):
     """Rows that go through the model at once, on the CPU.
 
     Attributes:
@@ -84,10 +73,11 @@ class MicroRows:
     places: Tensor
 
     @classmethod
-    def stack(cls, rows: Sequence[Row]) -> MicroRows:
-        packed, tasks, padding, images, columns = zip(*rows, strict=True)
-        places = [torch.stack([torch.full_like(c, n), c], 1) for n, c in enumerate(columns)]
-        merged = Packed(*(torch.cat(tensors) for tensors in zip(*packed, strict=True)))
+    def stack(cls, rows: Sequence[MicroRows]) -> MicroRows:
+        """Micro-batches of one row each as one."""
+        packed, tasks, padding, images, _ = zip(*rows, strict=True)
+        merged = Packed(*map(torch.cat, zip(*packed, strict=True)))
+        places = [row.places + torch.tensor([n, 0]) for n, row in enumerate(rows)]
         return cls(merged, torch.cat(tasks), torch.cat(padding), torch.cat(images), torch.cat(places))
 
     def with_ids(self, ids: Tensor) -> Packed:
@@ -190,34 +180,34 @@ class TrainingRows:
         if isinstance(record, Sample):
             return [self._row_sample(record, task, [])]
         try:
-            images, pixels = self._images(record)
-            sample = join(*self._parts(source, record, images, drop_caption))
+            images = self._images(record)
+            sample = join(*self._parts(source, record, [ids for ids, _ in images], drop_caption))
             if not images and "text" in record:
                 pieces = zip(*(x.split(self.config.length) for x in sample), strict=True)
                 return [self._row_sample(Sample(*piece), task, []) for piece in pieces]
-            return [self._row_sample(sample, task, pixels)]
+            return [self._row_sample(sample, task, [pixels for _, pixels in images])]
         except (ValueError, KeyError, TypeError) as error:
             name = f"{record['name']}: " if "name" in record else ""
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise (WrongCodebook if isinstance(error, WrongCodebook) else ValueError)(f"{name}{reason}") from None
 
-    def row(self, samples: Sequence[RowSample]) -> Row:
+    def row(self, samples: Sequence[RowSample]) -> MicroRows:
         """A row of samples that fit in it."""
         length, size = self.config.length, self.model.image_size
         tasks, padding = (torch.zeros(1, length, dtype=torch.uint8) for _ in range(2))
-        images: list[Tensor] = []
-        columns: list[int] = []
+        images = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
+        places: list[tuple[int, int]] = []
         start = 0
         for sample in samples:
             end = start + len(sample.sample.input_ids)
             tasks[0, start:end] = sample.task
-            images += [pixels for pixels, _ in sample.images]
-            columns += [start + offset for _, offset in sample.images]
+            images += [pixels[None] for pixels, _ in sample.images]
+            places += [(0, start + offset) for _, offset in sample.images]
             start = end
         padding[0, start:] = 1
-        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         packed = pack([s.sample for s in samples], length, self.pad_id)
-        return Row(packed, tasks, padding, stacked, torch.tensor(columns, dtype=torch.int64))
+        columns = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+        return MicroRows(packed, tasks, padding, torch.cat(images), columns)
 
     def _parts(
         self, source: Source, record: Record, images: Sequence[Tensor], drop_caption: bool
@@ -247,29 +237,26 @@ class TrainingRows:
         images = [(p, begin + self.prefix) for p, begin in zip(pixels, begins, strict=False) if p is not None]
         return RowSample(sample, task, images)
 
-    def _images(self, record: Record) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The ids of a record's images in the vocabulary, and the pixels of those that have no ids yet."""
-        grid, resolution = self.model.grid_size, self.model.image_size if self.model.resolution_id else None
-        images: list[Tensor] = []
-        pixels: list[Tensor | None] = []
+    def _images(self, record: Record) -> list[tuple[Tensor, Tensor | None]]:
+        """The ids of each image in the vocabulary, and its pixels if it has no ids yet."""
         if "codes" in record:
             try:
                 self.vocabulary.check_hash(record.get("codebook_hash"))
             except ValueError as error:
                 raise WrongCodebook(str(error)) from None
-            for codes in record["codes"]:
-                ids = torch.as_tensor(codes)
-                if ids.numel() != grid**2:
-                    raise ValueError(f"codes: expected {grid**2} ids an image, got {ids.numel()}")
-                images.append(self.vocabulary.image(ids.reshape(grid, grid), self.vocabulary.codebook_hash, resolution))
-                pixels.append(None)
-            return images, pixels
+            return [(self._image(torch.as_tensor(codes)), None) for codes in record["codes"]]
+        images: list[tuple[Tensor, Tensor | None]] = []
         for image in record.get("images", ()):
             found = image.image() if isinstance(image, ShardSample) else read_image(Path(record["folder"], image))
-            pixels.append(to_uint8(resize_crop(found, self.model.image_size)))
-            blank = torch.zeros(grid, grid, dtype=torch.int64)
-            images.append(self.vocabulary.image(blank, self.vocabulary.codebook_hash, resolution))
-        return images, pixels
+            blank = self._image(torch.zeros(self.model.grid_size**2, dtype=torch.int64))
+            images.append((blank, to_uint8(resize_crop(found, self.model.image_size))))
+        return images
+
+    def _image(self, codes: Tensor) -> Tensor:
+        grid, resolution = self.model.grid_size, self.model.image_size if self.model.resolution_id else None
+        if codes.numel() != grid**2:
+            raise ValueError(f"codes: expected {grid**2} ids an image, got {codes.numel()}")
+        return self.vocabulary.image(codes.reshape(grid, grid), self.vocabulary.codebook_hash, resolution)
 
 
 class _RowStream:

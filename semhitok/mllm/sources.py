@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from semhitok._files import read_object
 from semhitok.corpus.ids_file import load_codes
 from semhitok.corpus.reader import Encoded, EncodedCorpus
 from semhitok.data.kinds import FOLDER, IDS_FILE, JSONL, SHARDS, kind_of
@@ -158,11 +159,8 @@ class CaptionedIds(Sequence[Record]):
         self.codes, self.names, self.codebook_hash = file.codes, file.names, file.codebook_hash
         if captions is None:
             raise ValueError(f"captions: expected a JSON file {{name: caption}} for {path}, got none")
-        try:
-            self.captions = json.loads(Path(captions).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{captions}: not JSON: {error}") from None
-        if not isinstance(self.captions, dict) or not all(isinstance(c, str) for c in self.captions.values()):
+        self.captions = read_object(Path(captions))
+        if not all(isinstance(caption, str) for caption in self.captions.values()):
             raise ValueError(f"{captions}: expected an object {{name: caption}}")
         lacking = [name for name in self.names if name not in self.captions]
         if lacking:

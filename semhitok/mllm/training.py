@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,10 +113,11 @@ def train(
             seed_everything(config.seed, name)  # for the weights of LoRA, whatever ran before
             stage = MLLMStage(name, model, config, images)
             run = Run(config, folder, data[name], stop, config.evaluation.every, unit="tokens")
-            seconds[name] = run_stage(stage, run, _evaluation(stage, held_out_rows, config.evaluation.batches))
+            evaluate = partial(stage.evaluate, held_out_rows, config.evaluation.batches) if held_out_rows else None
+            seconds[name] = run_stage(stage, run, evaluate)
             model = stage.finish()
         if distributed.rank() == 0:
-            _save(model, text_tokenizer, folder / "checkpoint")
+            _save(folder / "checkpoint", model.eval(), text_tokenizer)
         if distributed.world_size() > 1:
             torch.distributed.barrier()
     return seconds
@@ -149,13 +152,7 @@ class Network(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, tasks: Tensor) -> Tensor:
-        wrapped: Any = self.model
-        model: UnifiedMLLM = wrapped if isinstance(wrapped, UnifiedMLLM) else wrapped.get_base_model()
-        trunk: Any = model.model
-        hidden = trunk(
-            inputs_embeds=model.embed(input_ids), position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        losses = model.token_losses(hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        losses = self.model(input_ids, position_ids=position_ids, labels=labels, reduce=False).loss
         return losses.new_zeros(len(TASKS)).index_add(0, tasks[:, 1:].flatten(), losses)
 
 
@@ -226,15 +223,17 @@ class MLLMStage(Stage[MicroRows, RowBatch, None]):
         figures = {f"{t}_loss": s / n for t, s, n in zip(TASKS, sums, batch.counts, strict=True) if n}
         return sums.sum() / max(1, sum(batch.counts)), {**figures, "padding": batch.padding}, None
 
-    def evaluate(self, batches: Iterator[list[MicroRows]]) -> Evaluation:
-        """The loss of each task on held-out samples, the same on all processes."""
+    def evaluate(self, rows: TrainingRows, count: int) -> Evaluation:
+        """The loss of each task on the first `count` batches of held-out rows, the same on all processes."""
         totals = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)
-        for loaded in batches:
-            batch = self.to_device(loaded)
-            for micro in batch:
-                with self.autocast():
-                    totals[0] += self.network(*micro.packed, micro.tasks)
-            totals[1] += torch.tensor(batch[0].counts, device=self.device) / distributed.world_size()
+        size = self.config.batch_size
+        with closing(rows.batches(size, self.config.micro_batch or max(1, size // rows.world_size))) as batches:
+            for loaded in islice(batches, count):
+                batch = self.to_device(loaded)
+                for micro in batch:
+                    with self.autocast():
+                        totals[0] += self.network(*micro.packed, micro.tasks)
+                totals[1] += torch.tensor(batch[0].counts, device=self.device) / distributed.world_size()
         sums, counts = distributed.all_reduce(totals).tolist()
         figures = {f"{t}_loss": s / n for t, s, n in zip(TASKS, sums, counts, strict=True) if n}
         return {"loss": sum(sums) / max(1, sum(counts)), **figures}, None
@@ -299,7 +298,7 @@ def _text_tokenizer(config: MLLMTrainConfig, folder: Path, sources: Sequence[Seq
     if distributed.rank() == 0 and not saved.exists():
         size = AutoConfig.for_model(**(config.llm_config or {})).vocab_size
         texts = (text for stage in sources for source in stage for text in source.texts())
-        _write(saved, word_tokenizer(texts, size).save_pretrained)
+        _save(saved, word_tokenizer(texts, size))
     if distributed.world_size() > 1:
         torch.distributed.barrier()
     return AutoTokenizer.from_pretrained(saved)
@@ -320,35 +319,12 @@ def _model(config: MLLMTrainConfig, image_tokenizer: SemHiTok) -> UnifiedMLLM:
     return UnifiedMLLM.from_parts(llm, image_tokenizer, **options)
 
 
-def _evaluation(stage: MLLMStage, rows: TrainingRows | None, count: int) -> Callable[[], Evaluation] | None:
-    """A function that evaluates the stage on the first `count` batches of held-out rows; None without any."""
-    if rows is None:
-        return None
-    config = stage.config
-
-    def evaluate() -> Evaluation:
-        batches = rows.batches(config.batch_size, config.micro_batch or max(1, config.batch_size // rows.world_size))
-        try:
-            return stage.evaluate(islice(batches, count))
-        finally:
-            batches.close()
-
-    return evaluate
-
-
-def _save(model: UnifiedMLLM, text_tokenizer: Any, folder: Path) -> None:
-    def write(place: Path) -> None:
-        model.eval().save_pretrained(place)
-        text_tokenizer.save_pretrained(place)
-
-    _write(folder, write)
-
-
-def _write(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Write a folder that exists complete or not at all."""
+def _save(folder: Path, *saved: Any) -> None:
+    """Save models and tokenizers of transformers in a folder, which exists complete or not at all."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write(part)
+    for thing in saved:
+        thing.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -139,7 +139,7 @@ class Page:
             raise AssertionError(f"semhitok {shlex.join(arguments)}: not parsed") from error
         if args.command in ("train", "train-mllm"):
             config = printed(lambda: cli.main([*arguments, "--print-config"]))
-            assert config.startswith(("model:", "tokenizer:")), config
+            assert re.search("^stages:", config, re.M) and re.search("^(model|tokenizer):", config, re.M), config
             if target:
                 Path(target).write_text(config)
         if not run or getattr(args, "print_config", False):

@@ -255,6 +255,9 @@ def test_loss_is_that_of_the_logits(kind, head):
         close(a, b)
     count = (labels[:, 1:] != -100).sum()
     close(model(input_ids=ids, labels=labels, num_items_in_batch=2 * count).loss, out.loss / 2)
+    losses = model(input_ids=ids, labels=labels, reduce=False).loss
+    assert losses.shape == labels[:, 1:].flatten().shape and torch.equal(losses.sum() / count, out.loss)
+    assert losses[labels[:, 1:].flatten() == -100].eq(0).all()
 
 
 @pytest.mark.parametrize("head", HEADS[1:])

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from semhitok.mllm.assistant import DRAWING, Assistant
+from semhitok.mllm.assistant import Assistant
 from semhitok.mllm.benchmarks import geneval, gqa, mjhq, mme, pope, seed, textvqa
 from semhitok.mllm.benchmarks.questions import Scores
-from semhitok.mllm.benchmarks.run import Benchmark, Drawing, Questions, Settings, fingerprint
-from semhitok.mllm.generate import Sampling
+from semhitok.mllm.benchmarks.run import Benchmark, Drawing, Questions, Run, fingerprint
 
-__all__ = ["BENCHMARKS", "Benchmark", "Scores", "evaluate", "find", "fingerprint"]
+__all__ = ["BENCHMARKS", "Benchmark", "Run", "Scores", "evaluate", "find", "fingerprint"]
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pope": Questions(pope.load, pope.score),
@@ -32,8 +32,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mme": Questions(mme.load, mme.score),
     "seed": Questions(seed.load, seed.score),
     "textvqa": Questions(textvqa.load, textvqa.score),
-    "mjhq": Drawing(mjhq.run),
-    "geneval": Drawing(geneval.run),
+    "mjhq": Drawing(mjhq.draw),
+    "geneval": Drawing(geneval.draw),
 }
 
 
@@ -54,29 +54,13 @@ def evaluate(
     assistant: Assistant,
     out: str | os.PathLike[str],
     *,
-    model: str = "",
     images: str | os.PathLike[str] | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    sampling: Sampling = DRAWING,
-    features: str = "inception",
+    **settings: Any,
 ) -> Scores:
-    """Run a benchmark, or resume it, and score it.
-
-    Args:
-        name: of `BENCHMARKS`.
-        data: the benchmark's folder, or its file of questions or captions.
-        assistant: the model. Answers are greedy.
-        out: folder of this run's answers or pictures and scores.
-        model: identifies the model in OUT/run.json; see `fingerprint`.
-        images: folder of the images, if it is not in `data` under the benchmark's own name.
-        batch_size: questions or pictures at a time.
-        seed: of the first picture; each of the following gets the next number.
-        sampling: how pictures are drawn.
-        features: for mjhq, see `semhitok.evaluation.frechet.feature_network`; "inception" makes its distance the FID.
+    """Run a benchmark, or resume it, and score it. For the arguments see `Run`.
 
     Raises:
         OSError, ValueError: files are missing or malformed, or `out` belongs to another run.
     """
-    settings = Settings(model, None if images is None else Path(images), batch_size, seed, sampling, features)
-    return find(name).run(name, Path(data), assistant, Path(out), settings)
+    folder = None if images is None else Path(images)
+    return find(name).run(Run(name, Path(data), assistant, Path(out), images=folder, **settings))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from semhitok._files import read_text
+
 NAMED = 3  # missing files that a message lists
 
 
@@ -32,24 +34,6 @@ def image_folder(data: Path, given: Path | None, *names: str) -> Path:
         if (base / name).is_dir():
             return base / name
     raise FileNotFoundError(f"{base}: expected the images in {names[0]} there, or --images, found none")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
-
-
-def read_object(path: Path) -> Any:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def read_lines(path: Path) -> Iterator[tuple[Any, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
-from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies, pairs
+from semhitok._files import read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
@@ -25,5 +26,4 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Percentage of right answers, ignoring case and a full stop at the end; also of each structural type."""
-    right = [text.strip().removesuffix(".").strip().lower() == q.gold for q, text in pairs(questions, answers)]
-    return accuracies(questions, right)
+    return accuracies(questions, answers, lambda text, gold: text.strip().removesuffix(".").strip().lower() == gold)

@@ -8,49 +8,48 @@ from pathlib import Path
 
 from torch import Tensor
 
+from semhitok._files import read_object
 from semhitok._messages import progress
 from semhitok.data.images import read_image, resize_crop, to_uint8
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
-from semhitok.mllm.assistant import Assistant, Job
-from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder, read_object
+from semhitok.mllm.assistant import Job
+from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import Scores
-from semhitok.mllm.benchmarks.run import Settings, draw, write_scores
+from semhitok.mllm.benchmarks.run import Run
 
 
-def run(name: str, data: Path, assistant: Assistant, out: Path, settings: Settings) -> Scores:
+def draw(run: Run) -> Scores:
     """Draw the captions, caption n with seed + n, and measure the distance.
 
     DATA/meta_data.json is {id: {"category", "prompt"}}; mjhq30k_imgs/CATEGORY/ID.jpg are the reference pictures, which
     are resized to the size of those drawn. Figures of models of another size are not comparable.
     """
-    folder = image_folder(data, settings.images, "mjhq30k_imgs")
-    path, *_ = data_files(data, "meta_data.json")
+    folder = image_folder(run.data, run.images, "mjhq30k_imgs")
+    path, *_ = data_files(run.data, "meta_data.json")
     jobs, references = [], []
     for n, (id_, row) in enumerate(read_object(path).items()):
         category, caption = (str(field(row, key, f"{path}: {id_}")) for key in ("category", "prompt"))
         for key, value in (("id", id_), ("category", category)):
             if not re.fullmatch(r"[\w\- ]+", value):
                 raise ValueError(f"{path}: {key}: expected letters and digits, got {value!r:.80}")
-        jobs.append(Job(out / "images" / category / f"{id_}.png", caption, settings.seed + n))
+        jobs.append(Job(run.out / "images" / category / f"{id_}.png", caption, run.seed + n))
         references.append(folder / category / f"{id_}.jpg")
     check_files(references)
     # Loaded before the pictures are drawn, so that an error is raised early.
-    label, network = feature_network(settings.features, assistant.model.device)
-    drawn = draw(name, jobs, assistant, out, settings)
-    reference, ours = (
-        _statistics(paths, assistant.image_size, network, title)
-        for title, paths in (("reference", references), ("drawn", drawn))
-    )
+    label, network = feature_network(run.features, run.assistant.model.device)
+    run.draw(jobs)
+    size = run.assistant.image_size
+    reference = _statistics(references, size, network, "reference")
+    ours = _statistics([job.path for job in jobs], size, network, "drawn")
     scores = {"fid" if label == "rfid" else label: frechet_distance(reference, ours), "pictures": float(len(jobs))}
-    write_scores(out, scores)
+    run.write_scores(scores)
     return scores
 
 
 def _statistics(paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str) -> FeatureStatistics:
     statistics = FeatureStatistics()
-    bar = progress(paths, label)
-    images = (to_uint8(resize_crop(read_image(path), size))[None] for path in bar)
+    images = (to_uint8(resize_crop(read_image(path), size))[None] for path in progress(paths, label))
     with exact():
         for rows in rows_in_order(images, lambda group: {"features": network(group)}):
             statistics.update(rows["features"])

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import read_text
+from semhitok._files import read_text
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 PERCEPTION = (

@@ -26,7 +26,7 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
 
 
 def answer_of(text: str) -> str:
-    """ "yes" unless the first sentence has one of the words No, no, not: the benchmark's own rule."""
+    """no if the first sentence has one of the words No, no and not, otherwise yes: the benchmark's own rule."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,20 +13,13 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 class Question(NamedTuple):
-    """One question.
+    """A question about an image."""
 
-    id: unique in its benchmark.
-    image: its file.
-    text: as the model is asked.
-    gold: the right answer, as the benchmark's score needs it.
-    category: of the questions that get a score of their own, or "".
-    """
-
-    id: str
+    id: str  # unique in its benchmark
     image: Path
-    text: str
-    gold: Any
-    category: str
+    text: str  # as the model is asked
+    gold: Any  # the right answer, as the benchmark's score needs it
+    category: str  # of questions that have a score of their own, or ""
 
 
 def pairs(questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[Question, str]]:
@@ -48,18 +41,13 @@ def by_category(questions: Sequence[Question], answers: Sequence[str]) -> dict[s
     return categories
 
 
-def accuracies(questions: Sequence[Question], right: Sequence[bool]) -> Scores:
-    """Percentage of right answers, of all questions and of each category."""
-    scores = {"accuracy": 100 * mean(right)}
-    for category in dict.fromkeys(q.category for q in questions):
-        if category:
-            of_category = [r for q, r in zip(questions, right, strict=True) if q.category == category]
-            scores[f"{category} accuracy"] = 100 * mean(of_category)
-    return scores
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def accuracies(questions: Sequence[Question], answers: Sequence[str], value: Callable[[str, Any], float]) -> Scores:
+    """100 times the mean of value(answer, gold), for all questions and for each category."""
+    values: dict[str, list[float]] = {"accuracy": []}
+    for q, text in pairs(questions, answers):
+        for name in dict.fromkeys(["accuracy", f"{q.category} accuracy".strip()]):
+            values.setdefault(name, []).append(value(text, q.gold))
+    return {name: 100 * (sum(found) / len(found)) for name, found in values.items()}
 
 
 def percentage(part: int, whole: int) -> float:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
-from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies, pairs
+from semhitok._files import read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies
 
 CHOICES = ("a", "b", "c", "d")
 
@@ -49,5 +50,4 @@ def answer_of(text: str, choices: Mapping[str, str]) -> str:
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Percentage of right letters, of all questions and of each type."""
-    right = [answer_of(text, q.gold[1]) == q.gold[0] for q, text in pairs(questions, answers)]
-    return accuracies(questions, right)
+    return accuracies(questions, answers, lambda text, gold: answer_of(text, gold[1]) == gold[0])

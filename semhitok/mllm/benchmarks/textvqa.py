@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_object
-from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, mean, pairs
+from semhitok._files import read_object
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
@@ -35,12 +36,11 @@ def vqa_accuracy(text: str, gold: Sequence[str]) -> float:
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Mean VQA accuracy."""
-    return {"accuracy": 100 * mean([vqa_accuracy(text, q.gold) for q, text in pairs(questions, answers)])}
+    return accuracies(questions, answers, vqa_accuracy)
 
 
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"} | {
-    "seven": "7", "eight": "8", "nine": "9", "ten": "10"
-}  # fmt: skip
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {name: str(n) for n, name in enumerate(NAMES)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
