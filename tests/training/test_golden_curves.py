@@ -19,14 +19,16 @@ from semhitok.data.images import save_png
 from semhitok.training import log, train
 
 GOLDEN = Path(__file__).parent / "golden"
-# The preset as it is, but for fewer steps and tokens: some steps without quantisation, k-means, then quantised ones.
+# The preset with smaller images, fewer codes and fewer steps: some without quantisation, k-means, then quantised ones.
 SETTINGS = [
-    "semantic.steps=24", "semantic.continuous_steps=8", "semantic.init_tokens_per_code=16", "pixel.steps=14",
-    "pixel.continuous_steps=4", "pixel.init_tokens_per_code=4", "tracker=none",
+    "model.image_size=32", "model.teacher.image_size=32", "model.num_codes=32", "semantic.steps=16",
+    "semantic.continuous_steps=6", "semantic.init_tokens_per_code=16", "semantic.batch_size=4", "pixel.steps=10",
+    "pixel.continuous_steps=3", "pixel.init_tokens_per_code=4", "pixel.batch_size=4",
+    "tracker=none",
 ]  # fmt: skip
 CRITIC = [
-    "pixel.loss.critic.weight=0.1", "pixel.loss.critic.train_from=1", "pixel.loss.critic.start=5",
-    "pixel.loss.critic.ramp=4", "pixel.loss.critic.adaptive=true", "pixel.loss.critic.lecam=0.01",
+    "pixel.loss.critic.weight=0.1", "pixel.loss.critic.train_from=1", "pixel.loss.critic.start=3",
+    "pixel.loss.critic.ramp=3", "pixel.loss.critic.adaptive=true", "pixel.loss.critic.lecam=0.01",
     "pixel.loss.critic.augment=true", "pixel.loss.critic.width=8", "pixel.loss.critic.layers=2",
 ]  # fmt: skip
 
