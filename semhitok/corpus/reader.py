@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,13 +116,17 @@ class EncodedCorpus(IterableDataset[Encoded]):
                 f"{count} workers, got {self.num_shards}"
             )
 
-        def open_stream(number: int, place: list[int]) -> Iterable[Item]:
-            return _BatchStream(self, batch_size, self.rank * count + number, streams, *place)
+        start = {**self.identity(), "workers": workers, "turn": 0, "streams": [[self.epoch, 0]] * count}
+        open_stream = partial(self._batches_of, batch_size, count)
+        return Batches(open_stream, start, 1, lambda batches: batches[0], workers=workers, position=position)
 
-        return Batches(
-            open_stream, [[self.epoch, 0]] * count, 1, lambda batches: batches[0], workers=workers,
-            identity={**self.identity(), "workers": workers}, saves=("turn", "streams"), position=position,
-        )  # fmt: skip
+    def _batches_of(self, batch_size: int, count: int, worker: int, place: list[int]) -> Iterator[Item]:
+        """The batches that one of this process's `count` reading processes makes."""
+        rows = self.endless(place, self.rank * count + worker, self.world_size * count)
+        while True:
+            taken, places = zip(*islice(rows, batch_size), strict=True)
+            ids, captions, keys = zip(*taken, strict=True)
+            yield Item(Encoded(torch.stack(ids), list(captions), list(keys)), places[-1])
 
     def identity(self) -> dict[str, Any]:
         """What the order of the rows depends on."""
@@ -146,6 +150,15 @@ class EncodedCorpus(IterableDataset[Encoded]):
         for (ids, caption, key), _ in order.epoch(place):
             yield Encoded(torch.from_numpy(ids.astype("int64")), caption, key)
 
+    def endless(self, place: Sequence[int], number: int = 0, streams: int = 1) -> Iterator[tuple[Encoded, list[int]]]:
+        """(row, the place after it) of stream `number` from a place on: an epoch, and rows of it that are done."""
+        epoch, done = place
+        while True:
+            for row in self.stream(epoch, number, streams, done):
+                done += 1
+                yield row, [epoch, done]
+            epoch, done = epoch + 1, 0
+
     def _read(self, shard: Mapping[str, Any], skip: int) -> Iterator[tuple[Any, str, str]]:
         """(ids, caption, key) of the rows of a shard, without the first `skip`."""
         path, end = self.folder / shard["name"], self.layout.vocabulary.num_flat_codes
@@ -167,28 +180,3 @@ class EncodedCorpus(IterableDataset[Encoded]):
                 for n, (caption, key) in islice(enumerate(texts), skip, None):
                     yield ids[n].copy(), caption or "", key  # a copy: a view would keep the whole group in memory
                 skip = max(0, skip - batch.num_rows)
-
-
-@dataclass
-class _BatchStream:
-    """Batches of a stream from a place on: an epoch, and rows of it that are done."""
-
-    corpus: EncodedCorpus
-    batch_size: int
-    number: int
-    streams: int
-    epoch: int
-    done: int
-
-    def __iter__(self) -> Iterator[Item]:
-        epoch, done = self.epoch, self.done
-        rows: list[Encoded] = []
-        while True:
-            for row in self.corpus.stream(epoch, self.number, self.streams, done):
-                rows.append(row)
-                done += 1
-                if len(rows) == self.batch_size:
-                    ids, captions, keys = zip(*rows, strict=True)
-                    yield Item(Encoded(torch.stack(ids), list(captions), list(keys)), [epoch, done])
-                    rows = []
-            epoch, done = epoch + 1, 0

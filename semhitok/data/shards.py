@@ -89,8 +89,8 @@ class _Fault:
         self.transient = transient
 
 
-def read_shard(url: str, texts: bool = False) -> Iterator[ShardSample]:
-    """The samples of a shard, undecoded; if it cannot be read to its end, the last one says why.
+def read_shard(url: str, skip: int = 0, *, texts: bool = False) -> Iterator[ShardSample]:
+    """The samples of a shard after the first `skip`, undecoded; if it cannot be read to its end, the last one says why.
 
     A shard that cannot be reached, or whose connection breaks, is retried three times. Only images and, with `texts`,
     .txt and .json members are read. Nothing in a shard is run or unpickled.
@@ -104,13 +104,15 @@ def read_shard(url: str, texts: bool = False) -> Iterator[ShardSample]:
         # A retry gives what comes after the samples already given.
         for sample in islice(_read_once(url, fault, texts), given, None):
             given += 1
-            yield sample
+            if given > skip:
+                yield sample
         if not fault.reason:
             return
         if not fault.transient:
             break
-    problem = f"{url}: cannot read the shard after {given} samples: {fault.reason}"
-    yield ShardSample(url, b"", problem, True, fault.transient)
+    if given >= skip:
+        problem = f"{url}: cannot read the shard after {given} samples: {fault.reason}"
+        yield ShardSample(url, b"", problem, True, fault.transient)
 
 
 def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[ShardSample]:

@@ -135,19 +135,22 @@ class Item(NamedTuple):
     skipped: int = 0
 
 
+OpenStream = Callable[[int, Place], Iterable[Item]]
+
+
 class Batches(Iterator[T]):
     """Batches without end, made of items from streams that take turns.
 
     Args:
-        open_stream: (number, place) -> stream `number` of this process from a place on: an endless iterable of items.
-        places: where the streams start if there is no position, one for each.
+        open_stream: (number, place) -> the items of stream `number` of this process from a place on, without end. It is
+            called, and its items are made, in the reading process.
+        start: the position before the first batch. Of its entries, "skipped", "turn" (the stream that is next) and the
+            places, "rows" or else "streams", change from batch to batch; a run resumes only if the others are equal.
+            Without places there is a stream for each reading process, whose place is not saved.
         size: items of a batch.
         collate: the values of `size` items -> a batch.
         workers: reading processes, a divisor of the number of streams; 0 reads in this process.
-        identity: entries of a position that must be equal for a run to resume from it.
-        saves: what else a position holds: "skipped", "turn" (the stream that is next) and the places as "streams" or,
-            for streams that are rows of a batch, as "rows".
-        position: `position` to resume from; None starts at `places`.
+        position: `position` to resume from; None begins at `start`.
 
     Attributes:
         skipped: images or records left out of this process's batches because they cannot be used, including those
@@ -161,39 +164,32 @@ class Batches(Iterator[T]):
     """
 
     def __init__(
-        self,
-        open_stream: Callable[[int, Place], Iterable[Item]],
-        places: Sequence[Place],
-        size: int,
-        collate: Callable[[list[Any]], T],
-        *,
-        workers: int,
-        identity: Mapping[str, Any],
-        saves: Sequence[str],
-        position: Mapping[str, Any] | None,
-    ) -> None:
-        position = position or {}
-        for key, expected in identity.items() if position else ():
-            if (got := position.get(key)) != expected:
+        self, open_stream: OpenStream, start: Mapping[str, Any], size: int, collate: Callable[[list[Any]], T], *,
+        workers: int, position: Mapping[str, Any] | None,
+    ) -> None:  # fmt: skip
+        position = position or start
+        self._start, self._size, self._collate = start, size, collate
+        self._key = "rows" if "rows" in start else "streams"
+        for key, expected in start.items():
+            got = position.get(key)
+            if key not in ("skipped", "turn", self._key) and got != expected:
                 raise ValueError(f"position: {key}: expected {expected}, got {got}; a run resumes only as it began")
-        self._size, self._collate, self._identity, self._saves = size, collate, dict(identity), saves
         self.skipped: int = position.get("skipped", 0)
         self._turn: int = position.get("turn", 0)
-        self._places = list(position.get("rows" if "rows" in saves else "streams", places))
-        streams = [open_stream(number, place) for number, place in enumerate(self._places)]
-        turns = _Turns(streams[self._turn :] + streams[: self._turn])
+        self._places: list[Place] = list(position.get(self._key) or start.get(self._key) or [None] * max(1, workers))
+        streams = list(enumerate(self._places))
+        turns = _Turns(open_stream, streams[self._turn :] + streams[: self._turn])
         self._items: Iterator[Item | Exception] = iter(turns)
         if workers:
-            self._items = iter(
-                DataLoader(
-                    turns,
-                    batch_size=None,
-                    num_workers=workers,
-                    collate_fn=unchanged,
-                    worker_init_fn=leave_signals_to_parent,
-                    generator=torch.Generator(),  # the default one would be drawn from
-                )
+            loader: DataLoader[Any] = DataLoader(
+                turns,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_leave_signals_to_parent,
+                generator=torch.Generator(),  # the default one would be drawn from
             )
+            self._items = iter(loader)
 
     def __next__(self) -> T:
         items: list[Item] = []
@@ -213,9 +209,8 @@ class Batches(Iterator[T]):
 
     def position(self) -> dict[str, Any]:
         """Where the streams stand after the last batch: numbers and text, as JSON has them."""
-        places = list(self._places)
-        state = {"skipped": self.skipped, "turn": self._turn, "streams": places, "rows": places}
-        return {**self._identity, **{key: state[key] for key in self._saves}}
+        now = {"skipped": self.skipped, "turn": self._turn, self._key: list(self._places)}
+        return {key: now.get(key, value) for key, value in self._start.items()}
 
     def close(self) -> None:
         """End the worker processes. There are no more batches."""
@@ -237,14 +232,14 @@ def share_of(batch_size: int, micro_batch: int, processes: int) -> int:
 class _Turns(IterableDataset[Any]):
     """An item of each stream in turn; worker w of n has the streams w, w + n, ... An error is the last item."""
 
-    def __init__(self, streams: Sequence[Iterable[Item]]) -> None:
-        self.streams = streams
+    def __init__(self, open_stream: OpenStream, streams: Sequence[tuple[int, Place]]) -> None:
+        self.open_stream, self.streams = open_stream, streams
 
     def __iter__(self) -> Iterator[Item | Exception]:
         worker = get_worker_info()
         mine = self.streams[worker.id :: worker.num_workers] if worker else self.streams
         try:
-            running = [iter(stream) for stream in mine]
+            running = [iter(self.open_stream(number, place)) for number, place in mine]
             while True:
                 for stream in running:
                     yield next(stream)
@@ -252,16 +247,12 @@ class _Turns(IterableDataset[Any]):
             yield error  # raised in a worker, it would have the worker's traceback as its message
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Workers
-
-
-def unchanged(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     """A `collate_fn` that leaves items as they are."""
     return item
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def _leave_signals_to_parent(worker: int) -> None:
     """A `worker_init_fn`: workers survive a signal to the process group, so that the parent can finish its step.
 
     The second SIGTERM ends a worker, for one that hangs.

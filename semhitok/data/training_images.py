@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,31 +124,60 @@ class TrainingImages:
         """
         share = share_of(batch_size, micro_batch, self.world_size)
         firsts = range(self.rank * share, (self.rank + 1) * share, micro_batch)
-        workers, count = self.config.workers, max(1, self.config.workers)
-
-        def of_files(number: int, place: Any) -> Iterable[Item]:
-            return _FileStream(self._crops, batch_size, firsts, step * len(firsts) + number, count)
-
-        def of_shards(number: int, place: Any) -> Iterable[Item]:
-            stream, streams = self.rank * count + number, self.world_size * count
-            order = ShuffledShards(
-                self.shards, _read_shard, self.config.shuffle_buffer, self.seed, stream=stream, streams=streams
-            )
-            return _ShardStream(order, self.size, self.config, micro_batch, place)
-
-        identity: dict[str, Any] = {"data": "files"}
+        workers = self.config.workers
+        start: dict[str, Any] = {"data": "files", "skipped": 0}
+        open_stream = partial(self._of_files, batch_size, firsts, step * len(firsts))
         if self.shards:
-            identity = {"data": "shards", "processes": self.world_size, "rank": self.rank, "workers": workers}
-        return Batches(
-            of_shards if self.shards else of_files,
-            [START] * count,
-            len(firsts),
-            lambda images: [Batch(i, first, batch_size) for i, first in zip(images, firsts, strict=True)],
-            workers=workers,
-            identity=identity,
-            saves=("skipped", "turn", "streams") if self.shards else ("skipped",),
-            position=position,
-        )
+            start = {"data": "shards", "processes": self.world_size, "rank": self.rank, "workers": workers}
+            start |= {"skipped": 0, "turn": 0, "streams": [START] * max(1, workers)}
+            open_stream = partial(self._of_shards, micro_batch)
+
+        def collate(images: list[Tensor]) -> list[Batch]:
+            return [Batch(i, first, batch_size) for i, first in zip(images, firsts, strict=True)]
+
+        return Batches(open_stream, start, len(firsts), collate, workers=workers, position=position)
+
+    def _of_files(self, batch_size: int, firsts: range, done: int, number: int, place: None) -> Iterator[Item]:
+        """The micro-batches that reading process `number` makes, after `done`; `firsts` are those of a step."""
+        for micro in itertools.count(done + number, max(1, self.config.workers)):
+            step, part = divmod(micro, len(firsts))
+            first = step * batch_size + firsts[part]
+            samples = [self._crops.sample(n) for n in range(first, first + firsts.step)]
+            yield Item(torch.stack([image for image, _ in samples]), place, sum(replaced for _, replaced in samples))
+
+    def _of_shards(self, micro_batch: int, number: int, place: Mapping[str, int]) -> Iterator[Item]:
+        """Micro-batches of crops from the samples of reading process `number`, from `place` on."""
+        crops = self._crops_of_shards(number, place)
+        while True:
+            taken = list(itertools.islice(crops, micro_batch))
+            yield Item(torch.stack([i.value for i in taken]), taken[-1].place, sum(i.skipped for i in taken))
+
+    def _crops_of_shards(self, worker: int, place: Mapping[str, int]) -> Iterator[Item]:
+        """Crops [3, size, size], without end."""
+        workers = max(1, self.config.workers)
+        stream, streams = self.rank * workers + worker, self.world_size * workers
+        order = ShuffledShards(self.shards, read_shard, self.config.shuffle_buffer, self.seed, stream, streams)
+        epoch, number, images = (place[k] for k in ("epoch", "number", "images"))
+        reported: set[str] = set()
+        skipped = 0
+        for sample, after in order.endless(place):
+            if after["epoch"] != epoch:
+                if images == 0:
+                    raise order.empty_epoch(epoch)
+                epoch, images = after["epoch"], 0
+            try:
+                image = to_uint8(sample.image())
+            except ValueError as error:
+                skipped += 1
+                if sample.name not in reported:
+                    reported.add(sample.name)
+                    warn_skipped(str(error))
+                continue
+            draws = torch.rand(4, generator=generator(self.seed, stream, number)).tolist()
+            number, images = number + 1, images + 1
+            counted = {**after, "number": number, "images": images}
+            yield Item(crop(image, self.size, self.config, draws), counted, skipped)
+            skipped = 0
 
 
 def held_out_batches(
@@ -214,71 +243,6 @@ def _samples_in_order(shards: Sequence[str]) -> Iterator[ShardSample]:
             if sample.ends_shard:
                 raise ValueError(sample.problem)
             yield sample
-
-
-def _read_shard(url: str, skip: int) -> Iterator[ShardSample]:
-    return islice(read_shard(url), skip, None)
-
-
-@dataclass
-class _FileStream:
-    """Every `stride`-th of this process's micro-batches from number `start` on; `firsts` are those of a step."""
-
-    crops: RandomCrops
-    batch_size: int
-    firsts: range
-    start: int
-    stride: int
-
-    def __iter__(self) -> Iterator[Item]:
-        number = self.start
-        while True:
-            step, part = divmod(number, len(self.firsts))
-            first = step * self.batch_size + self.firsts[part]
-            samples = [self.crops.sample(n) for n in range(first, first + self.firsts.step)]
-            yield Item(torch.stack([image for image, _ in samples]), START, sum(replaced for _, replaced in samples))
-            number += self.stride
-
-
-@dataclass
-class _ShardStream:
-    """Micro-batches of crops from the samples of shards, from `place` on."""
-
-    order: ShuffledShards[ShardSample]
-    size: int
-    config: DataConfig
-    micro_batch: int
-    place: Mapping[str, int]
-
-    def __iter__(self) -> Iterator[Item]:
-        crops = self._crops()
-        while True:
-            taken = list(islice(crops, self.micro_batch))
-            yield Item(torch.stack([i.value for i in taken]), taken[-1].place, sum(i.skipped for i in taken))
-
-    def _crops(self) -> Iterator[Item]:
-        """Crops [3, size, size], without end."""
-        epoch, number, images = (self.place[k] for k in ("epoch", "number", "images"))
-        reported: set[str] = set()
-        skipped = 0
-        for sample, place in self.order.endless(self.place):
-            if place["epoch"] != epoch:
-                if images == 0:
-                    raise self.order.empty_epoch(epoch)
-                epoch, images = place["epoch"], 0
-            try:
-                image = to_uint8(sample.image())
-            except ValueError as error:
-                skipped += 1
-                if sample.name not in reported:
-                    reported.add(sample.name)
-                    warn_skipped(str(error))
-                continue
-            draws = torch.rand(4, generator=generator(self.order.seed, self.order.stream, number)).tolist()
-            number, images = number + 1, images + 1
-            place |= {"number": number, "images": images}
-            yield Item(crop(image, self.size, self.config, draws), place, skipped)
-            skipped = 0
 
 
 def _find(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[str]]:

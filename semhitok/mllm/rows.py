@@ -8,8 +8,9 @@ of the draw. So the batches do not depend on how many processes share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,21 +151,16 @@ class TrainingRows:
         share, workers = share_of(batch_size, micro_batch, self.world_size), self.config.workers
         if share % max(1, workers):
             raise ValueError(f"data.workers: expected a divisor of the {share} rows of a process, got {workers}")
-
-        def open_stream(number: int, place: Any) -> Iterable[Item]:
-            place = place or {"draw": 0, "sources": [None] * len(self.sources), "taken": []}
+        for place in filter(None, (position or {}).get("rows", ())):
             if (found := len(place["sources"])) != len(self.sources):
                 raise ValueError(f"position: expected one of {len(self.sources)} sources, got {found}")
-            return _RowStream(self, self.rank * share + number, batch_size, place)
-
+        start = {"streams": batch_size, "processes": self.world_size, "rank": self.rank}
         return Batches(
-            open_stream,
-            [None] * share,
+            partial(_RowStream, self, batch_size, self.rank * share),
+            {**start, "skipped": 0, "rows": [None] * share},
             share,
             lambda rows: [MicroRows.stack(rows[n : n + micro_batch]) for n in range(0, share, micro_batch)],
             workers=workers,
-            identity={"streams": batch_size, "processes": self.world_size, "rank": self.rank},
-            saves=("skipped", "rows"),
             position=position,
         )
 
@@ -260,14 +256,15 @@ class TrainingRows:
 
 
 class _RowStream:
-    """Row `number` of every batch, from `place` on.
+    """Row `number` of every batch, of this process's rows from `first` on, from `place` on; None is the beginning.
 
     A place is where the stream stood before the record of the oldest waiting sample was drawn, and which samples from
     that record on are in rows already ("taken", counted from the record's first).
     """
 
-    def __init__(self, data: TrainingRows, number: int, streams: int, place: Mapping[str, Any]) -> None:
-        self.data, self.number, self.streams, self.place = data, number, streams, place
+    def __init__(self, data: TrainingRows, streams: int, first: int, number: int, place: Any) -> None:
+        self.data, self.number, self.streams = data, first + number, streams
+        self.place = place or {"draw": 0, "sources": [None] * len(data.sources), "taken": []}
         self.skipped = 0
 
     def __iter__(self) -> Iterator[Item]:

@@ -20,7 +20,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,15 +188,14 @@ class Shards:
         self.description = {"shards": len(self.urls), "sha256": digest}
 
     def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
-        order = ShuffledShards(
-            self.urls, _read_shard, self.shuffle_buffer, seed, number, streams, share_items=len(self.urls) < streams
-        )
+        read, share_items = partial(read_shard, texts=True), len(self.urls) < streams
+        order = ShuffledShards(self.urls, read, self.shuffle_buffer, seed, number, streams, share_items)
         for sample, after in order.endless(place or START):
             yield _record(sample), after
 
     def texts(self) -> Iterator[str]:
         for url in self.urls:
-            for sample in _read_shard(url):
+            for sample in read_shard(url, texts=True):
                 record = _record(sample)
                 if not isinstance(record, ValueError):
                     yield from _texts(record)
@@ -219,13 +218,9 @@ class Corpus:
         corpus = copy.copy(self.corpus)
         corpus.seed = seed
         share_rows = corpus.num_shards < streams
-        epoch, done = place or (0, 0)
-        while True:
-            for row in corpus.stream(epoch, *((0, 1) if share_rows else (number, streams)), done):
-                done += 1
-                if not share_rows or done % streams == number:
-                    yield self._record(row), [epoch, done]
-            epoch, done = epoch + 1, 0
+        for row, after in corpus.endless(place or (0, 0), *((0, 1) if share_rows else (number, streams))):
+            if not share_rows or after[1] % streams == number:
+                yield self._record(row), after
 
     def _record(self, row: Encoded) -> Any:
         if not row.caption:
@@ -259,10 +254,6 @@ def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
     if kind == FOLDER:
         return Corpus(config, rows)
     raise ValueError(f"path: expected .jsonl, .safetensors, webdataset shards or a corpus of ids, got {path}")
-
-
-def _read_shard(url: str, skip: int = 0) -> Iterator[ShardSample]:
-    return islice(read_shard(url, texts=True), skip, None)
 
 
 def _record(sample: ShardSample) -> Any:

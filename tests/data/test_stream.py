@@ -24,9 +24,13 @@ class Count:
 
 def batches(streams=4, size=3, workers=0, position=None, end=None):
     return Batches(
-        lambda number, place: Count(number, place, end), [0] * streams, size, list, workers=workers,
-        identity={"data": "counts"}, saves=("skipped", "turn", "streams"), position=position,
-    )  # fmt: skip
+        lambda number, place: Count(number, place, end),
+        {"data": "counts", "skipped": 0, "turn": 0, "streams": [0] * streams},
+        size,
+        list,
+        workers=workers,
+        position=position,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
