@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ from semhitok.corpus.config import CROPS, ENGINES, PRECISIONS, EncodingConfig
 
 if TYPE_CHECKING:
     from semhitok.corpus.encode import Summary
-    from semhitok.corpus.encoder import CroppedImage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,36 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="IDS|DIR", help="file ending in .safetensors, or a corpus's folder"
     )
     # Named after the settings of `EncodingConfig` and the arguments of `encode_corpus`; absent unless given.
-    corpus = parser.add_argument_group("for a corpus", argument_default=argparse.SUPPRESS)
-    default = EncodingConfig()
+    add = parser.add_argument_group("for a corpus", argument_default=argparse.SUPPRESS).add_argument
+    default, positive = EncodingConfig(), arguments.positive
+    processes = "encoding processes, each of one thread on a CPU (default: 1)"
+    in_shard = f"image files in an output shard (default: {default.images_per_shard})"
     options = [
-        corpus.add_argument(
-            "--crop", choices=CROPS, help=f"ten: corners, centre and their mirror images (default: {default.crop})"
-        ),
-        corpus.add_argument(
-            "--pack", dest="packed", action="store_true", help="store each id in as few bits as the vocabulary needs"
-        ),
-        corpus.add_argument(
-            "--caption", metavar="NAME", help="parquet column and JSON field of captions (default: caption or text)"
-        ),
-        corpus.add_argument(
-            "--shard-images",
-            dest="images_per_shard",
-            type=arguments.positive,
-            metavar="N",
-            help=f"image files in an output shard (default: {default.images_per_shard})",
-        ),
-        corpus.add_argument("--precision", choices=PRECISIONS, help=f"of the networks (default: {default.precision})"),
-        corpus.add_argument("--engine", choices=ENGINES, help="who runs the processes (default: local)"),
-        corpus.add_argument(
-            "--processes",
-            type=arguments.positive,
-            metavar="N",
-            help="encoding processes, each of one thread on a CPU (default: 1)",
-        ),
-        corpus.add_argument(
-            "--workers", type=arguments.positive, metavar="N", help="decoding processes for each (default: none)"
-        ),
+        add("--crop", choices=CROPS, help=f"ten: corners, centre and their mirror images (default: {default.crop})"),
+        add("--pack", dest="packed", action="store_true", help="store each id in as few bits as the vocabulary needs"),
+        add("--caption", metavar="NAME", help="parquet column and JSON field of captions (default: caption or text)"),
+        add("--shard-images", dest="images_per_shard", type=positive, metavar="N", help=in_shard),
+        add("--precision", choices=PRECISIONS, help=f"of the networks (default: {default.precision})"),
+        add("--engine", choices=ENGINES, help="who runs the processes (default: local)"),
+        add("--processes", type=positive, metavar="N", help=processes),
+        add("--workers", type=positive, metavar="N", help="decoding processes for each (default: none)"),
     ]
     parser.set_defaults(corpus_flags={option.dest: option.option_strings[0] for option in options})
 
@@ -91,27 +72,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _file(args: argparse.Namespace) -> int:
-    from semhitok.corpus.encoder import encode_images
+    import torch
+
     from semhitok.corpus.ids_file import save_codes
+    from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images
 
     out = arguments.check_output_file(args.out)
     paths = list_images(args.sources)
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
-    with progress(paths, "encode") as bar:
-
-        def skip(image: CroppedImage) -> None:
-            bar.write(printable(f"semhitok encode: skipped: {image.problem}"), file=sys.stderr)
-
-        names, codes = encode_images(tokenizer, bar, args.batch_size, skip)
-    if not names:
-        raise ValueError(f"none of {text.count(len(paths), 'image')} could be read")
-    save_codes(out, codes, names, tokenizer.vocabulary)
-    count, height, width = codes.shape
-    skipped = len(paths) - count
-    note = f", {skipped} skipped" if skipped else ""
+    device = next(tokenizer.parameters()).device
+    reader = ImageReader(paths, tokenizer.config.image_size, args.batch_size, "encode")
+    names: list[str] = []
+    codes: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for batch, images in reader:
+            names += [path.as_posix() for path in batch]
+            codes.append(tokenizer.encode(images.to(device)).cpu())
+    reader.check_any_read()
+    ids = torch.cat(codes)
+    save_codes(out, ids, names, tokenizer.vocabulary)
+    count, height, width = ids.shape
+    note = f", {reader.skipped} skipped" if reader.skipped else ""
     print(printable(f"{out}: {text.count(count, 'image')}, {height} x {width} ids each{note}"))
-    return text.exit_code(skipped)
+    return text.exit_code(reader.skipped)
 
 
 def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -154,5 +138,4 @@ def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any
         yield "precision", f"{precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
     if summary.skipped:
         yield "skipped", f"{summary.skipped:,}, listed in {Path(out, 'skipped.jsonl')}"
-    for view, figures in summary.usage.items():
-        yield f"{view} usage", f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
+    yield from text.usage_rows(summary.usage)

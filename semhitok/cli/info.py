@@ -101,7 +101,7 @@ def _ids(path: str) -> Iterable[tuple[str, Any]]:
     if file.vocabulary.num_flat_codes <= _MAX_COUNTERS:
         usage = CodeUsage(file.num_codes, file.num_sub_codes, offsets=file.offsets)
         usage.update(file.codes)
-        yield from _usage(usage.summary())
+        yield from text.usage_rows(usage.summary())
 
 
 def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
@@ -121,12 +121,7 @@ def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
     yield "num_codes K", f"{layout.num_codes:,}"
     yield "num_sub_codes m", f"{layout.num_sub_codes:,}"
     yield "codebook hash", layout.codebook_hash
-    yield from _usage(usage.summary())
-
-
-def _usage(summary: dict[str, dict[str, float]]) -> Iterable[tuple[str, Any]]:
-    for view, figures in summary.items():
-        yield f"{view} usage", f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
+    yield from text.usage_rows(usage.summary())
 
 
 def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

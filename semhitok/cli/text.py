@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from semhitok._messages import printable
@@ -29,6 +29,12 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {printable(str(value))}" for name, value in rows)
+
+
+def usage_rows(usage: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+    """Rows of a table for `CodeUsage.summary`."""
+    for view, figures in usage.items():
+        yield f"{view} usage", f"{figures['usage']:.3f}, perplexity {figures['perplexity']:.1f}"
 
 
 def png_names(names: Iterable[str]) -> list[str]:

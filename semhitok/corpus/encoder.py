@@ -1,4 +1,4 @@
-"""From images to ids: the images of a unit become a shard of ids; image files become the content of an ids file.
+"""From images to ids: the images of a unit become a shard of ids.
 
 A shard's bytes depend on the job and the unit alone: its images are encoded in order, in batches that are always full
 (the last is padded with black), on a CPU by one thread. The shard appears complete or not at all, then its record.
@@ -10,8 +10,8 @@ import hashlib
 import json
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,87 +28,20 @@ from semhitok.corpus.format import Layout, shard_writer
 from semhitok.corpus.sources import Item, Unit, read_unit
 from semhitok.tokenizer import SemHiTok
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images, decoded and cropped, in batches
-
 
 class CroppedImage(NamedTuple):
-    """An image to encode: crops float32 [c, 3, size, size] in [0, 1], or None and the problem, see `Item`."""
+    """An image to encode: crops float32 [c, 3, size, size] in [0, 1]; without any, the problem, see `Item`."""
 
     key: str
-    crops: Tensor | None
+    crops: Tensor = torch.empty(0)
     caption: str | None = None
     problem: str = ""
     transient: bool = False
 
 
-class Row(NamedTuple):
-    """A crop to encode, float32 [3, size, size], and what is stored beside its ids."""
-
-    key: str
-    caption: str | None
-    crop: int
-    pixels: Tensor
-
-
-def crop_image(item: Item, size: int, policy: str) -> CroppedImage:
-    """Decode an item's image and crop it; an image that cannot be read gives the reason."""
-    try:
-        return CroppedImage(item.key, item.crops(size, policy).contiguous(), item.read_caption())
-    except (ValueError, OSError) as error:
-        return CroppedImage(item.key, None, problem=reason(error), transient=item.transient)
-
-
-def row_batches(
-    images: Iterable[CroppedImage], batch_size: int, skip: Callable[[CroppedImage], None]
-) -> Iterator[list[Row]]:
-    """The crops of all images in batches, the last of which may be smaller; `skip` is called with unreadable images."""
-
-    def rows() -> Iterator[Row]:
-        for image in images:
-            if image.crops is None:
-                skip(image)
-                continue
-            for number, crop in enumerate(image.crops):
-                yield Row(image.key, image.caption, number, crop)
-
-    stream = rows()
-    while batch := list(islice(stream, batch_size)):
-        yield batch
-
-
-def encode_images(
-    tokenizer: SemHiTok, paths: Iterable[Path], batch_size: int, skip: Callable[[CroppedImage], None]
-) -> tuple[list[str], Tensor]:
-    """Encode image files, resized and cropped to the centre.
-
-    Args:
-        tokenizer: on the device to use.
-        paths: image files.
-        batch_size: images encoded at once.
-        skip: called with each image that cannot be read, when it is met.
-
-    Returns:
-        The names of the N images that can be read, and their ids int64 [N, h, w] on the CPU.
-    """
-    size, grid, device = tokenizer.config.image_size, tokenizer.config.grid_size, next(tokenizer.parameters()).device
-    items = (Item(path.as_posix(), str(path), path=str(path)) for path in paths)
-    names: list[str] = []
-    codes = [torch.empty(0, grid, grid, dtype=torch.int64)]
-    with torch.inference_mode():
-        for rows in row_batches((crop_image(item, size, "centre") for item in items), batch_size, skip):
-            codes.append(tokenizer.encode(torch.stack([row.pixels for row in rows]).to(device)).cpu())
-            names += [row.key for row in rows]
-    return names, torch.cat(codes)
-
-
 def reason(error: Exception) -> str:
     """What an error says, as text that every file can hold: bytes of a name that are not UTF-8 become \\xNN."""
     return message(error).encode("utf-8", "backslashreplace").decode()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Units
 
 
 @dataclass(frozen=True)
@@ -205,22 +138,17 @@ class UnitEncoder:
         self.compared = self.changed = 0
         images = captions = 0
         skipped: list[dict[str, str]] = []
-
-        def skip(image: CroppedImage) -> None:
-            if image.transient:
-                raise _TransientError(image.problem)
-            skipped.append({"key": image.key, "reason": image.problem})
-
+        rows = self._rows(loaded, skipped)
         try:
             with shard_writer(job.shard_path(unit), job.layout) as writer:
-                for rows in row_batches(self._images(loaded), job.config.batch_size, skip):
-                    for row, ids in zip(rows, self._encode(rows), strict=True):
-                        writer.add(row.key, row.caption, row.crop, ids)
-                        images += row.crop == 0
-                        captions += row.crop == 0 and row.caption is not None
+                while batch := list(islice(rows, job.config.batch_size)):
+                    grids = self._encode([image.crops[crop] for image, crop in batch])
+                    for (image, crop), ids in zip(batch, grids, strict=True):
+                        writer.add(image.key, image.caption, crop, ids)
+                        images += crop == 0
+                        captions += crop == 0 and image.caption is not None
         except _TransientError as problem:
-            for _ in self._images(loaded):  # skip the rest of this unit
-                pass
+            deque(self._images(loaded), maxlen=0)  # skip the rest of this unit
             self._clock("all", 1)
             return UnitResult(None, dict(self.seconds), str(problem))
         record = {
@@ -233,6 +161,17 @@ class UnitEncoder:
         self._clock("all", 1)
         return UnitResult(record, dict(self.seconds))
 
+    def _rows(
+        self, loaded: Iterator[CroppedImage | None], skipped: list[dict[str, str]]
+    ) -> Iterator[tuple[CroppedImage, int]]:
+        """(image, number of the crop) of the crops up to the end of the unit; unreadable images go to `skipped`."""
+        for image in self._images(loaded):
+            if image.transient:
+                raise _TransientError(image.problem)
+            if image.problem:
+                skipped.append({"key": image.key, "reason": image.problem})
+            yield from ((image, crop) for crop in range(len(image.crops)))
+
     def _images(self, loaded: Iterator[CroppedImage | None]) -> Iterator[CroppedImage]:
         """The images up to the end of the unit."""
         while True:
@@ -243,15 +182,15 @@ class UnitEncoder:
                 return
             yield image
 
-    def _encode(self, rows: Sequence[Row]) -> Tensor:
-        """ids [n, h, w] of n rows, encoded as a batch that is padded to its full size."""
+    def _encode(self, crops: Sequence[Tensor]) -> Tensor:
+        """ids [n, h, w] of n crops [3, size, size], encoded as a batch that is padded to its full size."""
         config, size = self.job.config, self.tokenizer.config.image_size
         images = torch.zeros(config.batch_size, 3, size, size)
-        torch.stack([row.pixels for row in rows], out=images[: len(rows)])
+        torch.stack(list(crops), out=images[: len(crops)])
         images = images.to(self.job.device)
         with torch.inference_mode():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                ids = self.tokenizer.encode(images).cpu()[: len(rows)]
+                ids = self.tokenizer.encode(images).cpu()[: len(crops)]
             if config.precision != "fp32" and not self.compared:
                 self._compare(images, ids)
         return ids
@@ -302,10 +241,15 @@ def _items(units: Sequence[Unit], caption: str | None) -> Iterator[Item | None]:
 
 
 class _CropDataset(Dataset[Any]):
-    """`crop_image` of items, in place of indices; None stays None."""
+    """The crops of items, in place of indices; None stays None."""
 
     def __init__(self, size: int, policy: str) -> None:
         self.size, self.policy = size, policy
 
     def __getitem__(self, item: Item | None) -> CroppedImage | None:
-        return None if item is None else crop_image(item, self.size, self.policy)
+        if item is None:
+            return None
+        try:
+            return CroppedImage(item.key, item.crops(self.size, self.policy).contiguous(), item.read_caption())
+        except (ValueError, OSError) as error:
+            return CroppedImage(item.key, problem=reason(error), transient=item.transient)
