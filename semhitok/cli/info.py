@@ -112,10 +112,7 @@ def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
     totals = manifest["totals"]
     yield "shards", f"{len(manifest['shards']):,}, all as the manifest says"
     yield "images", f"{totals['images']:,}, {totals['skipped']:,} skipped"
-    yield (
-        "rows",
-        "{:,} of {} x {} ids, {} with captions".format(totals["rows"], *layout.grid, f"{totals['captions']:,}"),
-    )
+    yield "rows", "{:,} of {} x {} ids, {:,} with captions".format(totals["rows"], *layout.grid, totals["captions"])
     yield "ids", f"packed, {layout.bits} bits" if layout.packed else str(layout.schema().field("ids").type.value_type)
     yield "bytes", f"{totals['bytes']:,}"
     yield "num_codes K", f"{layout.num_codes:,}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from semhitok._files import open_atomic, write_atomic, write_json
+from semhitok._files import open_atomic, read_object, write_atomic, write_json
 from semhitok._messages import printable
 from semhitok._optional import require
 from semhitok.corpus import engines
@@ -95,18 +95,18 @@ def encode_corpus(
     config = config or EncodingConfig()
     for module, extra in (("pyarrow.parquet", "corpus"), ("PIL.Image", "models"), ("numpy", "models")):
         require(module, extra)
-    place = engines.place(engine, processes, str(device))
+    rank, world_size, device = engines.place(engine, processes, str(device))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     begun = time.perf_counter()
     try:
         tokenizer = SemHiTok.from_pretrained(checkpoint)
-        job, units = _open_job(str(checkpoint), tokenizer, sources, folder, config, place.device, workers)
+        job, units = _open_job(str(checkpoint), tokenizer, sources, folder, config, device, workers)
         encoder = UnitEncoder(job, tokenizer) if engines.encodes_here(engine, processes) else None
         del tokenizer  # other processes load their own
         _remove_temporary_files(folder, engine)
-        todo = [unit for unit in units[place.rank :: place.world_size] if _finished(job, unit) is None]
+        todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
         summary = Summary()
         problems = 0
         busy: dict[str, float] = defaultdict(float)
@@ -153,12 +153,7 @@ def _open_job(
         model.num_codes, model.num_sub_codes, vocabulary.codebook_hash, grid, config.packed, vocabulary.offsets
     )
     path = folder / JOB
-    old: dict[str, Any] = {}
-    if path.exists():
-        try:
-            old = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
+    old = read_object(path) if path.exists() else {}
     settings = {
         **layout.metadata(),
         "encoder_sha256": encoder_hash(tokenizer),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,16 +19,8 @@ from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, ignore
 from semhitok.corpus.sources import Unit
 
 
-class Place(NamedTuple):
-    """Which units fall to this process and those it starts, units[rank::world_size], and the device to encode on."""
-
-    rank: int
-    world_size: int
-    device: str
-
-
-def place(engine: str, processes: int, device: str) -> Place:
-    """This process's place under an engine.
+def place(engine: str, processes: int, device: str) -> tuple[int, int, str]:
+    """(rank, world_size, device): this process encodes units[rank::world_size] on the device, or starts who does.
 
     Raises:
         ValueError: no such engine, or torchrun did not start this process or is to start others.
@@ -36,7 +28,7 @@ def place(engine: str, processes: int, device: str) -> Place:
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if engine != "torchrun":
-        return Place(0, 1, device)
+        return 0, 1, device
     if "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "engine: torchrun expects a process that it started: torchrun --nproc-per-node N -m semhitok ..."
@@ -45,7 +37,7 @@ def place(engine: str, processes: int, device: str) -> Place:
         raise ValueError(f"processes: expected 1 with torchrun, which starts the processes itself, got {processes}")
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
 
 
 def encodes_here(engine: str, processes: int) -> bool:

@@ -232,15 +232,6 @@ def shard_writer(path: str | os.PathLike[str], layout: Layout) -> Iterator[Shard
             raise
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def check_shard(path: Path, record: Mapping[str, Any]) -> None:
     """Check a shard against its record or its entry in the manifest.
 
@@ -251,8 +242,12 @@ def check_shard(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: no such shard")
     if (size := path.stat().st_size) != record["bytes"]:
         raise ValueError(f"{path}: expected {record['bytes']} bytes, got {size}")
-    if (digest := sha256_of(path)) != record["sha256"]:
-        raise ValueError(f"{path}: expected SHA-256 {record['sha256'][:12]}, got {digest[:12]}")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != record["sha256"]:
+        raise ValueError(f"{path}: expected SHA-256 {record['sha256'][:12]}, got {digest.hexdigest()[:12]}")
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from semhitok.corpus.format import check_shard, open_shard, read_manifest
-from semhitok.data.stream import START, Batches, Item, ShuffledShards
+from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards
 from semhitok.vocabulary import Vocabulary
 
 
@@ -108,14 +108,8 @@ class EncodedCorpus(IterableDataset[Encoded]):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_shards(str(self.folder), self.num_shards, self.world_size, workers)
         count = max(1, workers)
-        streams = self.world_size * count
-        if self.num_shards < streams:
-            raise ValueError(
-                f"{self.folder}: expected at least {streams} shards, one for each of {self.world_size} processes x "
-                f"{count} workers, got {self.num_shards}"
-            )
-
         start = {**self.identity(), "workers": workers, "turn": 0, "streams": [[self.epoch, 0]] * count}
         open_stream = partial(self._batches_of, batch_size, count)
         return Batches(open_stream, start, 1, lambda batches: batches[0], workers=workers, position=position)
@@ -131,10 +125,8 @@ class EncodedCorpus(IterableDataset[Encoded]):
     def identity(self) -> dict[str, Any]:
         """What the order of the rows depends on."""
         digest = hashlib.sha256(json.dumps(self._shards, sort_keys=True).encode()).hexdigest()
-        return {
-            "corpus": digest, "seed": self.seed, "shuffle_buffer": self.shuffle_buffer,
-            "processes": self.world_size, "rank": self.rank,
-        }  # fmt: skip
+        order = {"corpus": digest, "seed": self.seed, "shuffle_buffer": self.shuffle_buffer}
+        return order | {"processes": self.world_size, "rank": self.rank}
 
     def stream(self, epoch: int, number: int = 0, streams: int = 1, done: int = 0) -> Iterator[Encoded]:
         """The rows of stream `number` of `streams` in an epoch, without the first `done`."""

@@ -69,8 +69,7 @@ class Item(NamedTuple):
     def crops(self, size: int, policy: str) -> Tensor:
         """The image as float32 [c, 3, size, size] in [0, 1]: c = 1 with the policy "centre", 10 with "ten".
 
-        Raises:
-            ValueError, OSError: there is no image, or it cannot be read.
+        ValueError or OSError if there is no image, or it cannot be read.
         """
         if self.problem:
             raise ValueError(self.problem)
@@ -78,11 +77,7 @@ class Item(NamedTuple):
         return ten_crops(image, size) if policy == "ten" else resize_crop(image, size)[None]
 
     def read_caption(self) -> str | None:
-        """The caption, or None.
-
-        Raises:
-            OSError: its file cannot be read.
-        """
+        """The caption, or None; OSError if its file cannot be read."""
         if not self.caption_path:
             return self.caption
         try:
@@ -156,15 +151,8 @@ def read_unit(unit: Unit, caption: str | None = None) -> Iterator[Item]:
         yield from _parquet(unit.source, fields)
     else:
         for sample in read_shard(unit.source, texts=True):
-            yield Item(
-                "" if sample.ends_shard else sample.key, sample.name, sample.data, "",
-                _text_of(dict(sample.texts), fields), sample.problem, sample.transient,
-            )  # fmt: skip
-
-
-def printable_utf8(text: str) -> str:
-    """A file's name as text that every file can hold: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+            key, text = "" if sample.ends_shard else sample.key, _text_of(dict(sample.texts), fields)
+            yield Item(key, sample.name, sample.data, "", text, sample.problem, sample.transient)
 
 
 def _check_apart(names: Sequence[str]) -> None:
@@ -197,8 +185,9 @@ def _listed(unit: Unit) -> Iterator[Item]:
     with open(unit.source, "rb") as listing:
         listing.seek(unit.start)
         for _ in range(unit.count):
-            path, key = json.loads(listing.readline())
-            yield Item(printable_utf8(key), path, path=path, caption_path=str(Path(path).with_suffix(".txt")))
+            path, name = json.loads(listing.readline())
+            key = os.fsencode(name).decode("utf-8", "backslashreplace")  # bytes that are not UTF-8 become \\xNN
+            yield Item(key, path, path=path, caption_path=str(Path(path).with_suffix(".txt")))
 
 
 def _text_of(texts: Mapping[str, bytes], fields: Sequence[str]) -> str | None:

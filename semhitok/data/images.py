@@ -122,10 +122,7 @@ def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     Raises:
         ValueError: another shape or dtype, or a size below 1.
     """
-    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
-        raise ValueError(f"image: expected [3, H, W], got {list(image.shape)}")
-    if not image.is_floating_point():
-        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
+    _check(image)
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
     shorter = min(image.shape[1:])
@@ -198,10 +195,7 @@ def save_png(image: torch.Tensor, path: str | os.PathLike[str], *, text: Mapping
         ValueError: another shape or dtype, or NaN among the values.
         OSError: the file cannot be written.
     """
-    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
-        raise ValueError(f"image: expected [3, H, W], got {list(image.shape)}")
-    if not image.is_floating_point():
-        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
+    _check(image)
     values = image.detach().float()
     if torch.isnan(values).any():
         raise ValueError("image: expected values in [0, 1], got NaN")
@@ -213,6 +207,14 @@ def save_png(image: torch.Tensor, path: str | os.PathLike[str], *, text: Mapping
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     require("PIL.Image").fromarray(array).save(png, "PNG", pnginfo=info)
     write_atomic(path, png.getvalue())
+
+
+def _check(image: torch.Tensor) -> None:
+    """ValueError unless `image` is [3, H, W] in floating point."""
+    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+        raise ValueError(f"image: expected [3, H, W], got {list(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
 
 
 def _decode(file: IO[bytes], name: str) -> torch.Tensor:
@@ -242,12 +244,12 @@ def _decode(file: IO[bytes], name: str) -> torch.Tensor:
 def _to_tensor(image: Any) -> torch.Tensor:
     """Pillow image of any mode to float32 [3, H, W] in [0, 1]."""
     numpy = require("numpy")
-    if image.mode == "F":
-        grey = torch.from_numpy(numpy.array(image, dtype=numpy.float32))
-        return _grey(grey, limit=1)
-    if image.mode.startswith("I"):  # I;16 in either byte order, and I for 16-bit PPM
-        grey = torch.from_numpy(numpy.array(image, dtype=numpy.int64))
-        return _grey(grey, limit=65535)
+    if image.mode[0] in "FI":  # I;16 in either byte order, and I for 16-bit PPM
+        kind, limit = (numpy.float32, 1) if image.mode == "F" else (numpy.int64, 65535)
+        grey = torch.from_numpy(numpy.array(image, dtype=kind))
+        if not bool(((grey >= 0) & (grey <= limit)).all()):
+            raise ValueError(f"expected grey values in [0, {limit}]")
+        return (grey / limit).float().expand(3, -1, -1).contiguous()
     has_alpha = image.has_transparency_data
     pixels = numpy.array(image.convert("RGBA" if has_alpha else "RGB"))
     values = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
@@ -255,13 +257,6 @@ def _to_tensor(image: Any) -> torch.Tensor:
         alpha = values[3:]
         values = values[:3] * alpha + (1 - alpha)
     return values.contiguous()
-
-
-def _grey(grey: torch.Tensor, limit: int) -> torch.Tensor:
-    """Grey values [H, W] in [0, limit] to float32 [3, H, W] in [0, 1]."""
-    if not bool(((grey >= 0) & (grey <= limit)).all()):
-        raise ValueError(f"expected grey values in [0, {limit}]")
-    return (grey / limit).float().expand(3, -1, -1).contiguous()
 
 
 def _centre(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -217,6 +217,15 @@ class Batches(Iterator[T]):
         self._items = iter(())  # a DataLoader's iterator ends its workers when nothing refers to it
 
 
+def check_shards(name: str, shards: int, processes: int, workers: int) -> None:
+    """ValueError unless there is a shard for each reading process."""
+    if shards < processes * max(1, workers):
+        raise ValueError(
+            f"{name}: expected at least {processes * max(1, workers)} shards, one for each of {processes} processes x "
+            f"{max(1, workers)} workers, got {shards}: use fewer processes or workers, or more shards"
+        )
+
+
 def share_of(batch_size: int, micro_batch: int, processes: int) -> int:
     """How many items of a batch each process takes.
 

@@ -25,7 +25,7 @@ from semhitok.data.crops import RandomCrops, crop
 from semhitok.data.images import list_images, read_image, resize_crop, to_uint8
 from semhitok.data.kinds import SHARDS, kind_of
 from semhitok.data.shards import ShardSample, expand_shards, read_shard
-from semhitok.data.stream import START, Batches, Item, ShuffledShards, generator, share_of, warn_skipped
+from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of, warn_skipped
 
 
 class TrainingImages:
@@ -79,13 +79,7 @@ class TrainingImages:
         self.rank, self.world_size = rank, world_size
         self.paths, self.shards = _find(sources)
         if self.shards:
-            streams = world_size * max(1, config.workers)
-            if len(self.shards) < streams:
-                raise ValueError(
-                    f"data: expected at least {streams} shards, one for each of {world_size} processes x "
-                    f"{max(1, config.workers)} workers, got {len(self.shards)}: use fewer processes or workers, "
-                    "or more shards"
-                )
+            check_shards("data", len(self.shards), world_size, config.workers)
             if config.shuffle_buffer < 1:
                 raise ValueError(f"shuffle_buffer: expected at least 1, got {config.shuffle_buffer}")
             self.description = {"shards": len(self.shards), "shards_sha256": _digest(self.shards)}

@@ -431,6 +431,15 @@ def test_a_name_that_comes_again_is_another_sample(tmp_path):
     assert [greys(s.image()[None])[0] for s in shards_module.read_shard(str(path))] == [1, 2, 3]
 
 
+def test_a_shard_is_read_from_any_of_its_samples_on(tmp_path):
+    """Its damage counts as the last one."""
+    pytest.importorskip("webdataset")
+    path = write_tar(tmp_path / "a.tar", grey_members(0, 6))
+    damage_header(path)
+    keys = [[sample.key for sample in shards_module.read_shard(str(path), skip)] for skip in range(5)]
+    assert keys == [["000", "001", "002", ""], ["001", "002", ""], ["002", ""], [""], []]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_without_images_is_an_error(tmp_path, workers):
     pytest.importorskip("webdataset")
