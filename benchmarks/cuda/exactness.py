@@ -54,6 +54,11 @@ def judge(z: Tensor, codebook: Tensor, metric: str, ids: dict[str, Tensor]) -> d
     return counts
 
 
+def uncertified(rescored: Tensor) -> float:
+    """Percentage of tokens [N] that the certified search left to another."""
+    return 100 * (rescored < 0).double().mean().item()
+
+
 def check(case: Case, n: int, device: str = "cuda") -> Outcome:
     z, codebook = (t.to(device) for t in case.data(n))
     ids, refused, rescored = {}, {}, torch.zeros(1, device=device)
@@ -69,5 +74,4 @@ def check(case: Case, n: int, device: str = "cuda") -> Outcome:
     codes = done.mean().item() if len(done) else 0.0
     counts = judge(z, codebook, case.metric, ids)
     wrong = {title: count for title, (count, _) in counts.items()}
-    uncertified = 100 * (rescored < 0).double().mean().item()
-    return Outcome(wrong, counts.get("op", (0, 0))[1], codes, uncertified, refused)
+    return Outcome(wrong, counts.get("op", (0, 0))[1], codes, uncertified(rescored), refused)

@@ -24,6 +24,7 @@ from benchmarks.cuda import floor as cuda_floor
 from benchmarks.cuda import preflight as cuda_preflight
 from benchmarks.cuda import sections as cuda_sections
 from benchmarks.cuda import timing as cuda_timing
+from benchmarks.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 CEILINGS: dict[str, Any] = {  # round numbers, of no card
@@ -183,19 +184,24 @@ def test_a_line_without_our_own_time() -> None:
 
 
 def test_uncertified_is_a_percentage() -> None:
-    assert cuda_bench.uncertified(torch.tensor([1, -1, 4, 16])) == 25
+    assert cuda_exactness.uncertified(torch.tensor([1, -1, 4, 16])) == 25
 
 
-def test_wrong_ids_are_counted() -> None:
+def test_wrong_ids_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_exactness, "PIECE", 64)
+
+    def wrong(z: Tensor, codebook: Tensor, ids: Tensor) -> int:
+        return cuda_exactness.judge(z, codebook, "ip", {"ours": ids})["ours"][0]
+
     g = torch.Generator().manual_seed(0)
     z, codebook = (F.normalize(torch.randn(n, 16, generator=g)) for n in (300, 200))
     ids = (z.double() @ codebook.double().T).argmax(1)
-    assert cuda_bench.wrong_ids(z, codebook, ids, piece=64) == 0
+    assert wrong(z, codebook, ids) == 0
     ids[[3, 70, 299]] = (ids[[3, 70, 299]] + 1) % 200
-    assert cuda_bench.wrong_ids(z, codebook, ids, piece=64) == 3
+    assert wrong(z, codebook, ids) == 3
     close = torch.cat([codebook, codebook + 1e-8])  # within rounding: not wrong
     best = (z.double() @ close.double().T).argmax(1)
-    assert cuda_bench.wrong_ids(z, close, (best + 200) % 400) == 0
+    assert wrong(z, close, (best + 200) % 400) == 0
 
 
 def test_contestants_find_the_same_codes() -> None:
@@ -220,7 +226,7 @@ def test_a_contestant_that_cannot_be_made_is_left_out(monkeypatch: pytest.Monkey
 
 
 def test_report_and_plot_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = cuda_bench.Report(tmp_path / "out")
+    report = Report(tmp_path / "out")
     report.content["results"] += [record(), record(N=256)]
     report.say("a line")
     report.save()
@@ -239,7 +245,7 @@ def test_a_failing_shape_does_not_end_the_grid(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda_bench, "bench", bench)
     monkeypatch.setattr(cuda_bench, "EventTimer", FakeTimer)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    report = cuda_bench.Report(None)
+    report = Report(None)
     cuda_bench.run_grid(report, [(1, 8, 4), (2, 8, 4), (3, 9, 4)], {}, False, CEILINGS, float("inf"))
     assert [r["N"] for r in report.content["results"]] == [1, 3] and "2x8x4: RuntimeError: odd" in report.lines
     cuda_bench.run_grid(report, [(4, 8, 4)], {}, False, CEILINGS, 0)
@@ -293,23 +299,22 @@ def test_plain_quantizers_take_the_same_step() -> None:
         torch.testing.assert_close(a["grad"], b["grad"])
 
 
-def tensors_of(step: Callable[[], Any]) -> dict[str, Tensor]:
-    held = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__), strict=True))
-    token = held.get("z_pix", held.get("z"))
-    return dict(held["quantizer"].named_buffers()) | {"grad": token.grad}
+def tensors_of(step: cuda_sections.Step) -> dict[str, Tensor]:
+    held = step.quantizer
+    names = [name for name in ("codebook", "pix_codebook", "weights") if hasattr(held, name)]
+    return {name: getattr(held, name) for name in names} | {"grad": step.z.grad}
 
 
 def test_acceptance_of_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     content: dict[str, Any] = {"results": [record(), record(N=256, D=32, **{"graph us": {"ours": 9.0, "torch": 7.0}})]}
     content["hier"] = [{"N": 65536, "Ds": 32, "over nearest": 1.2, "extra MiB": 70.0}]
-    promised = [line for line in cuda_sections.acceptance(content) if line[1] is not None]
-    lines = {what: (figure, reached and reached(figure)) for what, figure, _, reached in promised}
+    lines = {what: (figure, reached) for what, figure, _, reached in cuda_sections.acceptance(content)}
     assert lines["wrong ids on 2 shapes"] == (0, True)
     assert lines["N 65536, D 64: x bf16"] == (6.5, True)
     assert lines["N 65536, D 64: over the floor of its design"] == (pytest.approx(100 / 85.9, rel=1e-3), True)
     assert lines["N 256, D 32, in a graph: x torch"] == (pytest.approx(7 / 9), False)
     assert lines["hier_quantize: extra MiB"] == (70.0, False)
-    report = cuda_bench.Report(None)
+    report = Report(None)
     report.content = {"results": []}
     cuda_sections.say_acceptance(report)
     printed = capsys.readouterr().out.splitlines()[2:]
