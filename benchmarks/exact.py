@@ -1,12 +1,11 @@
-"""The nearest code by exact arithmetic: what the benchmarks hold every id against.
+"""The nearest code by exact arithmetic: what the benchmarks compare every id with.
 
 The score of code c for token z is z.c ("ip") or z.c - |c|^2/2 ("l2"); the winner has the greatest score as a real
 number, and the lowest index among equal scores. It is found in three steps:
 
-1. Equal codes are merged into the one of lowest index, so that duplicates can neither tie nor be told apart by the
-   order in which a matmul adds them up.
+1. Equal codes are merged into the one of lowest index: a matmul may give duplicates scores that differ.
 2. Scores in float64, with a bound on their rounding. Where the best is ahead by more than that, it has won.
-3. Elsewhere the few codes within the bound are compared two by two. Products of fp32 numbers are exact in float64, and
+3. Elsewhere the few codes within the bound are compared in pairs. Products of fp32 numbers are exact in float64, and
    `math.fsum` rounds the sum of all of them only once, so the sign of the difference is that of the real numbers.
 
 Step 2 costs a float64 matmul and three passes over pieces of N x K, step 3 microseconds for each close code.
@@ -15,13 +14,24 @@ Step 2 costs a float64 matmul and three passes over pieces of N x K, step 3 micr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PIECE = 2**21  # scores at a time: 16 MiB of float64
+
+
+@dataclass
+class Outcome:
+    """What exactness.py prints of one case."""
+
+    wrong: dict[str, int]  # engine -> wrong ids; without those that refused
+    close: int
+    codes: float  # scored in float64 for a token
+    last: float  # the last column
+    refused: dict[str, str] = field(default_factory=dict)  # engine -> why
 
 
 @dataclass

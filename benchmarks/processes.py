@@ -1,4 +1,4 @@
-"""A module of the benchmarks run in a process of its own, for what only a fresh process shows: memory, crashes."""
+"""Other programs, and modules of the benchmarks in processes of their own, which show memory and crashes."""
 
 from __future__ import annotations
 
@@ -23,4 +23,22 @@ def printed(module: str, *arguments: str) -> str:
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment() | at_once)
+    return done.stdout
+
+
+def tool_output(command: list[str], seconds: float | None = None) -> str:
+    """What a program prints.
+
+    Raises:
+        RuntimeError: it cannot be started, fails, or still runs after so many seconds; the message names it.
+    """
+    line = " ".join(command)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{line}: still running after {seconds} s") from error
+    except OSError as error:
+        raise RuntimeError(f"{line}: {error.strerror}") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"{line}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

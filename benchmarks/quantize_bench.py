@@ -1,39 +1,36 @@
-"""nearest_code and hier_quantize against what one would use instead, every id checked against exact arithmetic.
+"""nearest_code and hier_quantize beside what one would use instead; every id is checked against exact arithmetic.
 
     python benchmarks/quantize_bench.py [--quick] [--threads 1] [--dtype float32] [--out DIR]
     python benchmarks/quantize_bench.py --device cuda [--quick | --full] [--out DIR]      (see cuda/bench.py)
 
-Every round gives ours and each contestant a turn in this process, in random order, so that a busy machine disturbs all
-alike; medians of the rounds are printed. "x NAME" is the contestant's time over ours: CPU time on one CPU thread, wall
-time otherwise (results.json has both). The contestants of nearest_code ("ip"):
+In every round ours and each contestant take a turn in this process, in random order, so that a busy machine disturbs
+all alike. Medians of the rounds are printed. "x NAME" is the contestant's time over ours: CPU time with one thread,
+wall time otherwise; results.json has both. The contestants of nearest_code ("ip"):
 
 - own fp32: ours with a fused fp32 first pass in place of the low-precision one
 - torch: `(z @ codebook.T).argmax(1)`, 4096 tokens at a time
-- chunked: matmul and argmax or max into buffers made beforehand, at the chunk size that a trial found best
+- chunked: matmul and argmax or max into preallocated buffers, with the fastest of a few chunk sizes
 - cdist: `torch.cdist(z, codebook).argmin(1)`, 4096 tokens at a time: solves "l2"
-- faiss: IndexFlatIP with k=1, the index built beforehand
-- sklearn: pairwise_distances_argmin or KMeans.predict, whichever a trial found faster: both solve "l2"
+- faiss: IndexFlatIP with k=1, with the index built beforehand
+- sklearn: pairwise_distances_argmin or KMeans.predict, whichever is faster: both solve "l2"
 - vq: vector-quantize-pytorch's VectorQuantize (cosine, so "ip") in eval mode, 4096 tokens at a time; does more: it also
   normalises the tokens, gathers their codes and makes a one-hot matrix
 
-Those of hier_quantize: ours without the pixel stage ("hier/nearest" says what that stage adds), and
-semhitok.reference, 4096 tokens at a time. The packages that peers.txt pins are optional: a contestant whose package is
-missing shows "-". In float16 and bfloat16 PyTorch rounds its scores to that dtype; all others here search in fp32.
+Those of hier_quantize: ours without the pixel stage ("hier/nearest" is the cost of that stage), and
+semhitok.reference, 4096 tokens at a time. The packages in peers.txt are optional: "-" stands for a contestant whose
+package is missing. In float16 and bfloat16 PyTorch rounds its scores to that dtype; all others here search in fp32.
 
-GOP/s are multiplications and additions of the plain search, over the same time as the ratios; the roofline is the fp32
-rate of the device (best of 200 torch matmuls), which a low-precision first pass may exceed. "codes" is how many codes
-a token had scored in float64. "wrong" counts ids other than the float64 winner of lowest index; for sub-codes, ids
-whose score falls short of the best by more than fp32 rounding. "MiB" is the peak beyond inputs and outputs.
+GOP/s counts the multiplications and additions of the plain search, over the same time as the ratios. The roofline is
+the fp32 rate of the device (best of 200 torch matmuls), which a low-precision first pass may exceed. "codes" is how
+many codes a token had scored in float64. "wrong" counts ids that differ from the float64 winner of lowest index; for
+sub-codes, ids whose score is short of the best by more than fp32 rounding. "MiB" is the peak beyond inputs and outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import gc
-import importlib.metadata
-import json
 import math
 import os
 import random
@@ -51,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 from torch import Tensor
 
-import semhitok
 from benchmarks.exact import count_wrong, exact_winners
+from benchmarks.report import Report, aligned, chart, shown, vector_quantizer, version
 from semhitok import _C, ops, reference
 
 Shape = tuple[int, int, int]  # N, K, D
@@ -137,27 +134,15 @@ def make_sklearn(z: Tensor, codebook: Tensor) -> Call:
 
 
 def make_vq(z: Tensor, codebook: Tensor) -> Call:
-    from vector_quantize_pytorch import VectorQuantize
-
-    k, d = codebook.shape
-    model = VectorQuantize(dim=d, codebook_size=k, use_cosine_sim=True).to(z.device, z.dtype).eval()
-    model.codebook = codebook
-    return lambda: in_pieces(lambda piece: model(piece)[1], z)
+    search = vector_quantizer(codebook)
+    return lambda: in_pieces(search, z)
 
 
-Maker = Callable[[Tensor, Tensor], Call]
-MAKERS: dict[str, Maker] = {
+MAKERS: dict[str, Callable[[Tensor, Tensor], Call]] = {
     "own fp32": make_own_fp32, "torch": make_torch, "chunked": make_chunked, "cdist": make_cdist, "vq": make_vq,
     "faiss": make_faiss, "sklearn": make_sklearn,
 }  # fmt: skip
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "vq": "vector-quantize-pytorch"}
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def nearest_contestants(z: Tensor, codebook: Tensor) -> dict[str, Call | None]:
@@ -289,20 +274,18 @@ def bench(op: str, shape: Shape, dtype: torch.dtype, clock: str, peak: float) ->
 
 def cells(record: Record) -> list[tuple[str, str]]:
     """(title, value) of the columns, of equal width."""
-    ours, ratios = record["times"]["ours"], dict(record["x"])
-    sizes: list[str] = [key for key in ("N", "K", "D", "m", "Dp") if key in record]
+    ours, ratios, bar = record["times"]["ours"], dict(record["x"]), ("|", "|", 1)
+    sizes = [key for key in ("N", "K", "D", "m", "Dp") if key in record]
     columns = [(key, str(record[key]), 6 if key in "NK" else 3) for key in sizes]
-    columns += [("dtype", record["dtype"], 8), ("|", "|", 1)]
-    columns += [("wall ms", f"{ours['wall_ms']:.2f}", 8), ("CPU ms", f"{ours['cpu_ms']:.2f}", 8), ("|", "|", 1)]
-    columns += [("GOP/s", f"{record['GOP/s']:.0f}", 6), ("% fp32", f"{record['percent of fp32 roofline']:.0f}", 6)]
-    columns += [("|", "|", 1)]
+    columns += [("dtype", record["dtype"], 8), bar]
+    columns += [("wall ms", f"{ours['wall_ms']:.2f}", 8), ("CPU ms", f"{ours['cpu_ms']:.2f}", 8), bar]
+    columns += [("GOP/s", f"{record['GOP/s']:.0f}", 6), ("% fp32", f"{record['percent of fp32 roofline']:.0f}", 6), bar]
     if record["op"] == "hier_quantize":
         columns += [("hier/nearest", f"{1 / ratios.pop('nearest'):.2f}", 12)]
-    columns += [(f"x {name}", "-" if x is None else f"{x:.1f}", len(name) + 2) for name, x in ratios.items()]
-    scored = record["codes scored in float64 per token"]
-    columns += [("|", "|", 1), ("codes", f"{scored:.1f}", 5)]
+    columns += [(f"x {name}", shown(x, ".1f"), 0) for name, x in ratios.items()]
+    columns += [bar, ("codes", f"{record['codes scored in float64 per token']:.1f}", 5)]
     columns += [("wrong", str(record["wrong ids"]), 5), ("MiB", f"{record['extra MiB']:.1f}", 5)]
-    return [(title.rjust(width), value.rjust(width)) for title, value, width in columns]
+    return aligned(columns)
 
 
 # ---- the run ----
@@ -322,11 +305,9 @@ def limit_threads(threads: int) -> None:
         threadpool_limits(threads)
 
 
-def header(threads: int, clock: str, peak: float) -> dict[str, str]:
+def about(threads: int, clock: str, peak: float) -> dict[str, str]:
     peers = [PACKAGES[name] for name in MAKERS if name in PACKAGES]
     return {
-        "date": datetime.datetime.now().isoformat(" ", "minutes"),
-        "semhitok": semhitok.__version__,
         "torch": torch.__version__,
         "device": "CPU",
         "CPU instruction set": _C.build_info()["cpu"]["used"],
@@ -338,23 +319,13 @@ def header(threads: int, clock: str, peak: float) -> dict[str, str]:
 
 
 def plot(records: list[Record], clock: str, path: Path) -> None:
-    """One group of bars a shape of nearest_code: how many times ours each contestant took."""
-    from matplotlib.figure import Figure
-
-    shown = [record for record in records if record["op"] == "nearest_code"]
-    names = list(shown[0]["x"])
-    figure = Figure(figsize=(max(6, 1.6 * len(shown) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    for place, name in enumerate(names):
-        at = [group + (place + 0.5) * 0.8 / len(names) - 0.4 for group in range(len(shown))]
-        axes.bar(at, [record["x"][name] or 0 for record in shown], 0.8 / len(names), label=name)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
-    axes.set_ylabel(f"{'CPU' if clock == 'cpu_ms' else 'wall'} time, in multiples of semhitok's")
-    axes.set_xticks(range(len(shown)), [f"N {r['N']}\nK {r['K']}\nD {r['D']}" for r in shown])
-    axes.set_title("Exact nearest code")
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    """A group of bars for each shape of nearest_code: the time of each contestant over ours."""
+    records = [record for record in records if record["op"] == "nearest_code"]
+    names, ticks = list(records[0]["x"]), [f"N {r['N']}\nK {r['K']}\nD {r['D']}" for r in records]
+    with chart(path, "Exact nearest code", "CPU" if clock == "cpu_ms" else "wall", ticks, 1.6) as axes:
+        for place, name in enumerate(names):
+            at = [group + (place + 0.5) * 0.8 / len(names) - 0.4 for group in range(len(records))]
+            axes.bar(at, [record["x"][name] or 0 for record in records], 0.8 / len(names), label=name)
 
 
 def shape_of(text: str) -> Shape:
@@ -362,15 +333,6 @@ def shape_of(text: str) -> Shape:
     if len(sizes) != 3 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"expected NxKxD, as in 4096x16384x32, got {text}")
     return sizes[0], sizes[1], sizes[2]
-
-
-def on_cuda(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from benchmarks.cuda import bench as cuda_bench
-
-    if arguments.dtype != "float32":
-        parser.error(f"--dtype: expected float32 with --device cuda, got {arguments.dtype}")
-    shapes = arguments.shapes or (cuda_bench.QUICK if arguments.quick else cuda_bench.grid())
-    return cuda_bench.run(shapes, arguments.full, arguments.budget, arguments.ceilings, arguments.out)
 
 
 def main() -> None:
@@ -392,34 +354,27 @@ def main() -> None:
     if arguments.out and not version("matplotlib"):
         parser.error("--out: plot.png needs matplotlib; pip install matplotlib")
     if arguments.device == "cuda":
-        sys.exit(on_cuda(arguments, parser))
+        from benchmarks.cuda import bench as cuda_bench
+
+        if arguments.dtype != "float32":
+            parser.error(f"--dtype: expected float32 with --device cuda, got {arguments.dtype}")
+        shapes = arguments.shapes or (cuda_bench.QUICK if arguments.quick else cuda_bench.grid())
+        report = Report(arguments.out)
+        sys.exit(cuda_bench.run(report, shapes, arguments.full, arguments.budget, arguments.ceilings))
     limit_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     clock = "cpu_ms" if arguments.threads == 1 else "wall_ms"
     peak = roofline()
-    about = header(arguments.threads, clock, peak)
-    records: list[Record] = []
-    lines: list[str] = []
-
-    def say(text: str) -> None:
-        lines.append(text)
-        print(text, flush=True)
-
-    for name, value in about.items():
-        say(f"{name:24} {value}")
+    report = Report(arguments.out)
+    report.introduce(about(arguments.threads, clock, peak))
+    records = report.content["results"]
     with torch.inference_mode():
         for op, shapes in SHAPES.items():
-            say(f"\n{op}")
             for place, shape in enumerate(arguments.shapes or shapes[: 2 if arguments.quick else None]):
                 records.append(bench(op, shape, dtype, clock, peak))
-                titles, values = zip(*cells(records[-1]), strict=True)
-                if place == 0:
-                    say(" ".join(titles))
-                say(" ".join(values))
+                report.row(cells(records[-1]), op if place == 0 else None)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "table.txt").write_text("\n".join(lines) + "\n")
-        (arguments.out / "results.json").write_text(json.dumps({"about": about, "results": records}, indent=1) + "\n")
+        report.save()
         plot(records, clock, arguments.out / "plot.png")
         print(f"\nwritten: table.txt, results.json and plot.png in {arguments.out}")
 

@@ -1,20 +1,20 @@
 """quantize_bench.py --device cuda: every search of nearest_code ("ip", fp32, unit vectors) beside what one would use
 instead, on a grid of shapes; then hier_quantize, a training step, and the figures that must be reached.
 
-Times are microseconds on the device, each call by CUDA events with the L2 flushed before it (timing.py), medians
+Times are microseconds on the device, each call timed by CUDA events with the L2 flushed before it (timing.py), medians
 of interleaved rounds; "graph" is a call in a CUDA graph of twenty, with warm caches. Each of our searches (PATHS) has a
-column and is forced there; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
+column in which it is forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
 
 - torch: `(z @ codebook.T).argmax(1)`, TF32 off; tf32: on; bf16: inputs cast beforehand
 - compile: torch.compile of the same expression, TF32 off
-- triton, triton1: triton_search.py at three TF32 products a score (about fp32) and at one
-- vq: vector-quantize-pytorch's VectorQuantize in eval mode (does more, as for the CPU), where installed
+- triton, triton1: triton_search.py with three TF32 products for a score (about fp32), and with one
+- vq: vector-quantize-pytorch's VectorQuantize in eval mode (does more, as on the CPU), where installed
 
 Contestants that build N x K split the tokens into smaller and smaller pieces if the device's memory is too small. The
 last four contestants run only where K is 16,384, unless --full. "-": missing, refused the shape, or failed; the reasons
-are below the table. A search that crashed or hung on a shape in the trial runs (preflight.py) is skipped there.
+are below the table. A search that crashed or hung on a shape in a trial run (preflight.py) is skipped there.
 
-"% floor" is the time of floor.py's model of the design in use, from ceilings measured on this card, over ours;
+"% floor" is the time that floor.py computes for the design in use, from ceilings measured on this card, over ours;
 "limit" is what limits that design. "wrong" counts ids whose float64 score is short of the best by more than 1e-6
 |z| max|c|, "uncert" is the percentage of tokens that the certified search left to a slower one, "MiB" the peak beyond
 inputs and outputs.
@@ -24,10 +24,7 @@ Exit status 1 for a wrong id of ours, or when a part of the run failed.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import semhitok
 from benchmarks.cuda import ceilings as cuda_ceilings
 from benchmarks.cuda import preflight as cuda_preflight
 from benchmarks.cuda import sections as cuda_sections
+from benchmarks.cuda.exactness import judge, uncertified
 from benchmarks.cuda.floor import PATHS, floor
 from benchmarks.cuda.timing import Call, EventTimer, Timer, extra_mib, graph_us, in_chunks, race, reason
+from benchmarks.report import Report, aligned, chart, shown, vector_quantizer, version
 from semhitok import _C, ops
 
 Shape = tuple[int, int, int]  # N, K, D
@@ -53,8 +51,8 @@ QUICK = [(n, CODES[0], d) for n in (256, 65536) for d in (32, 64)]
 RACE_US = 5e5  # for the rounds of one shape
 GRAPH_TOKENS = 4096  # at most
 IN_GRAPHS = ("ours", "torch", "bf16")
-ROUNDING = 1e-6
-ALWAYS, SOMETIMES = ("torch", "tf32", "bf16"), ("compile", "triton", "triton1", "vq")
+ALWAYS = ("torch", "tf32", "bf16")
+PEERS = (*ALWAYS, "compile", "triton", "triton1", "vq")
 
 
 def grid() -> list[Shape]:
@@ -105,12 +103,8 @@ def make_triton(precision: str) -> Callable[[Tensor, Tensor], Call]:
 
 
 def make_vq(z: Tensor, codebook: Tensor) -> Call:
-    from vector_quantize_pytorch import VectorQuantize
-
-    k, d = codebook.shape
-    model = VectorQuantize(dim=d, codebook_size=k, use_cosine_sim=True).to(z.device).eval()
-    model.codebook = codebook
-    return lambda: in_chunks(lambda piece: model(piece)[1], z)
+    search = vector_quantizer(codebook)
+    return lambda: in_chunks(search, z)
 
 
 MAKERS: dict[str, Callable[[Tensor, Tensor], Call]] = {
@@ -119,16 +113,13 @@ MAKERS: dict[str, Callable[[Tensor, Tensor], Call]] = {
 }  # fmt: skip
 
 
-def make_path(path: str, z: Tensor, codebook: Tensor) -> Call:
-    return lambda: torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", path)[1]
-
-
 def contestants(
     z: Tensor, codebook: Tensor, ours: list[str], peers: tuple[str, ...]
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """(name -> what to time, name -> why it cannot be made): ours holds paths, and "op" for the op itself."""
-    calls: dict[str, Call] = {path: make_path(path, z, codebook) for path in ours if path != cuda_preflight.OP}
-    if cuda_preflight.OP in ours:
+    probe = torch.ops.semhitok.nearest_code_probe
+    calls: dict[str, Call] = {path: lambda path=path: probe(z, codebook, "ip", path)[1] for path in ours}
+    if calls.pop(cuda_preflight.OP, None):
         calls["ours"] = lambda: ops.nearest_code(z, codebook)[1]
     failed: dict[str, str] = {}
     for name in peers:
@@ -137,25 +128,6 @@ def contestants(
         except Exception as error:  # a package that is missing, or does not work here
             failed[name] = reason(error)
     return calls, failed
-
-
-# ---- checking ----
-
-
-def wrong_ids(z: Tensor, codebook: Tensor, ids: Tensor, piece: int = 4096) -> int:
-    """How many ids [N] have a float64 score that is short of the best by more than rounding."""
-    codes = codebook.double()
-    largest, wrong = codes.norm(dim=1).max(), 0
-    for tokens, chosen in zip(z.double().split(piece), ids.split(piece), strict=True):
-        scores = tokens @ codes.T
-        short = scores.amax(1) - scores.gather(1, chosen[:, None])[:, 0]
-        wrong += int((~(short <= ROUNDING * tokens.norm(dim=1) * largest)).sum())  # NaN is wrong
-    return wrong
-
-
-def uncertified(rescored: Tensor) -> float:
-    """Percentage of tokens [N] that the certified search left to another."""
-    return 100 * (rescored < 0).double().mean().item()
 
 
 # ---- one line of the table ----
@@ -181,10 +153,8 @@ def bench(shape: Shape, ran: dict[str, set[Shape]], peers: tuple[str, ...], ceil
     if "ours" in times:
         record |= of_design(shape, times["ours"], _C.cuda_search(n, k, d), ceilings)
         record["uncertified percent"] = uncertified(torch.ops.semhitok.nearest_code_probe(z, codebook)[2])
-        record["wrong ids"] = {
-            name: wrong_ids(z, codebook, calls[name]().long())
-            for name in ("ours", *PATHS, "triton", "torch") if name in times
-        }  # fmt: skip
+        ids = {name: calls[name]().long() for name in ("ours", *PATHS, "triton", "torch") if name in times}
+        record["wrong ids"] = {name: wrong for name, (wrong, _) in judge(z, codebook, "ip", ids).items()}
         record["extra MiB"] = extra_mib(lambda: ops.nearest_code(z, codebook))
     return record
 
@@ -199,96 +169,33 @@ def of_design(shape: Shape, ours_us: float, design: str, ceilings: Any) -> Recor
     }  # fmt: skip
 
 
-def shown(value: Any, form: str = "", width: int = 0) -> str:
-    return ("-" if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, form)).rjust(
-        width
-    )
-
-
 def cells(record: Record) -> list[tuple[str, str]]:
     """(title, value) of the columns, of equal width."""
-    us, ours, get = record["us"], record["us"].get("ours"), record.get
-    columns = [(key, shown(record[key], "", 6 if key in "NK" else 2)) for key in ("N", "K", "D")]
-    columns += [("|", "|"), ("ours us", shown(ours, ".1f", 8))]
-    columns += [("graph", shown(record["graph us"].get("ours"), ".1f", 6))]
-    columns += [("TFLOP/s", shown(get("TFLOP/s"), ".0f", 7)), ("design", shown(get("design"), "", 9))]
-    columns += [("% floor", shown(get("percent of floor"), ".0f", 7)), ("limit", shown(get("limit"), "", 7))]
-    columns += [("|", "|"), *((path, shown(us.get(path), ".1f", 8)) for path in PATHS), ("|", "|")]
-    for name in (*ALWAYS, *SOMETIMES):
-        ratio = us[name] / ours if ours and name in us else None
-        columns.append((f"x {name}", shown(ratio, ".1f", max(len(name) + 2, 6))))
-    columns += [("|", "|"), ("wrong", shown(get("wrong ids", {}).get("ours"), "", 5))]
-    columns += [("uncert", shown(get("uncertified percent"), ".2f", 6)), ("MiB", shown(get("extra MiB"), ".1f", 6))]
-    return [(title.rjust(len(value)), value.rjust(len(title))) for title, value in columns]
+    us, get, bar = record["us"], record.get, ("|", "|", 1)
+    columns = [(key, str(record[key]), 6 if key in "NK" else 2) for key in ("N", "K", "D")]
+    columns += [bar, ("ours us", shown(us.get("ours"), ".1f"), 8)]
+    columns += [("graph", shown(record["graph us"].get("ours"), ".1f"), 6)]
+    columns += [("TFLOP/s", shown(get("TFLOP/s"), ".0f"), 7), ("design", shown(get("design")), 9)]
+    columns += [("% floor", shown(get("percent of floor"), ".0f"), 7), ("limit", shown(get("limit")), 7)]
+    columns += [bar, *((path, shown(us.get(path), ".1f"), 8) for path in PATHS), bar]
+    columns += [(f"x {name}", shown(cuda_sections.ratio(us, name), ".1f"), 6) for name in PEERS]
+    columns += [bar, ("wrong", shown(get("wrong ids", {}).get("ours")), 5)]
+    columns += [("uncert", shown(get("uncertified percent"), ".2f"), 6), ("MiB", shown(get("extra MiB"), ".1f"), 6)]
+    return aligned(columns)
 
 
 # ---- the run ----
 
 
-def about(ceilings: Any) -> dict[str, str]:
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "missing"
-
-    return {
-        "date": datetime.datetime.now().isoformat(" ", "minutes"),
-        "semhitok": semhitok.__version__,
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
-        "device": torch.cuda.get_device_name(),
-        "triton": version("triton"),
-        "vector-quantize-pytorch": version("vector-quantize-pytorch"),
-        "ceilings": json.dumps(ceilings) if ceilings else "not measured: no floors",
-    }
-
-
-class Report:
-    """What is printed, and what has been measured so far, in the folder after every part of the run."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.lines: list[str] = []
-        self.content: dict[str, Any] = {"results": []}
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-        print(text, flush=True)
-
-    def save(self) -> None:
-        if self.folder:
-            (self.folder / "table.txt").write_text("\n".join(self.lines) + "\n")
-            (self.folder / "results.json").write_text(json.dumps(self.content, indent=1) + "\n")
-
-
 def plot(records: list[Record], path: Path) -> None:
     """Time over ours of each contestant, on the usual codebook."""
-    from matplotlib.figure import Figure
-
-    shapes = [r for r in records if r["K"] == CODES[0] and r["us"].get("ours")]
-    figure = Figure(figsize=(max(6, 0.8 * len(shapes) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name in (*ALWAYS, *SOMETIMES):
-        at = [place for place, r in enumerate(shapes) if name in r["us"]]
-        axes.plot(at, [shapes[place]["us"][name] / shapes[place]["us"]["ours"] for place in at], "o", label=name)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
-    axes.set_ylabel("device time, in multiples of semhitok's")
-    axes.set_xticks(range(len(shapes)), [f"{r['N']}\n{r['D']}" for r in shapes])
-    axes.set_xlabel("tokens N above, depth D below")
-    axes.set_title(f"Exact nearest code, K = {CODES[0]}, fp32")
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
-
-
-def measured_ceilings(path: Path | None, report: Report) -> Any:
-    try:
-        return json.loads(path.read_text()) if path else cuda_ceilings.measure()
-    except (RuntimeError, OSError, ValueError) as error:
-        report.say(f"ceilings: {reason(error)}")
-        return None
+    records = [r for r in records if r["K"] == CODES[0] and r["us"].get("ours")]
+    ticks = [f"{r['N']}\n{r['D']}" for r in records]
+    with chart(path, f"Exact nearest code, K = {CODES[0]}, fp32", "device", ticks, 0.8) as axes:
+        for name in PEERS:
+            at = [place for place, r in enumerate(records) if name in r["us"]]
+            axes.plot(at, [cuda_sections.ratio(records[place]["us"], name) for place in at], "o", label=name)
+        axes.set_xlabel("tokens N above, depth D below")
 
 
 class DeviceLost(Exception):
@@ -311,17 +218,14 @@ def run_grid(report: Report, shapes: list[Shape], ran: dict[str, set[Shape]], fu
             late += 1
             continue
         try:
-            peers = (*ALWAYS, *SOMETIMES) if full or shape[1] == CODES[0] else ALWAYS
-            record = bench(shape, ran, peers, ceilings, timer)
+            record = bench(shape, ran, PEERS if full or shape[1] == CODES[0] else ALWAYS, ceilings, timer)
         except Exception as error:
             report.say(f"{cuda_preflight.name_of(shape)}: {reason(error)}")
             raise_if_lost(error)
             continue
-        titles, values = zip(*cells(record), strict=True)
-        if not records or records[-1]["K"] != record["K"]:
-            report.say("\nnearest_code\n" + " ".join(titles))
+        new = not records or records[-1]["K"] != record["K"]
+        report.row(cells(record), "nearest_code" if new else None)
         records.append(record)
-        report.say(" ".join(values))
     whys = {name: why for record in reversed(records) for name, why in record["failed"].items()}
     for name, why in whys.items():
         report.say(f"- {name}: {why}")
@@ -329,14 +233,19 @@ def run_grid(report: Report, shapes: list[Shape], ran: dict[str, set[Shape]], fu
         report.say(f"{late} shapes skipped: the time limit was reached")
 
 
-def run(shapes: list[Shape], full: bool, budget: float, ceilings_file: Path | None, out: Path | None) -> int:
+def run(report: Report, shapes: list[Shape], full: bool, budget: float, ceilings_file: Path | None) -> int:
     """The whole benchmark; the usual codebook and the sections first, then the other codebooks while time is left."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    report, deadline = Report(out), time.monotonic() + budget
-    ceilings = measured_ceilings(ceilings_file, report)
-    report.content["about"] = about(ceilings)
-    for name, value in report.content["about"].items():
-        report.say(f"{name:24} {value}")
+    deadline, ceilings = time.monotonic() + budget, None
+    try:
+        ceilings = json.loads(ceilings_file.read_text()) if ceilings_file else cuda_ceilings.measure()
+    except (RuntimeError, OSError, ValueError) as error:
+        report.say(f"ceilings: {reason(error)}")
+    packages = {name: version(name) or "missing" for name in ("triton", "vector-quantize-pytorch")}
+    report.introduce({
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}", "device": torch.cuda.get_device_name(),
+        **packages, "ceilings": json.dumps(ceilings) if ceilings else "not measured: no floors",
+    })  # fmt: skip
     ran, refused = cuda_preflight.survivors((*PATHS, cuda_preflight.OP), shapes)
     for path, message in refused.items():
         report.say(f"{path:24} runs on {len(ran[path])} of {len(shapes)} shapes: {message}")
@@ -352,23 +261,23 @@ def run(shapes: list[Shape], full: bool, budget: float, ceilings_file: Path | No
     for part in parts:
         try:
             part()
-            report.save()
         except Exception as error:
             failures += 1
             report.say(f"\nstopped: {reason(error)}")
-            report.save()
             try:
                 raise_if_lost(error)
             except DeviceLost:
                 report.say("the device is lost to this process: what follows was not measured")
                 break
+        finally:
+            report.save()
     cuda_sections.say_acceptance(report)
     report.save()
-    if out:
+    results = report.content["results"]
+    if report.folder:
         try:
-            plot(report.content["results"], out / "plot.png")
+            plot(results, report.folder / "plot.png")
         except Exception as error:  # the figures are there without their picture
             report.say(f"plot.png: {reason(error)}")
-    results = report.content["results"]
     wrong = sum(record.get("wrong ids", {}).get(name, 0) for record in results for name in ("ours", *PATHS))
     return int(failures > 0 or wrong > 0 or not any("ours" in record["us"] for record in results))

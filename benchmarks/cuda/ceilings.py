@@ -9,11 +9,12 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import tool_output
 
 SOURCE = Path(__file__).with_suffix(".cu")
 LIMIT = 120  # seconds for the build, and for the run
@@ -34,24 +35,14 @@ def architecture_of(major: int, minor: int) -> str:
     return f"{major}{minor}" + ("a" if major == 9 else "")  # only code for 9.0a has wgmma
 
 
-def run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{command[0]}: still running after {LIMIT} s") from error
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
-
-
 def measure() -> dict[str, Any]:
     """Raises RuntimeError with what failed."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "cuda_ceilings"
-        run(compile_command(architecture_of(*torch.cuda.get_device_capability()), program))
-        return json.loads(run([str(program)]))
+        tool_output(compile_command(architecture_of(*torch.cuda.get_device_capability()), program), LIMIT)
+        return json.loads(tool_output([str(program)], LIMIT))
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -20,8 +21,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The instructions (an opcode's beginning) that make a kernel fast and must be in its code, by a part of its demangled
-# name and the architecture. A kernel that is missing in a binary with its architecture breaks its promise, too.
+from benchmarks.processes import tool_output
+
+# The instructions (the beginning of an opcode) that make a kernel fast and must be in its code, by a part of its
+# demangled name and the architecture. It counts as a miss, too, if a binary for the architecture lacks the kernel.
 PROMISES: dict[tuple[str, str], tuple[str, ...]] = {
     ("search_few_kernel", "sm_80"): ("HMMA",),
     ("search_mma_kernel", "sm_80"): ("HMMA",),
@@ -29,25 +32,11 @@ PROMISES: dict[tuple[str, str], tuple[str, ...]] = {
     ("search_int8_kernel", "sm_90a"): ("IGMMA", "VIMNMX3"),
 }
 
-# title -> opcodes counted under it, each the part before the first dot
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "LDL/STL": ("LDL", "STL"),
-    "HGMMA": ("HGMMA",),
-    "IGMMA": ("IGMMA",),
-    "HMMA": ("HMMA",),
-    "IMMA": ("IMMA",),
-    "VIMNMX3": ("VIMNMX3",),
-    "VIMNMX": ("VIMNMX", "IMNMX"),
-    "FMNMX": ("FMNMX",),
-    "FFMA": ("FFMA",),
-    "UBLKCP": ("UBLKCP",),
-}
+# Titles of columns; each counts the opcodes of its name, of which only the part before the first dot matters.
+COLUMNS = ("LDL/STL", "HGMMA", "IGMMA", "HMMA", "IMMA", "VIMNMX3", "VIMNMX", "FMNMX", "FFMA", "UBLKCP")
+MORE_OPCODES = {"LDL/STL": ("LDL", "STL"), "VIMNMX": ("VIMNMX", "IMNMX")}
 NAMESPACE = "semhitok"
 SHOWN = 44  # characters of a kernel's name
-
-
-class ToolError(Exception):
-    """cuobjdump is missing or cannot read the file; the message says which."""
 
 
 @dataclass
@@ -63,11 +52,15 @@ class Kernel:
     @property
     def opcodes(self) -> Counter[str]:
         """How often each opcode occurs, without its modifiers."""
-        return Counter(opcode.partition(".")[0] for _, opcode, _ in self.code)
+        return self.between(0, math.inf)
+
+    def between(self, first: int, last: float) -> Counter[str]:
+        """The opcodes at addresses first to last."""
+        return Counter(opcode.partition(".")[0] for address, opcode, _ in self.code if first <= address <= last)
 
     def count(self, title: str) -> int:
         opcodes = self.opcodes
-        return sum(opcodes[name] for name in COLUMNS[title])
+        return sum(opcodes[name] for name in MORE_OPCODES.get(title, (title,)))
 
     @property
     def ours(self) -> bool:
@@ -75,36 +68,18 @@ class Kernel:
 
     def loops(self) -> list[Counter[str]]:
         """The opcodes of each loop: those between a backward branch and its target."""
-        found = []
-        for address, _, target in self.code:
-            if target is not None and target < address:
-                found.append(
-                    Counter(opcode.partition(".")[0] for at, opcode, _ in self.code if target <= at <= address)
-                )
-        return found
+        jumps = [(target, address) for address, _, target in self.code if target is not None and target < address]
+        return [self.between(*jump) for jump in jumps]
 
 
 def find_tool(name: str = "cuobjdump") -> str | None:
     """$CUOBJDUMP, the PATH, Triton's package."""
-    asked = os.environ.get(name.upper())
-    if asked:
-        return asked
-    found = shutil.which(name)
-    spec = importlib.util.find_spec("triton") if found is None else None
+    found = os.environ.get(name.upper()) or shutil.which(name)
+    spec = None if found else importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
         bundled = Path(spec.origin).parent / "backends/nvidia/bin" / name
         found = str(bundled) if bundled.is_file() else None
     return found
-
-
-def dump(tool: str, option: str, binary: Path) -> str:
-    try:
-        done = subprocess.run([tool, option, str(binary)], capture_output=True, text=True)
-    except OSError as error:
-        raise ToolError(f"{tool}: {error.strerror}") from error
-    if done.returncode != 0:
-        raise ToolError(f"{tool} {option} {binary}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 ARCHITECTURE = re.compile(r"(?:arch =|code for) (sm_\w+)")
@@ -167,10 +142,17 @@ def short(name: str) -> str:
 
 
 def read(binary: Path) -> list[Kernel]:
+    """The kernels in a binary.
+
+    Raises:
+        RuntimeError: cuobjdump is missing or cannot read the file.
+    """
     tool = find_tool()
     if tool is None:
-        raise ToolError("no cuobjdump: set CUOBJDUMP, put the CUDA toolkit's bin folder on PATH, or pip install triton")
-    return parse(dump(tool, "-sass", binary), dump(tool, "--dump-resource-usage", binary))
+        raise RuntimeError(
+            "no cuobjdump: set CUOBJDUMP, put the CUDA toolkit's bin folder on PATH, or pip install triton"
+        )
+    return parse(*(tool_output([tool, option, str(binary)]) for option in ("-sass", "--dump-resource-usage")))
 
 
 def broken_promises(kernels: list[Kernel]) -> list[str]:
@@ -199,20 +181,18 @@ def table(kernels: list[Kernel]) -> list[str]:
     return lines
 
 
-def installed() -> Path:
-    from semhitok import _C
-
-    return Path(_C.__file__)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", nargs="?", type=Path, help="default: the installed semhitok._C")
     arguments = parser.parse_args()
-    binary = arguments.binary or installed()
+    binary = arguments.binary
+    if binary is None:
+        from semhitok import _C
+
+        binary = Path(_C.__file__)
     try:
         kernels = read(binary)
-    except ToolError as error:
+    except RuntimeError as error:
         parser.error(str(error))
     if not kernels:
         parser.error(f"{binary}: no CUDA machine code in it")

@@ -6,14 +6,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cuda.timing import Timer, extra_mib, race, reason
+from benchmarks.report import Report, shown
 from semhitok import ops, reference
 from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, straight_through
 
@@ -27,16 +27,13 @@ DECAY = 0.99
 # ---- the quantisers in plain PyTorch, with an N x K and an N x m x Dp matrix ----
 
 
-class PlainSemantic(nn.Module):
+class PlainSemantic:
     """A plain SemanticQuantizer: forward and norm-EMA."""
 
-    codebook: Tensor
-
     def __init__(self, codebook: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codebook", codebook.clone())
+        self.codebook = codebook.clone()
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = (z @ self.codebook.T).argmax(-1)
         q = self.codebook[codes]
         return straight_through(z, q), codes, (z - q).square().sum(-1).mean()
@@ -49,20 +46,14 @@ class PlainSemantic(nn.Module):
         self.codebook.copy_(torch.where(counts > 0, moved, self.codebook))
 
 
-class PlainHierarchical(nn.Module):
+class PlainHierarchical:
     """A plain HierarchicalQuantizer: forward and EMA of the sub-codes."""
 
-    codebook: Tensor
-    pix_codebook: Tensor
-    weights: Tensor
-
     def __init__(self, codebook: Tensor, pix_codebook: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codebook", codebook.clone())
-        self.register_buffer("pix_codebook", pix_codebook.clone())
-        self.register_buffer("weights", torch.ones_like(pix_codebook[..., 0]))
+        self.codebook, self.pix_codebook = codebook.clone(), pix_codebook.clone()
+        self.weights = torch.ones_like(pix_codebook[..., 0])
 
-    def forward(self, z_sem: Tensor, z_pix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, z_sem: Tensor, z_pix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         i = (z_sem @ self.codebook.T).argmax(-1)
         j = (z_pix[:, None] - self.pix_codebook[i]).square().sum(-1).argmin(-1)
         q_pix = self.pix_codebook[i, j]
@@ -79,50 +70,30 @@ class PlainHierarchical(nn.Module):
         self.pix_codebook.copy_((book + rate * (sums - counts * book)).view_as(self.pix_codebook))
 
 
-Step = Callable[[], Any]
+class Step:
+    """A training step of a quantiser: forward, backward to a copy of the last of its tokens, EMA."""
 
+    def __init__(self, quantizer: Any, *tokens: Tensor) -> None:
+        self.quantizer, self.fixed, self.z = quantizer, tokens[:-1], tokens[-1].clone().requires_grad_()
 
-def semantic_step(quantizer: nn.Module, z: Tensor) -> Step:
-    def step() -> None:
-        z.grad = None
-        q, codes, commitment = quantizer(z)
+    def __call__(self) -> None:
+        self.z.grad = None
+        *_, q, codes, commitment = self.quantizer(*self.fixed, self.z)
         (q.square().mean() + commitment).backward()
-        quantizer.update(z.detach(), codes)
-
-    return step
+        self.quantizer.update(self.z.detach(), codes)
 
 
-def hierarchical_step(quantizer: nn.Module, z_sem: Tensor, z_pix: Tensor) -> Step:
-    def step() -> None:
-        z_pix.grad = None
-        _, q_pix, codes, commitment = quantizer(z_sem, z_pix)
-        (q_pix.square().mean() + commitment).backward()
-        quantizer.update(z_pix.detach(), codes)
-
-    return step
-
-
-def training_pairs(
-    n: int, k: int, m: int, d: int, device: str
-) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def training_pairs(n: int, k: int, m: int, d: int, device: str) -> dict[str, tuple[Step, Step]]:
     """kind of quantiser -> a step of ours, and one of the plain module with the same codes and tokens."""
     torch.manual_seed(0)
     semantic = SemanticQuantizer(k, d, decay=DECAY).to(device)
     hierarchical = HierarchicalQuantizer(k, m, d, d, decay=DECAY).to(device)
-    plain = PlainSemantic(semantic.codebook)
-    plain_hierarchical = PlainHierarchical(hierarchical.semantic.codebook, hierarchical.pix_codebook)
+    plain = PlainHierarchical(hierarchical.semantic.codebook, hierarchical.pix_codebook)
     z_sem = F.normalize(torch.randn(n, d, device=device), dim=1)
     z_pix = torch.randn(n, d, device=device)
-
-    def fresh(z: Tensor) -> Tensor:
-        return z.clone().requires_grad_()
-
     return {
-        "semantic": (semantic_step(semantic, fresh(z_sem)), semantic_step(plain, fresh(z_sem))),
-        "hierarchical": (
-            hierarchical_step(hierarchical, z_sem, fresh(z_pix)),
-            hierarchical_step(plain_hierarchical, z_sem, fresh(z_pix)),
-        ),
+        "semantic": (Step(semantic, z_sem), Step(PlainSemantic(semantic.codebook), z_sem)),
+        "hierarchical": (Step(hierarchical, z_sem, z_pix), Step(plain, z_sem, z_pix)),
     }
 
 
@@ -130,30 +101,25 @@ def step_ms(steps: tuple[Step, ...]) -> list[float]:
     """Wall-clock milliseconds of a step of each, as in a training loop: the host's work counts. Medians over turns."""
     times: list[list[float]] = [[] for _ in steps]
     gc.collect()
-    for turn in range(1 + TURNS):  # the first warms up
+    for _ in range(1 + TURNS):
         for step, taken in zip(steps, times, strict=True):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(STEPS):
                 step()
             torch.cuda.synchronize()
-            if turn:
-                taken.append(1e3 * (time.perf_counter() - start) / STEPS)
-    return [statistics.median(taken) for taken in times]
+            taken.append(1e3 * (time.perf_counter() - start) / STEPS)
+    return [statistics.median(taken[1:]) for taken in times]  # the first warms up
 
 
-def peak_mib(step: Step) -> float:
-    return extra_mib(lambda: step() or ())
-
-
-def run_training(report: Any) -> None:
+def run_training(report: Report) -> None:
     report.say(f"\ntraining step, wall ms: forward, backward, EMA; N {TRAINING_TOKENS}, K {CODES}, m {SUB_CODES}, D 32")
     report.say(f"{'quantizer':12} {'ours':>7} {'plain':>7} {'x plain':>7} | {'MiB':>7} {'plain':>7}")
     results = report.content["training"] = {}
     for kind, steps in training_pairs(TRAINING_TOKENS, CODES, SUB_CODES, 32, "cuda").items():
         try:
             ours, plain = step_ms(steps)
-            mib = [peak_mib(step) for step in steps]
+            mib = [extra_mib(lambda step=step: step() or ()) for step in steps]
         except Exception as error:
             report.say(f"{kind:12} {reason(error)}")
             continue
@@ -165,7 +131,7 @@ def run_training(report: Any) -> None:
 
 
 @torch.no_grad()
-def run_hier(report: Any, timer: Timer) -> None:
+def run_hier(report: Report, timer: Timer) -> None:
     report.say(f"\nhier_quantize, us: K {CODES}, m {SUB_CODES}, Dp {PIX_DIM}")
     report.say(f"{'N':>6} {'Ds':>3} | {'ours':>8} {'nearest':>8} {'over nearest':>12} {'x reference':>11} | {'MiB':>6}")
     results = report.content["hier"] = []
@@ -185,18 +151,15 @@ def run_hier(report: Any, timer: Timer) -> None:
         if "ours" not in us or "nearest" not in us:
             continue
         mib = extra_mib(calls["ours"])
-        ratio = us["reference"] / us["ours"] if "reference" in us else None
-        results.append({"N": n, "Ds": d, "us": us, "over nearest": us["ours"] / us["nearest"], "extra MiB": mib,
-                        "x reference": ratio})  # fmt: skip
-        report.say(
-            f"{n:6d} {d:3d} | {us['ours']:8.1f} {us['nearest']:8.1f} {us['ours'] / us['nearest']:12.3f} "
-            f"{'-' if ratio is None else format(ratio, '.1f'):>11} | {mib:6.1f}"
-        )
+        over, times = us["ours"] / us["nearest"], ratio(us, "reference")
+        results.append({"N": n, "Ds": d, "us": us, "over nearest": over, "extra MiB": mib, "x reference": times})
+        figures = f"{us['ours']:8.1f} {us['nearest']:8.1f} {over:12.3f} {shown(times, '.1f'):>11}"
+        report.say(f"{n:6d} {d:3d} | {figures} | {mib:6.1f}")
 
 
 # ---- required figures ----
 
-Line = tuple[str, Any, str, Callable[[Any], bool]]  # what, figure, bar, whether it is reached
+Line = tuple[str, Any, str, bool]  # what, figure, bar, whether it is reached
 
 
 def acceptance(content: dict[str, Any]) -> list[Line]:
@@ -205,7 +168,8 @@ def acceptance(content: dict[str, Any]) -> list[Line]:
     lines: list[Line] = []
 
     def add(what: str, figure: Any, sign: str, bar: float) -> None:
-        lines.append((what, figure, f"{sign} {bar:g}", lambda x: x <= bar if sign == "<=" else x >= bar))
+        reached = figure is not None and (figure <= bar if sign == "<=" else figure >= bar)
+        lines.append((what, figure, f"{sign} {bar:g}", reached))
 
     wrong = [r["wrong ids"]["ours"] for r in records.values() if "wrong ids" in r]
     add(f"wrong ids on {len(wrong)} shapes", sum(wrong) if wrong else None, "<=", 0)
@@ -235,9 +199,8 @@ def ratio(times: dict[str, float], peer: str) -> float | None:
     return times[peer] / times["ours"] if peer in times and "ours" in times else None
 
 
-def say_acceptance(report: Any) -> None:
+def say_acceptance(report: Report) -> None:
     report.say("\nwhat is promised (K 16384)")
     for what, figure, bar, reached in acceptance(report.content):
-        verdict = "MISS" if figure is None or not reached(figure) else "ok"
-        text = "-" if figure is None else f"{figure:d}" if isinstance(figure, int) else f"{figure:.2f}"
-        report.say(f"{what:50} {text:>10}  {bar:7} {verdict}".rstrip())
+        text = shown(figure, "d" if isinstance(figure, int) else ".2f")
+        report.say(f"{what:50} {text:>10}  {bar:7} {'ok' if reached else 'MISS'}")

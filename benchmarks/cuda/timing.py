@@ -23,8 +23,19 @@ Timer = Callable[[Call], float]
 HEAD_START = 300_000  # clocks the device waits: some 150 us for the host to queue a call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 OVERHEAD_US = 300.0  # around a timed call: flush and head start
+WARM_UP = 2  # calls before the rounds: the first compiles, tunes and allocates, the second tells how long a call takes
 GRAPH_CALLS = 20  # in one graph
 MIB = 2**20
+
+
+def elapsed_us(call: Call) -> float:
+    """Between CUDA events around the call."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop)
 
 
 class EventTimer:
@@ -34,26 +45,9 @@ class EventTimer:
         self.flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
 
     def __call__(self, call: Call) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
         torch.cuda._sleep(HEAD_START)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return 1e3 * start.elapsed_time(stop)
-
-
-def warm_up(calls: dict[str, Call], timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
-    """(name -> us of the second call, name -> why it failed): compiling, tuning and allocating happen here."""
-    ran, failed = {}, {}
-    for name, call in calls.items():
-        try:
-            timer(call)
-            ran[name] = timer(call)
-        except Exception as error:  # it must not stop the other contestants
-            failed[name] = reason(error)
-    return ran, failed
+        return elapsed_us(call)
 
 
 def reason(error: BaseException) -> str:
@@ -68,22 +62,29 @@ def rounds_within(budget_us: float, times_us: Sequence[float]) -> int:
 
 def race(calls: dict[str, Call], budget_us: float, timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
     """(name -> median us, name -> why it failed): as many rounds as the budget allows, each contestant once a round."""
-    ran, failed = warm_up(calls, timer)
-    times: dict[str, list[float]] = {name: [] for name in ran}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, str] = {}
+
+    def turn(name: str) -> None:
+        try:
+            times[name].append(timer(calls[name]))
+        except Exception as error:  # it must not stop the other contestants
+            failed[name] = reason(error)
+            del times[name]
+
+    for name in [name for name in calls for _ in range(WARM_UP)]:
+        if name in times:
+            turn(name)
     order = random.Random(0)  # or one contestant would always follow the same other
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds_within(budget_us, list(ran.values()))):
+        for _ in range(rounds_within(budget_us, [taken[-1] for taken in times.values()])):
             for name in order.sample(list(times), len(times)):
-                try:
-                    times[name].append(timer(calls[name]))
-                except Exception as error:
-                    failed[name] = reason(error)
-                    del times[name]
+                turn(name)
     finally:
         gc.enable()
-    return {name: statistics.median(taken) for name, taken in times.items()}, failed
+    return {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items()}, failed
 
 
 def graph_us(call: Call) -> float:
@@ -98,14 +99,7 @@ def graph_us(call: Call) -> float:
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
             call()
-    times = []
-    for _ in range(1 + 10):  # the first warms up
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / GRAPH_CALLS)
+    times = [elapsed_us(graph.replay) / GRAPH_CALLS for _ in range(1 + 10)]  # the first warms up
     return statistics.median(times[1:])
 
 

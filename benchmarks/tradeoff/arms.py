@@ -1,22 +1,23 @@
-"""The designs that `run.py` compares: the same networks and one training loop, other codebooks and stages.
+"""The designs that `run.py` compares: equal networks and one training loop, with different codebooks and stages.
 
 | kind        | id of a patch                                          | trained                              |
 |-------------|--------------------------------------------------------|--------------------------------------|
 | semantic    | i of K                                                 | semantic branch, then decoder        |
 | flat        | one of K * m pixel codes                               | pixel branch                         |
-| independent | i of K and j of m pixel codes that all patches share   | semantic branch, then pixel branch   |
+| independent | i of K, and j of m pixel codes for all patches         | semantic branch, then pixel branch   |
 | shared      | one of K * m pairs of code vectors (TokenFlow's rule)  | both at once                         |
-| joint       | i of K and j of the m sub-codes that i owns            | both at once                         |
+| joint       | i of K, and j of the m sub-codes of i                  | both at once                         |
 | staged      | the same: SemHiTok                                     | semantic branch, then pixel branch   |
 | ragged      | the same, m_i by marginal distortion, K * m in all     | semantic branch, then pixel branch   |
 
-Every branch gets the same number of updates in all arms that have it, on the same batches.
+A branch gets the same number of updates, on the same batches, in every arm that has it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -32,13 +33,14 @@ from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, straigh
 
 DIM = 16  # of semantic and of pixel codes
 PATCH, GRID = 8, 8
+BATCH = 250  # images at a time where nothing is trained
 NETWORK = ViTConfig(96, 2, 3)
-RESTART = 100  # tokens of its share that a code may miss
+RESTART = 100  # a code is restarted once it has missed this many times its share of the tokens
 DECAY = 0.97
 
 
 class Arm(NamedTuple):
-    """A row of the table. K, m: codes; feed: what the semantic branch reads, frozen features or images."""
+    """A row of the table: K and m codes; the semantic branch reads `feed`, the frozen teacher's features or images."""
 
     kind: str
     K: int
@@ -60,33 +62,26 @@ class Arm(NamedTuple):
 class Codes(nn.Module):
     """The codebooks of an arm, made of the library's quantisers.
 
-    `semantic` holds the semantic codes (None: flat). `pixel` holds the pixel codes (None: semantic) in groups, of which
-    a patch may use one: that of its semantic code (joint, staged, ragged), or the only one there is.
+    `semantic` holds the semantic codes (None: flat). `pixel` holds the pixel codes (None: semantic) in groups: one for
+    each semantic code (joint, staged, ragged), or a single one for all patches.
     """
 
     def __init__(self, arm: Arm) -> None:
         super().__init__()
-        self.arm = arm
-        kind, total = arm.kind, arm.K * arm.m
-        groups, each = (arm.K, arm.m) if kind in ("joint", "staged", "ragged") else (1, total)
-        if kind == "independent":
-            each = arm.m
-        self.pixel = None
-        if kind != "semantic":
-            self.pixel = HierarchicalQuantizer(groups, each, DIM, DIM, decay=DECAY, adaptive=kind == "ragged")
-        self.semantic = None
-        if kind != "flat":
-            self.semantic = SemanticQuantizer(total if kind == "shared" else arm.K, DIM, decay=DECAY)
-        self.scale = (1.0, 1.0)  # of both halves of a pair, for the shared index
-
-    @property
-    def vocabulary(self) -> int:
-        return self.arm.K * self.arm.m
+        self.arm, self.vocabulary = arm, arm.K * arm.m
+        shared = {"flat": (1, self.vocabulary), "shared": (1, self.vocabulary), "independent": (1, arm.m)}
+        self.pixel = self.semantic = None
+        if arm.kind != "semantic":
+            groups, each = shared.get(arm.kind, (arm.K, arm.m))
+            self.pixel = HierarchicalQuantizer(groups, each, DIM, DIM, decay=DECAY, adaptive=arm.kind == "ragged")
+        if arm.kind != "flat":
+            self.semantic = SemanticQuantizer(self.vocabulary if arm.kind == "shared" else arm.K, DIM, decay=DECAY)
+        self.scale = (1.0, 1.0)  # of the two halves of a pair (shared)
 
     def search(self, z_sem: Tensor, z_pix: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [..., 16] -> ids of their semantic and of their pixel code vector, [...] each.
+        """Tokens [..., 16] -> ids [...] of their semantic and of their pixel code vectors.
 
-        z_pix None leaves the pixel ids 0; for "semantic" they are, always.
+        The pixel ids are 0 without z_pix, and if the arm has no pixel codes.
         """
         if self.arm.kind == "shared" and z_pix is not None:
             found = nearest_pair(z_sem, z_pix, self.semantic.codebook, self.pixel.pix_codebook[0], self.scale)
@@ -101,28 +96,27 @@ class Codes(nn.Module):
         return i, self.pixel.join(group, j)
 
     def group(self, i: Tensor) -> Tensor:
-        """Of semantic ids, the groups of pixel codes that their patches may use."""
+        """The groups of pixel codes that belong to semantic ids."""
         return i if self.pixel.num_codes > 1 else torch.zeros_like(i)
 
     def ids(self, i: Tensor, p: Tensor) -> Tensor:
-        """The flat id of a patch from what `search` returned."""
+        """The flat ids of patches from what `search` returned."""
         return {"semantic": i, "independent": i * self.arm.m + p}.get(self.arm.kind, p)
 
     def vectors(self, i: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """q_sem and q_pix of what `search` returned; zeros for codes that the arm has not."""
+        """q_sem and q_pix of what `search` returned; zeros for codes that the arm does not have."""
         zeros = torch.zeros(*i.shape, DIM)
         q_sem = zeros if self.semantic is None else self.semantic.codebook[i]
         return q_sem, zeros if self.pixel is None else self.pixel.pix_codebook.flatten(0, -2)[p]
 
     def without_pixels(self, i: Tensor, p: Tensor) -> Tensor | None:
-        """What stands for q_pix when only the semantic id is known; None where there is no such part."""
+        """What replaces q_pix when only the semantic id is known; None if the id has no semantic part."""
         if self.arm.kind in ("flat", "shared"):
             return None
         if self.pixel is None:
             return torch.zeros(*i.shape, DIM)
         return self.pixel.group_means(p)
 
-    @torch.no_grad()
     def initialize_semantic(self, z_sem: Tensor, generator: Generator) -> None:
         if self.arm.kind != "shared":
             self.semantic.initialize(z_sem, generator=generator)
@@ -149,23 +143,23 @@ class Codes(nn.Module):
         self, z_sem: Tensor, z_pix: Tensor | None, i: Tensor, p: Tensor, parts: set[str], draw: Generator
     ) -> None:
         """Moving averages and restarts of the codebooks of `parts`, after a step's tokens."""
+        shared = self.arm.kind == "shared"
         if "semantic" in parts and self.semantic is not None:
             self.semantic.update(z_sem, i)
+            if not shared:
+                self.semantic.restart(z_sem, RESTART, generator=draw)
         if "pixel" in parts and self.pixel is not None:
             self.pixel.update(z_pix, p)
-        if self.arm.kind == "shared":  # both halves of a pair move onto the same token
+            if not shared:
+                window = RESTART if self.pixel.num_codes > 1 else RESTART * self.pixel.num_sub_codes
+                self.pixel.restart(z_pix, p, window, generator=draw)
+        if shared:  # both halves of a pair move to the same token
             dead = (self.semantic.misses >= RESTART * self.vocabulary).nonzero().squeeze(1)
             pick = torch.randint(i.numel(), (len(dead),), generator=draw)
             self.semantic.codebook[dead] = z_sem.reshape(-1, DIM)[pick]
             self.pixel.pix_codebook[0, dead] = z_pix.reshape(-1, DIM)[pick]
             self.pixel.weights[0, dead] = 1
             self.semantic.misses[dead] = 0
-            return
-        if "semantic" in parts and self.semantic is not None:
-            self.semantic.restart(z_sem, RESTART, generator=draw)
-        if "pixel" in parts and self.pixel is not None:
-            window = RESTART if self.pixel.num_codes > 1 else RESTART * self.pixel.num_sub_codes
-            self.pixel.restart(z_pix, p, window, generator=draw)
 
 
 def nearest_pair(
@@ -177,7 +171,7 @@ def nearest_pair(
 
 
 class Network(nn.Module):
-    """Both branches and the codes of an arm; every arm has the same networks, used or not."""
+    """Both branches and the codes of an arm. Every arm has all networks, whether it uses them or not."""
 
     def __init__(self, arm: Arm, teacher: Teacher) -> None:
         super().__init__()
@@ -189,10 +183,14 @@ class Network(nn.Module):
         self.decoder = PixelDecoder(NETWORK, PATCH, GRID, 2 * DIM)
         self.codes = Codes(arm)
 
-    def used(self) -> list[nn.Module]:
-        """The modules that a tokenizer of this design needs to encode and decode, besides the frozen teacher."""
-        semantic = [m for m in (self.vit, self.head) if m is not None and self.arm.kind != "flat"]
-        return [*semantic, self.decoder] + ([] if self.arm.kind == "semantic" else [self.encoder])
+    def modules_of(self, parts: set[str], training: bool = False) -> list[nn.Module]:
+        """The modules of branches, besides the frozen teacher; those that only training needs if `training`."""
+        found: list[nn.Module | None] = []
+        if "semantic" in parts:
+            found += [self.vit, self.head, self.semantic_decoder if training else None]
+        if "pixel" in parts:
+            found += [self.decoder, None if self.arm.kind == "semantic" else self.encoder]
+        return [module for module in found if module is not None]
 
     def z_sem(self, images: Tensor, features: Tensor) -> Tensor:
         """z_sem [B, 8, 8, 16] from the teacher's features, or from images [B, 3, 64, 64] by the arm's own encoder."""
@@ -203,25 +201,26 @@ class Network(nn.Module):
         return self.head(features.float())
 
     def trained(self, parts: set[str]) -> list[nn.Parameter]:
-        modules: list[nn.Module | None] = []
-        if "semantic" in parts:
-            modules += [self.vit, self.head, self.semantic_decoder]
-        if "pixel" in parts:
-            modules += [self.decoder] + ([] if self.arm.kind == "semantic" else [self.encoder])
-        return [p.requires_grad_() for module in modules if module is not None for p in module.parameters()]
+        return [p.requires_grad_() for module in self.modules_of(parts, True) for p in module.parameters()]
 
     @torch.no_grad()
     def encode(self, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images and their features -> what `Codes.search` returns."""
-        with torch.autocast("cpu", torch.bfloat16):
-            x = images.float() / 255
-            z_sem, z_pix = self.z_sem(x, features), self.encoder(x)
-        return self.codes.search(z_sem.float(), z_pix.float())
+        found = []
+        for some, their_features in zip(images.split(BATCH), features.split(BATCH), strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = some.float() / 255
+                z_sem, z_pix = self.z_sem(x, their_features), self.encoder(x)
+            found.append(self.codes.search(z_sem.float(), z_pix.float()))
+        i, p = zip(*found, strict=True)
+        return torch.cat(i), torch.cat(p)
 
     @torch.no_grad()
     def decode(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
+        """Images [N, 3, 64, 64] in 0..1 from code vectors [N, 8, 8, 16]."""
         with torch.autocast("cpu", torch.bfloat16):
-            return self.decoder(torch.cat([q_sem, q_pix], dim=-1)).float().clamp(0, 1)
+            images = [self.decoder(q) for q in torch.cat([q_sem, q_pix], dim=-1).split(BATCH)]
+        return torch.cat(images).float().clamp(0, 1)
 
 
 def stages(arm: Arm) -> list[set[str]]:
@@ -230,12 +229,17 @@ def stages(arm: Arm) -> list[set[str]]:
     return [{"semantic", "pixel"}] if arm.kind in ("joint", "shared") else [{"semantic"}, {"pixel"}]
 
 
-def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: int, batch: int, seed: int) -> None:
+def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: int, batch: int, seed: int) -> float:
     """Train `parts` of the network on uint8 images [N, 3, 64, 64] and the teacher's features [N, 8, 8, C].
 
-    semantic: cosine + L1 to the standardised features + commitment. pixel: L1 + 5 L2 + .25 commitment, a tenth of the
-    images decoded from the semantic id alone. The first fifth of the steps runs without quantisation.
+    The semantic loss is cosine + L1 to the standardised features + commitment. The pixel loss is L1 + 5 L2 + 0.25
+    commitment, with a tenth of the images decoded from the semantic id alone. The first fifth of the steps runs without
+    quantisation.
+
+    Returns:
+        the seconds that it took.
     """
+    began = time.perf_counter()
     codes, drawing = net.codes, Generator().manual_seed(seed)
     parameters = net.trained(parts)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -258,13 +262,11 @@ def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: 
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(semantic):
                 z_sem = net.z_sem(x, target)
-            z_pix = net.encoder(x).float() if with_pixels else None
-            q_sem, q_pix = z_sem, z_pix if with_pixels else torch.zeros_like(z_sem)
-            if net.arm.kind == "flat":
-                q_sem = torch.zeros_like(z_sem)
-            # A frozen semantic branch has its codes from the start.
-            if quantise or (net.codes.semantic is not None and not semantic):
-                i, p = codes.search(z_sem.detach(), None if z_pix is None or not quantise else z_pix.detach())
+            z_pix = net.encoder(x).float() if with_pixels else torch.zeros_like(z_sem)
+            tokens = z_sem.detach(), z_pix.detach() if with_pixels and quantise else None
+            q_sem, q_pix = torch.zeros_like(z_sem) if net.arm.kind == "flat" else z_sem, z_pix
+            if quantise or (codes.semantic is not None and not semantic):  # a frozen semantic branch already has codes
+                i, p = codes.search(*tokens)
                 c_sem, c_pix = codes.vectors(i, p)
                 if codes.semantic is not None:
                     q_sem = straight_through(z_sem, c_sem)
@@ -287,16 +289,17 @@ def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: 
         optimizer.step()
         schedule.step()
         if quantise:
-            codes.update(z_sem.detach(), None if z_pix is None else z_pix.detach(), i, p, parts, drawing)
+            codes.update(*tokens, i, p, parts, drawing)
+    return time.perf_counter() - began
 
 
 @torch.no_grad()
 def _initialize(net: Network, parts: set[str], images: Tensor, features: Tensor, draw: Generator) -> None:
-    """Set the codebooks of `parts` by k-means on 16 tokens a code, at least on 500 images."""
+    """Set the codebooks of `parts` by k-means on 16 tokens a code, from at least 500 images."""
     need = max(500, net.codes.vocabulary * 16 // GRID**2)
     pick = torch.randperm(len(images), generator=draw)[:need]
     sem, pix = [], []
-    for some in pick.split(250):
+    for some in pick.split(BATCH):
         x = images[some].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
             sem.append(net.z_sem(x, features[some]).float().flatten(0, 2))

@@ -1,4 +1,4 @@
-"""What `run.py` measures of a trained design: fidelity, use of the ids, and probes of their understanding."""
+"""What `run.py` measures of a trained design: fidelity, use of the ids, and probes of what they say of the content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import GRID, PATCH, Network
+from benchmarks.tradeoff.arms import BATCH, GRID, PATCH, Network, stages
 from semhitok.demo.scenes import cell_of_patches
 from semhitok.evaluation.metrics import psnr, ssim
 
@@ -19,7 +19,8 @@ PAIRS = len(shapes.SHAPES) * len(shapes.COLOURS)
 
 @dataclass
 class Data:
-    """uint8 images [N, 3, 64, 64], teacher's features [N, 8, 8, C] (bf16), labels [N, 9, 4] or None, of three sets."""
+    """By set ("train", "probe", "test"): uint8 images [N, 3, 64, 64], the teacher's features [N, 8, 8, C] in bf16, and
+    labels [N, 9, 4], or None for photographs."""
 
     images: dict[str, Tensor]
     features: dict[str, Tensor]
@@ -27,56 +28,46 @@ class Data:
 
 
 def measure(net: Network, data: Data, seed: int, probe_steps: int) -> dict[str, float]:
-    """Figures of a trained arm, under the keys of COLUMNS; a column that the design has nothing for is left out."""
+    """Figures of a trained arm, under the keys of COLUMNS, without those that do not apply to its design."""
     arm, codes = net.arm, net.codes
-    found = {name: _encode(net, data, name) for name in ("probe", "test")}
-    i, p = found["test"]
-    q_sem, q_pix = codes.vectors(i, p)
-    images = data.images["test"].float() / 255
-    alone = codes.without_pixels(i, p)
-    figures = {}
-    decoded = torch.cat([net.decode(a, b) for a, b in zip(q_sem.split(250), q_pix.split(250), strict=True)])
-    figures["psnr"], figures["ssim"] = (f(decoded, images).mean().item() for f in (psnr, ssim))
+    found = {name: net.encode(data.images[name], data.features[name]) for name in ("probe", "test")}
+    images = {name: data.images[name].float() / 255 for name in found}
+    q_sem, q_pix = codes.vectors(*found["test"])
+    decoded = net.decode(q_sem, q_pix)
+    figures = {"psnr": psnr(decoded, images["test"]).mean().item(), "ssim": ssim(decoded, images["test"]).mean().item()}
+    alone = codes.without_pixels(*found["test"])
     if alone is not None:
-        decoded = torch.cat([net.decode(a, b) for a, b in zip(q_sem.split(250), alone.split(250), strict=True)])
-        figures["semantic_psnr"] = psnr(decoded, images).mean().item()
-    ids = {name: codes.ids(*of) for name, of in found.items()}
-    patches = {name: F.pixel_unshuffle(data.images[name].float() / 255, PATCH) for name in found}
-    pixels = {name: x.permute(0, 2, 3, 1).flatten(0, 2) for name, x in patches.items()}
-    figures["variance_id"] = explained(pixels, ids)
+        figures["semantic_psnr"] = psnr(net.decode(q_sem, alone), images["test"]).mean().item()
+    ids = {name: codes.ids(*pair) for name, pair in found.items()}
+    patches = {name: F.pixel_unshuffle(x, PATCH).permute(0, 2, 3, 1).flatten(0, 2) for name, x in images.items()}
+    figures["variance_id"] = explained(patches, ids)
     if arm.kind != "flat":
-        figures["variance_semantic"] = explained(pixels, {name: of[0] for name, of in found.items()})
+        figures["variance_semantic"] = explained(patches, {name: i for name, (i, _) in found.items()})
     counts = torch.bincount(torch.cat([ids["probe"].flatten(), ids["test"].flatten()]), minlength=codes.vocabulary)
     share = counts.double() / counts.sum()
     figures["used"] = (counts > 0).double().mean().item()
     figures["bits"] = -torch.xlogy(share, share).sum().item() / math.log(2)
     figures["perplexity"] = 2 ** figures["bits"]
-    figures["parameters"] = sum(p.numel() for module in net.used() for p in module.parameters()) / 1e6
-    books = [0 if codes.semantic is None else codes.semantic.codebook.numel()]
-    books += [0 if codes.pixel is None else codes.pixel.pix_codebook.numel()]
-    figures["codebook"] = sum(books)
+    needed = net.modules_of(set().union(*stages(arm)))
+    figures["parameters"] = sum(p.numel() for module in needed for p in module.parameters()) / 1e6
+    figures["codebook"] = 0 if codes.semantic is None else codes.semantic.codebook.numel()
+    figures["codebook"] += 0 if codes.pixel is None else codes.pixel.pix_codebook.numel()
     if data.labels is not None:
-        # A half that a design has not is zeros: of no use to a probe, and the same number of inputs.
-        vectors = {name: torch.cat(codes.vectors(*of), dim=-1) for name, of in found.items()}
+        # Zeros for a half that the design lacks tell a probe nothing, and all probes have as many inputs.
+        vectors = {name: torch.cat(codes.vectors(*pair), dim=-1) for name, pair in found.items()}
         figures |= understanding(vectors, data.labels, seed, probe_steps)
         figures["by_id"] = probe_ids(ids, data.labels, codes.vocabulary)
     return figures
 
 
-def _encode(net: Network, data: Data, name: str) -> tuple[Tensor, Tensor]:
-    parts = zip(data.images[name].split(250), data.features[name].split(250), strict=True)
-    i, p = zip(*(net.encode(x, f) for x, f in parts), strict=True)
-    return torch.cat(i), torch.cat(p)
-
-
-def explained(pixels: dict[str, Tensor], ids: dict[str, Tensor]) -> float:
-    """Share of the variance of test patches [n, 192] that the means of the probe set's patches of equal id explain."""
-    x, own, test, theirs = pixels["probe"], ids["probe"].flatten(), pixels["test"], ids["test"].flatten()
-    size = int(max(own.max(), theirs.max())) + 1
-    counts = torch.bincount(own, minlength=size)
-    means = torch.zeros(size, x.shape[1]).index_add_(0, own, x) / counts.clamp_min(1).unsqueeze(1)
+def explained(patches: dict[str, Tensor], ids: dict[str, Tensor]) -> float:
+    """Share of the variance of the test patches [n, 192] that the mean probe patch of the same id explains."""
+    x, x_ids, test, test_ids = patches["probe"], ids["probe"].flatten(), patches["test"], ids["test"].flatten()
+    size = int(max(x_ids.max(), test_ids.max())) + 1
+    counts = torch.bincount(x_ids, minlength=size)
+    means = torch.zeros(size, x.shape[1]).index_add_(0, x_ids, x) / counts.clamp_min(1).unsqueeze(1)
     means = torch.where(counts.unsqueeze(1) > 0, means, x.mean(0))
-    return 1 - ((test - means[theirs]).square().sum() / (test - test.mean(0)).square().sum()).item()
+    return 1 - ((test - means[test_ids]).square().sum() / (test - test.mean(0)).square().sum()).item()
 
 
 # ---- probes ----
@@ -119,7 +110,7 @@ def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
 
 
 def pairs(labels: Tensor) -> Tensor:
-    """Labels [N, 9, 4] -> which (shape, colour) pairs each picture has: float32 [N, 48]."""
+    """Labels [N, 9, 4] -> the (shape, colour) pairs in each picture: float32 [N, 48], 1 or 0."""
     pair = torch.where(labels[..., 0] >= 0, labels[..., 0] * len(shapes.COLOURS) + labels[..., 1], PAIRS)
     return F.one_hot(pair, PAIRS + 1).amax(1)[:, :PAIRS].float()
 
@@ -145,7 +136,7 @@ def pair_probe(tokens: dict[str, Tensor], targets: dict[str, Tensor], seed: int,
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        scores = torch.cat([logits(x) for x in tokens["test"].split(250)])
+        scores = torch.cat([logits(x) for x in tokens["test"].split(BATCH)])
     return average_precision(scores, targets["test"])
 
 
@@ -158,16 +149,16 @@ def average_precision(scores: Tensor, targets: Tensor) -> float:
 
 
 def probe_ids(ids: dict[str, Tensor], labels: dict[str, Tensor], vocabulary: int, steps: int = 150) -> float:
-    """Shape accuracy from the ids [N, 8, 8] of an object's cell alone: an embedding of each id is learned."""
+    """Accuracy of the shape from the ids [N, 8, 8] in an object's cell: a row of logits is learned for each id."""
     cell = cell_of_patches(GRID).flatten()
     rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for name, of in ids.items():
+    for name, all_ids in ids.items():
         held = labels[name][..., 0] >= 0
         image, place = held.nonzero(as_tuple=True)
         member = cell[None] == place[:, None]  # [objects, 64]
         objects, patch = member.nonzero(as_tuple=True)
         offsets = member.sum(1).cumsum(0) - member.sum(1)
-        rows[name] = of.flatten(1)[image[objects], patch], offsets, labels[name][held][:, 0]
+        rows[name] = all_ids.flatten(1)[image[objects], patch], offsets, labels[name][held][:, 0]
     table = nn.EmbeddingBag(vocabulary, len(shapes.SHAPES), mode="mean")
     nn.init.zeros_(table.weight)
     optimizer = torch.optim.Adam(table.parameters(), lr=0.1)

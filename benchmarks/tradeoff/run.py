@@ -1,24 +1,24 @@
-"""Understanding against reconstruction: the hierarchical codebook and its rivals, at equal networks, updates and codes.
+"""Understanding against reconstruction: the hierarchical codebook and its rivals at equal networks, updates, codes.
 
     python -m benchmarks.tradeoff.run --quick --out tradeoff      # one seed, about ten minutes on two cores
     python -m benchmarks.tradeoff.run --out tradeoff-full         # three seeds, longer training, all sizes
 
-On generated pictures (`shapes.py`) with a small text-aligned teacher trained on their captions. `arms.py` describes the
-designs. Columns, all of held-out pictures:
+On generated pictures (`shapes.py`), with a small teacher trained on their captions. `arms.py` describes the designs.
+All columns are measured on held-out pictures:
 
     shape, colour   accuracy of a linear probe on the mean code vector of the cell that an object lies in
     by id           shape again, from learned values of the ids in place of their code vectors
     pair AP         mean average precision of an attention-pool probe: which (shape, colour) pairs a picture has
     PSNR, SSIM      of reconstructions; "sem. PSNR" of those from the semantic id alone
-    var sem, var id share of the variance of patches' pixels that the semantic id, and the whole id, explain
+    var sem, var id share of the variance of patches' pixels that the semantic id explains, and the full id
     used, perpl.    share of ids in use, perplexity of the ids; bits = log2 of it, a patch's entropy
-    params, codes   millions of weights that the design needs, besides the frozen teacher; numbers in its codebooks
+    params, codes   weights that the design needs besides the frozen teacher, in millions; numbers in its codebooks
     seconds         of training; stages that arms share are counted in each of them
 
 With several seeds a figure is a mean and half of its 95 % confidence interval (t-distribution) over trainings; data and
-teacher stay the same. Finished (arm, seed) are kept in OUT and not computed again, so processes with seeds of their own
-may share it. Exit status 1 if a check at the end misses. --photographs measures reconstruction on crops of the demo's
-photographs instead, without labels and checks.
+teacher stay the same. Results of an arm and seed are kept in OUT and not computed again, so several processes may share
+it, each with its own seeds. Exit status 1 if a check at the end misses. --photographs measures reconstruction on crops
+of the demo's photographs, without labels and checks.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import GRID, Arm, Network, fit, stages
+from benchmarks.tradeoff.arms import BATCH, GRID, Arm, Network, fit, stages
 from benchmarks.tradeoff.measures import Data, measure, understanding
 from semhitok._files import write_atomic
 from semhitok.config import DataConfig
@@ -60,9 +60,9 @@ TEACHER_ROW = "continuous teacher"
 
 @dataclass
 class Settings:
-    """What a result depends on besides its arm and seed; two results of the same settings compare.
+    """What a result depends on besides its arm and seed. Only results of equal settings compare.
 
-    pictures: of training; probe, test: pictures that probes learn from and that everything is measured on.
+    pictures: of training; probe, test: pictures that the probes learn from, and that everything is measured on.
     steps, batch: updates of a branch and their pictures. teacher_*: see ContrastiveConfig. probe_steps: of the
         attention-pool probe.
     """
@@ -82,7 +82,7 @@ QUICK = Settings(pictures=8_000, probe=2_500, test=750, steps=220, teacher_steps
 
 
 def arms(K: int, m: int, quick: bool) -> list[Arm]:
-    """The arms of the table: main ones, then the sizes K x m of equal product, then large vocabularies."""
+    """The arms of the table: the main ones, then other K x m of the same product, then large vocabularies."""
     main = [
         Arm("semantic", K, 1), Arm("flat", K, m), Arm("independent", K, m), Arm("shared", K, m),
         Arm("joint", K, m), Arm("joint", K, m, "image"), Arm("staged", K, m), Arm("ragged", K, m),
@@ -95,7 +95,7 @@ def arms(K: int, m: int, quick: bool) -> list[Arm]:
 
 
 def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
-    """The data, and the teacher that is trained or found in `out`."""
+    """The data, and the teacher, which is trained unless it is in `out`."""
     config = ContrastiveConfig("shapes", settings.pictures, settings.teacher_steps, settings.teacher_batch)
     began = time.perf_counter()
     sets = {"train": (0, settings.pictures), "probe": (1, settings.probe), "test": (2, settings.test)}
@@ -103,32 +103,30 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
     _say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
     teacher = Teacher(train_teacher(config, out, lambda: shapes.lesson(made["train"])), GRID)
     images = {name: pictures.images for name, pictures in made.items()}
+    labels = {name: pictures.labels for name, pictures in made.items()}
     if settings.photographs:
         folders = write_photographs(out / "photographs")
-        for name, part, seed in (("train", "train", 0), ("probe", "train", 1), ("test", "held_out", 2)):
-            crops = RandomCrops(list_images([folders[part]]), shapes.SIZE, DataConfig(crop_scale=None), seed)
-            images[name] = torch.stack([(crops[n] * 255).round().byte() for n in range(sets[name][1])])
-    features = {
-        name: torch.cat([_features(teacher, x.float() / 255) for x in some.split(250)]) for name, some in images.items()
-    }
-    labels = None if settings.photographs else {name: pictures.labels for name, pictures in made.items()}
-    return Data(images, features, labels), teacher
-
-
-def _features(teacher: Teacher, images: Tensor) -> Tensor:
+        for name, (seed, count) in sets.items():
+            paths = list_images([folders["held_out" if name == "test" else "train"]])
+            crops = RandomCrops(paths, shapes.SIZE, DataConfig(crop_scale=None), seed)
+            images[name] = torch.stack([(crops[n] * 255).round().byte() for n in range(count)])
     with torch.autocast("cpu", torch.bfloat16):
-        return teacher(images).bfloat16()
+        features = {
+            name: torch.cat([teacher(x.float() / 255).bfloat16() for x in uint8.split(BATCH)])
+            for name, uint8 in images.items()
+        }
+    return Data(images, features, None if settings.photographs else labels), teacher
 
 
 class Trainer:
-    """Trains arms; a semantic branch that several arms share is trained once a seed."""
+    """Trains arms; a semantic branch that several arms share is trained once for each seed."""
 
     def __init__(self, data: Data, teacher: Teacher, settings: Settings) -> None:
         self.data, self.teacher, self.settings = data, teacher, settings
         self.shared: dict[tuple[Any, ...], tuple[Network, float]] = {}
 
     def train(self, arm: Arm, seed: int) -> tuple[Network, float]:
-        """The trained network of an arm, and the seconds of training it."""
+        """The trained network of an arm, and the seconds of its training."""
         torch.manual_seed(seed)
         net, seconds = Network(arm, self.teacher), 0.0
         for parts in stages(arm):
@@ -148,10 +146,8 @@ class Trainer:
         return net.eval(), seconds
 
     def _fit(self, net: Network, parts: set[str], seed: int) -> float:
-        began = time.perf_counter()
         images, features = self.data.images["train"], self.data.features["train"]
-        fit(net, parts, images, features, self.settings.steps, self.settings.batch, seed)
-        return time.perf_counter() - began
+        return fit(net, parts, images, features, self.settings.steps, self.settings.batch, seed)
 
 
 # ---- the table, its checks and the plot ----
@@ -171,39 +167,40 @@ def _number(key: str, values: list[float]) -> str:
         return "-"
     digits = {"psnr": 2, "semantic_psnr": 2, "bits": 2, "parameters": 2, "perplexity": 0, "codebook": 0, "seconds": 0}
     n = digits.get(key, 3)
-    half = interval(values)
-    return f"{mean(values):.{n}f}" + ("" if math.isnan(half) or key in ("parameters", "codebook") else f"±{half:.{n}f}")
+    varies = len(values) > 1 and key not in ("parameters", "codebook")
+    return f"{mean(values):.{n}f}" + (f"±{interval(values):.{n}f}" if varies else "")
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """One line an arm: the mean of each column over its seeds, and half of the confidence interval."""
+Results = dict[str, list[dict[str, float]]]  # title of a row -> its figures by seed
+
+
+def table(results: Results) -> str:
+    """A line for each arm: the mean of each column over its seeds, and half of the confidence interval."""
     keys = [k for k in COLUMNS if any(k in r for rows in results.values() for r in rows)]
     lines = [["", *(COLUMNS[k] for k in keys)]]
     lines += [[title, *(_number(k, [r[k] for r in rows if k in r]) for k in keys)] for title, rows in results.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(text.rjust(w) if n else text.ljust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], widths, strict=True))])
         for line in lines
     )
 
 
-def checks(results: dict[str, list[dict[str, float]]], K: int, m: int, quick: bool) -> list[tuple[bool, str]]:
-    """What the hierarchical codebook promises, held against the means: whether it came true, and the figures."""
+def mean_of(results: Results, row: Arm | str, key: str) -> float:
+    return mean(r[key] for r in results[row.title if isinstance(row, Arm) else row])
 
-    def of(arm: Arm | str, key: str) -> float:
-        return mean(r[key] for r in results[arm.title if isinstance(arm, Arm) else arm])
 
+def checks(results: Results, K: int, m: int, quick: bool) -> list[tuple[bool, str]]:
+    """What the hierarchical codebook promises, compared with the means: whether it holds, and the figures."""
+    of = partial(mean_of, results)
     staged, semantic = Arm("staged", K, m), Arm("semantic", K, 1)
-    flat, independent = Arm("flat", K, m), Arm("independent", K, m)
     gain = 1.5 if quick else 2.0
     asked = [
-        (f"{name}: staged at least semantic only - .02", of(staged, key), of(semantic, key) - 0.02)
-        for name, key in (("shape", "shape"), ("pair AP", "pair_ap"))
-    ]
-    asked += [
+        ("shape: staged at least semantic only - .02", of(staged, "shape"), of(semantic, "shape") - 0.02),
+        ("pair AP: staged at least semantic only - .02", of(staged, "pair_ap"), of(semantic, "pair_ap") - 0.02),
         (f"PSNR: staged at least semantic only + {gain}", of(staged, "psnr"), of(semantic, "psnr") + gain),
-        ("PSNR: staged at least two independent + .5", of(staged, "psnr"), of(independent, "psnr") + 0.5),
-        ("shape: staged at least flat + .4", of(staged, "shape"), of(flat, "shape") + 0.4),
+        ("PSNR: staged at least two independent + .5", of(staged, "psnr"), of(Arm("independent", K, m), "psnr") + 0.5),
+        ("shape: staged at least flat + .4", of(staged, "shape"), of(Arm("flat", K, m), "shape") + 0.4),
         ("pixel variance explained by the semantic id", of(staged, "variance_semantic"), 0.3),
         ("ids in use", of(staged, "used"), 0.9),
     ]
@@ -212,7 +209,7 @@ def checks(results: dict[str, list[dict[str, float]]], K: int, m: int, quick: bo
     return [(got >= bar, f"{what}: {got:.3f}, asked {bar:.3f}") for what, got, bar in asked]
 
 
-def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """PSNR against the shape probe and against pair AP."""
     import matplotlib
 
@@ -226,7 +223,7 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
             error = [None if len(rows) < 2 else interval(values) for values in (x, y)]
             marker = "os^Dv<>P"[n % 8]
             axis.errorbar(mean(x), mean(y), error[1], error[0], marker=marker, linestyle="", label=title)
-        if all(key in r for r in results.get(TEACHER_ROW, [])) and TEACHER_ROW in results:
+        if TEACHER_ROW in results:
             axis.axhline(results[TEACHER_ROW][0][key], linestyle="--", color="grey", label=TEACHER_ROW)
         axis.set(xlabel="reconstruction: PSNR, dB", ylabel=f"understanding: {COLUMNS[key]}")
         axis.grid(alpha=0.3)
@@ -243,17 +240,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tradeoff"))
     parser.add_argument("--quick", action="store_true", help="one seed, short training, fewer sizes")
-    parser.add_argument("--photographs", action="store_true", help="reconstruction of photographs instead")
+    parser.add_argument("--photographs", action="store_true", help="measure reconstruction of photographs instead")
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         metavar="N",
-        help="of the trainings of every arm (default: 0 1 2, 0 with --quick)",
+        help="seeds of the trainings of each arm (default: 0 1 2; with --quick 0)",
     )
     parser.add_argument("--sizes", type=int, nargs=2, default=(256, 8), metavar=("K", "m"))
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=N", help="a field of Settings")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its choice)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=N", help="another value of a field of Settings; repeatable"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -288,7 +287,7 @@ def main() -> int:
         _say(f"{title}, seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
         return figures
 
-    results: dict[str, list[dict[str, float]]] = {}
+    results: Results = {}
     for seed in args.seeds or ([0] if args.quick else [0, 1, 2]):
         rows = [(arm.title, arm) for arm in arms(K, m, args.quick)]
         for title, arm in rows if args.photographs else [(TEACHER_ROW, None), *rows]:
@@ -298,11 +297,11 @@ def main() -> int:
     print(text)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"\n{time.perf_counter() - began:.0f} s, peak memory {peak:.0f} MiB, {torch.get_num_threads()} threads")
-    ragged, fixed = (mean_of(results[Arm(kind, K, m).title]) for kind in ("ragged", "staged"))
-    print(
-        f"rate and distortion: ragged m {ragged['bits']:.2f} bits, {ragged['psnr']:.2f} dB;"
-        f" fixed m {fixed['bits']:.2f} bits, {fixed['psnr']:.2f} dB"
-    )
+    rates = []
+    for name, kind in (("ragged", "ragged"), ("fixed", "staged")):
+        bits, psnr = (mean_of(results, Arm(kind, K, m), key) for key in ("bits", "psnr"))
+        rates.append(f"{name} m {bits:.2f} bits, {psnr:.2f} dB")
+    print(f"rate and distortion: {'; '.join(rates)}")
     if args.photographs:
         return 0
     draw(results, args.out / "tradeoff.png")
@@ -310,10 +309,6 @@ def main() -> int:
     for good, what in found:
         print(f"{'ok  ' if good else 'MISS'}  {what}")
     return 0 if all(good for good, _ in found) else 1
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: mean(row[key] for row in rows) for key in rows[0]}
 
 
 if __name__ == "__main__":

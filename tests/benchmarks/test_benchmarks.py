@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_exact_winner(metric: str, z: list[float], codebook: list[list[float]], 
 def test_exact_winners_are_those_of_fractions(kind: str, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "PIECE", 64)  # several pieces
     case = next(case for case in exactness.CASES if case.kind == kind)
-    z, codebook = case.make(torch.Generator().manual_seed(1), 9, 30, 3)
+    z, codebook = dataclasses.replace(case, k=30, d=3).data(9, seed=1)
     expected = [fraction_winner(token, codebook, metric) for token in z]
     assert exact.exact_winners(z, codebook, metric).tolist() == expected
 
@@ -122,18 +123,20 @@ def test_exactness_finds_an_error_bound_that_is_too_small(
 
 
 def test_kinds_of_data_are_what_they_say() -> None:
-    g = torch.Generator().manual_seed(0)
-    _, codes = exactness.twice(g, 1, 1000, 8)
+    def data(make: Callable[..., tuple[Tensor, Tensor]], n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+        return exactness.Case("", make, "ip", k, d).data(n)
+
+    _, codes = data(exactness.twice, 1, 1000, 8)
     assert (codes.unique(dim=0, return_counts=True)[1] == 2).all()
-    _, codes = exactness.dead(g, 1, 1000, 8)
+    _, codes = data(exactness.dead, 1, 1000, 8)
     assert 600 < codes.unique(dim=0, return_counts=True)[1].max() < 800
-    z, codes = exactness.common_mean(g, 500, 500, 16)
+    z, codes = data(exactness.common_mean, 500, 500, 16)
     assert 0.85 < torch.nn.functional.cosine_similarity(z, codes).mean() < 0.95
-    z, codes = exactness.lattice(g, 1, 2000, 3)
+    z, codes = data(exactness.lattice, 1, 2000, 3)
     scores = codes @ z[0]
     assert (scores == scores.max()).sum() > 1
     for case in exactness.CASES:
-        assert all(t.isfinite().all() for t in case.data(10, case.make)), case
+        assert all(t.isfinite().all() for t in case.data(10)), case
 
 
 # ---- quantize_bench.py ----
