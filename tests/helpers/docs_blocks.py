@@ -124,7 +124,7 @@ class Page:
             exec(arguments[1], {})
         elif program.endswith("python") and arguments[:2] == ["-m", "semhitok"]:
             return self.semhitok(arguments[2:], run, fails, target)
-        elif program.endswith("python") and arguments[:1] == ["-m"]:
+        elif run and program.endswith("python") and arguments[:1] == ["-m"] and arguments[1].startswith("semhitok."):
             return printed(importlib.import_module(arguments[1]).main, arguments[1:])
         elif program == "semhitok":
             return self.semhitok(arguments, run, fails, target)
