@@ -104,7 +104,8 @@ def hier_quantize(
         z_pix: [..., Dp], floating point, the leading dimensions of z_sem.
         sem_codebook: [K, Ds], floating point.
         pix_codebook: [K, m, Dp], floating point; with offsets [T, Dp].
-        sem_metric, pix_metric: "ip" or "l2".
+        sem_metric: "ip" or "l2".
+        pix_metric: "ip" or "l2".
         offsets: [K + 1] int64, the first row of each sub-codebook, where sizes differ, and T.
 
     Returns:

@@ -147,8 +147,10 @@ class HierarchicalQuantizer(nn.Module):
     SemHiTok trains `semantic` alone first and then freezes it: it leaves out `z_sem=`, and z_sem has no gradient.
 
     Args:
-        num_codes, num_sub_codes: K semantic codes, and m pixel sub-codes of each.
-        sem_dim, pix_dim: Ds and Dp.
+        num_codes: K semantic codes.
+        num_sub_codes: m pixel sub-codes of each.
+        sem_dim: Ds, the values of a semantic code.
+        pix_dim: Dp, those of a sub-code.
         decay: of the moving averages in `update`.
         adaptive: every semantic code owns m_i >= 1 sub-codes, K * m in all. The sizes are even until `initialize` sets
             them, and stay the same afterwards.
