@@ -6,7 +6,8 @@
 // is part of exact scores, so its order of summation is the same everywhere: ascending depth, even and odd apart.
 // Products of two fp32 numbers are exact in fp64, so it makes no difference whether FMAs are used.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
-#include "passes.h"
+#include "kernels.h"
+#include "simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
@@ -225,8 +226,7 @@ void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   for (int i = 0; i < kStripes; ++i) acc[i] = key ^ (kOdd2 * static_cast<uint64_t>(i + 1));
   const auto absorb = [&](const char* from) {
     for (int i = 0; i < kStripes; ++i) {
-      Words w;
-      __builtin_memcpy(&w, from + i * kVectorBytes, sizeof w);
+      const Words w = load_as<Words>(from + i * kVectorBytes);
       acc[i] += multiply_halves(w ^ key);
       acc[i ^ 1] += w;
     }

@@ -2,6 +2,7 @@
 // An id outside [0, total) gives rows of NaN in the codebook's dtype.
 // Cost: every row read once and written once; rows of tokens ahead are prefetched, because their addresses are random.
 // If sub-codebooks have their own sizes, a binary search in the offsets finds the semantic code of an id.
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -11,7 +12,7 @@ namespace semhitok::cpu {
 namespace {
 
 constexpr int64_t kInlineBytes = 1 << 16;
-constexpr int64_t kPrefetchTokens = 16, kPrefetchBytes = 4096, kLineBytes = 64;
+constexpr int64_t kPrefetchTokens = 16, kPrefetchBytes = 4096;
 constexpr uint16_t kFloat16NaN = 0x7E00, kBFloat16NaN = 0x7FC0;
 
 template <typename T>
@@ -26,11 +27,6 @@ void fill_nan(void* row, int64_t depth, Dtype dtype) {
     case Dtype::kFloat16: return fill(row, depth, kFloat16NaN);
     case Dtype::kBFloat16: return fill(row, depth, kBFloat16NaN);
   }
-}
-
-// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
-__attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes && b < kPrefetchBytes; b += kLineBytes) __builtin_prefetch(row + b);
 }
 
 }  // namespace
@@ -48,8 +44,8 @@ void lookup_rows(const HierLookup& p, int64_t first, int64_t count, const int64_
     const int64_t ahead = later < end ? p.codes[later] : -1;
     if (ahead >= 0 && ahead < p.total) {
       slot = groups != nullptr ? groups[later - first] : group_of_row(p, ahead);
-      prefetch_row(sem + slot * sem_bytes, sem_bytes);
-      prefetch_row(pix + ahead * pix_bytes, pix_bytes);
+      prefetch_row<3>(sem + slot * sem_bytes, std::min(sem_bytes, kPrefetchBytes));
+      prefetch_row<3>(pix + ahead * pix_bytes, std::min(pix_bytes, kPrefetchBytes));
     }
     if (t < first) continue;
     char* q_sem = static_cast<char*>(p.q_sem) + t * sem_bytes;
