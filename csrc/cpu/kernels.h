@@ -8,7 +8,6 @@
 
 namespace semhitok::cpu {
 
-[[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Loads a row into the cache; kLocality is that of __builtin_prefetch. Always inline: GCC 12 treats a function that only

@@ -107,34 +107,34 @@ inline int32_t best_code(const double* x, const float* codes, int64_t stride, in
 }
 
 // rows[j] = sub-code first + j as fp32, `padded` values apart. Not inlined: it would bloat the loop below.
-__attribute__((noinline)) void read_codes(const NearestSubcode& p, int64_t first, int64_t count, int64_t padded,
+__attribute__((noinline)) void read_codes(const SubCodebooks& s, int64_t first, int64_t count, int64_t padded,
                                           float* rows) {
-  if (padded == p.depth) {
-    read(p.sub_codebooks, first * p.depth, count * p.depth, rows);
+  if (padded == s.depth) {
+    read(s.rows, first * s.depth, count * s.depth, rows);
   } else {
-    for (int64_t j = 0; j < count; ++j) read(p.sub_codebooks, (first + j) * p.depth, p.depth, rows + j * padded);
+    for (int64_t j = 0; j < count; ++j) read(s.rows, (first + j) * s.depth, s.depth, rows + j * padded);
   }
 }
 
 template <bool kL2>
 void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, float* scratch, float* scores,
             int64_t* ids) {
-  const int64_t depth = p.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
-  const int64_t code_bytes = depth * element_size(p.sub_codebooks.dtype);
-  const char* table = static_cast<const char*>(p.sub_codebooks.data);
+  const int64_t depth = p.sub.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
+  const int64_t code_bytes = depth * element_size(p.sub.rows.dtype);
+  const char* table = static_cast<const char*>(p.sub.rows.data);
   // Where fp32 codes are whole sums they are read in place, elsewhere from a padded copy of a few at a time.
-  const bool direct = p.sub_codebooks.dtype == Dtype::kFloat32 && depth == padded;
+  const bool direct = p.sub.rows.dtype == Dtype::kFloat32 && depth == padded;
   const int64_t most = direct ? kMostCodes : kSubcodeRows;
   double* x = reinterpret_cast<double*>(scratch);
   float* rows = scratch + 2 * padded;
   for (int64_t d = 0; d < padded; ++d) x[d] = 0.0;
   for (int64_t d = 0; padded != depth && d < kSubcodeRows * padded; ++d) rows[d] = 0.0f;
 
-  const auto known = [&](int64_t g) { return g >= 0 && g < p.groups; };
+  const auto known = [&](int64_t g) { return g >= 0 && g < p.sub.groups; };
   for (int64_t t = -kPrefetchTokens; t < count; ++t) {
     const int64_t ahead = t + kPrefetchTokens;
     if (ahead < count && known(group[ahead])) {
-      const RowRange own = rows_of_group(p, group[ahead]);
+      const RowRange own = rows_of_group(p.sub, group[ahead]);
       const int64_t bytes = own.count * code_bytes;
       prefetch_row<2>(table + own.first * code_bytes, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
     }
@@ -143,14 +143,14 @@ void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t
     int64_t id = 0;
     if (known(group[t])) {
       read(p.z, (first + t) * depth, depth, x);
-      const RowRange own = rows_of_group(p, group[t]);
+      const RowRange own = rows_of_group(p.sub, group[t]);
       for (int64_t j = 0; j < own.count; j += most) {
         const int64_t code = own.first + j, n = own.count - j < most ? own.count - j : most;
         const float* codes = rows;
         if (direct) {
-          codes = static_cast<const float*>(p.sub_codebooks.data) + code * depth;
+          codes = static_cast<const float*>(p.sub.rows.data) + code * depth;
         } else {
-          read_codes(p, code, n, padded, rows);
+          read_codes(p.sub, code, n, padded, rows);
         }
         float score;
         const int32_t winner = best_code<kL2>(x, codes, padded, static_cast<int32_t>(n), &score);

@@ -24,8 +24,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpsPerBlock = 8;
 constexpr int64_t kScratchAlignment = 256;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 __device__ __forceinline__ T read(const Rows& rows, int64_t i) {
   switch (rows.dtype) {  // the same for every thread of a launch

@@ -251,9 +251,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) merge_kernel(NearestCod
   p.ids[token] = won ? id : 0;
 }
 
-bool whole_pieces(const Rows& rows, int64_t depth) {
-  return rows.dtype == Dtype::kFloat32 && in_pieces(rows.data, rows.dtype, depth);
-}
+bool whole_pieces(const Rows& rows, int64_t depth) { return rows.dtype == Dtype::kFloat32 && in_pieces(rows, depth); }
 
 template <typename T>
 cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
