@@ -139,7 +139,7 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
 
 inline int64_t* ids_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
 
-inline Tensor new_scores(const Tensor& like, const Sizes& sizes, bool wide) {
+inline Tensor new_floats(const Tensor& like, const Sizes& sizes, bool wide) {
   return new_tensor(like, sizes, wide ? ScalarType::Double : ScalarType::Float);
 }
 
@@ -169,7 +169,7 @@ inline CodeProblem code_problem(const Tensor& z, const Tensor& codebook, const s
   p.wide = is_wide({p.z, p.codebook});
   p.tokens = count_of(leading), p.num_codes = codebook.size(0), p.depth = codebook.size(1);
   const Tensor z_rows = torch::stable::contiguous(z), code_rows = torch::stable::contiguous(codebook);
-  const Tensor scores = new_scores(z, leading, p.wide);
+  const Tensor scores = new_floats(z, leading, p.wide);
   const Tensor ids = new_tensor(z, leading, ScalarType::Long);
   p.z.data = z_rows.data_ptr(), p.codebook.data = code_rows.data_ptr();
   p.scores = scores.data_ptr(), p.ids = ids_of(ids);

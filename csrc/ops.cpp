@@ -56,7 +56,7 @@ std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, c
   const std::string fixed = std::string("[K, m, ") + depth + "]", own = std::string("[T, ") + depth + "]";
   if (!offsets.has_value()) {
     check_dims(name, table, 3, fixed.c_str());
-    s->groups = table.size(0), s->subcodes = table.size(1), s->depth = table.size(2),
+    s->groups = table.size(0), s->subcodes = table.size(1), s->depth = table.size(2);
     s->total = s->groups * s->subcodes;
     check(num_codes == 0 || s->groups == num_codes, name, ": expected first dimension ", num_codes,
           " (sem_codebook.shape[0]), got ", s->groups);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
   p.tokens = count_of(leading);
   const Tensor z_rows = torch::stable::contiguous(z), table = torch::stable::contiguous(sub_codebooks);
   const Tensor group_rows = torch::stable::contiguous(group);
-  Tensor scores = new_scores(z, leading, p.wide);
+  Tensor scores = new_floats(z, leading, p.wide);
   Tensor ids = new_tensor(z, leading, ScalarType::Long);
   p.z.data = z_rows.data_ptr(), p.sub.rows.data = table.data_ptr(), p.group = ids_of(group_rows);
   p.scores = scores.data_ptr(), p.ids = ids_of(ids);
@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
   return {scores, ids};
 }
 
-// What hier_quantize and hier_lookup share. Checks the codebooks and sets their sizes; returns the tensor behind offsets,
-// too. first: all tensors must be on its device.
+// The checks and sizes that hier_quantize and hier_lookup share, and the tensor behind offsets. first: all tensors must
+// be on its device.
 std::pair<HierLookup, std::optional<Tensor>> lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook,
                                                             const std::optional<Tensor>& offsets, const Tensor& first,
                                                             const char* first_name) {
@@ -138,7 +138,7 @@ std::pair<HierLookup, std::optional<Tensor>> lookup_problem(const Tensor& sem_co
   return {p, std::move(bounds)};
 }
 
-// The tensors behind a problem that lookup_problem has checked, once their devices are checked too.
+// The tensors behind a problem of lookup_problem.
 struct LookupTensors {
   Tensor sem_codes, pix_codes, q_sem, q_pix;
 };
@@ -209,8 +209,7 @@ std::tuple<Tensor, Tensor> segment_sum(const Tensor& values, const Tensor& ids, 
 
   p.rows = values.size(0), p.depth = values.size(1), p.segments = num_segments;
   const Tensor rows = torch::stable::contiguous(values), row_ids = torch::stable::contiguous(ids);
-  const bool wide = p.values.dtype == Dtype::kFloat64;
-  Tensor sums = new_tensor(values, {num_segments, p.depth}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor sums = new_floats(values, {num_segments, p.depth}, is_wide({p.values}));
   Tensor counts = new_tensor(values, {num_segments}, ScalarType::Long);
   p.values.data = rows.data_ptr(), p.ids = ids_of(row_ids), p.sums = sums.data_ptr(), p.counts = ids_of(counts);
   SEMHITOK_RUN(segment_sum, p, values);

@@ -132,7 +132,6 @@ inline double quantise_panel(const PackedCodebook& book, int64_t s, int64_t lane
 
 }  // namespace
 
-// hashes[n] of rows first .. first + count: equal rows have equal hashes, others rarely; 0 for a row with NaN or Inf.
 void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes) {
   const Words start = first_key();
   for (int64_t n = first; n < first + count; ++n) {
@@ -159,7 +158,6 @@ void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, u
   }
 }
 
-// Sums and range of rows ids[0 .. count), per dimension.
 void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
              float* high) {
   for (int64_t d = 0; d < depth; d += kLanes) {

@@ -91,7 +91,8 @@ struct Kernels {
   int64_t step;         // dimensions of a step of the int8 pass; 0 without one
   // A digest of bytes: equal bytes have equal digests, others with a chance of about 2^-64 a word.
   void (*digest)(const void* data, int64_t bytes, uint64_t out[2]);
-  // hashes[n] of fp32 rows first .. first + count: 0 for a row with NaN or Inf; equal rows have equal hashes.
+  // hashes[n] of fp32 rows first .. first + count: 0 for a row with NaN or Inf; equal rows have equal hashes, others
+  // rarely.
   void (*hash_rows)(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
   // Sum and range of rows ids[0 .. count), per dimension.
   void (*measure)(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,

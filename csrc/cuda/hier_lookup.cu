@@ -15,8 +15,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <typename Bits>
 __device__ __forceinline__ void fill_row(void* out, int64_t token, int64_t depth, Bits value, int lane, int lanes) {
   Bits* row = static_cast<Bits*>(out) + token * depth;

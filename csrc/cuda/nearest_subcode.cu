@@ -36,14 +36,12 @@
 
 #include "device.cuh"
 #include "kernels.h"
-#include "pixel_stage.h"
 #include "rows.cuh"
 #include "sort.h"
 
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBatch = 4;
 constexpr int64_t kLargeRow = 8192;  // bytes of a sub-codebook
 constexpr int64_t kMostIds = (int64_t{1} << 31) - 1 - kBatch;
@@ -226,12 +224,7 @@ __global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
       if (part[i] > best) best = part[i], id = j + first + i;
     }
   }
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    const T score = __shfl_xor_sync(kAllLanes, best, offset);
-    const Id other = __shfl_xor_sync(kAllLanes, id, offset);
-    if (score > best || (score == best && other < id)) best = score, id = other;
-  }
+  best_of_lanes<kLanes>(best, id);
 
   if (!inside) return;
   if (lane == 0) {
