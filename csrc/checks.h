@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -135,8 +137,16 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-inline const int64_t* ids_of(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
-inline int64_t* ids_out(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
+inline int64_t* ids_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
+
+inline Tensor new_floats(const Tensor& like, const Sizes& sizes, bool wide) {
+  return new_tensor(like, sizes, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+// Whether to compute in fp64.
+inline bool is_wide(std::initializer_list<Rows> inputs) {
+  return std::any_of(inputs.begin(), inputs.end(), [](const Rows& rows) { return rows.dtype == Dtype::kFloat64; });
+}
 
 // ---- nearest_code ----
 
@@ -156,13 +166,13 @@ inline CodeProblem code_problem(const Tensor& z, const Tensor& codebook, const s
   const Sizes leading = check_tokens("z", z, "codebook", codebook);
   check_device("codebook", codebook, "z", z);
 
-  p.wide = p.z.dtype == Dtype::kFloat64 || p.codebook.dtype == Dtype::kFloat64;
+  p.wide = is_wide({p.z, p.codebook});
   p.tokens = count_of(leading), p.num_codes = codebook.size(0), p.depth = codebook.size(1);
   const Tensor z_rows = torch::stable::contiguous(z), code_rows = torch::stable::contiguous(codebook);
-  const Tensor scores = new_tensor(z, leading, p.wide ? ScalarType::Double : ScalarType::Float);
+  const Tensor scores = new_floats(z, leading, p.wide);
   const Tensor ids = new_tensor(z, leading, ScalarType::Long);
   p.z.data = z_rows.data_ptr(), p.codebook.data = code_rows.data_ptr();
-  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  p.scores = scores.data_ptr(), p.ids = ids_of(ids);
   return {p, z_rows, code_rows, scores, ids};
 }
 

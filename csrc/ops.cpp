@@ -48,20 +48,19 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {c.scores, c.ids};
 }
 
-// Checks the sub-codebooks [K, m, D], or [T, D] with offsets, and sets the problem's groups, subcodes, total and
-// offsets. num_codes: the number of semantic codes, or 0 if the sub-codebooks determine it. Returns the tensor behind
-// offsets.
-template <typename Problem>
+// Checks the sub-codebooks [K, m, D], or [T, D] with offsets, and sets all of s but the data of its rows. num_codes: the
+// number of semantic codes, or 0 if the sub-codebooks determine it. Returns the tensor behind offsets.
 std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, const Tensor& table,
                                           const std::optional<Tensor>& offsets, int64_t num_codes, const Tensor& first,
-                                          const char* first_name, Problem* p) {
+                                          const char* first_name, SubCodebooks* s) {
   const std::string fixed = std::string("[K, m, ") + depth + "]", own = std::string("[T, ") + depth + "]";
   if (!offsets.has_value()) {
     check_dims(name, table, 3, fixed.c_str());
-    p->groups = table.size(0), p->subcodes = table.size(1), p->total = p->groups * p->subcodes;
-    check(num_codes == 0 || p->groups == num_codes, name, ": expected first dimension ", num_codes,
-          " (sem_codebook.shape[0]), got ", p->groups);
-    check_count(name, "codes", p->groups);
+    s->groups = table.size(0), s->subcodes = table.size(1), s->depth = table.size(2);
+    s->total = s->groups * s->subcodes;
+    check(num_codes == 0 || s->groups == num_codes, name, ": expected first dimension ", num_codes,
+          " (sem_codebook.shape[0]), got ", s->groups);
+    check_count(name, "codes", s->groups);
     return std::nullopt;
   }
   const Tensor& bounds = *offsets;
@@ -75,21 +74,21 @@ std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, c
     check(sizes.size() == 1 && sizes[0] >= 2, "offsets: expected shape [K + 1] with K of at least 1, got ",
           shape_of(sizes));
   }
-  p->groups = sizes[0] - 1, p->total = table.size(0);
-  check_count(name, "codes", p->total);
-  check(p->total >= p->groups, name, ": expected at least ", p->groups,
-        " rows (offsets.shape[0] - 1, one a sub-codebook), got ", p->total);
+  s->groups = sizes[0] - 1, s->total = table.size(0), s->depth = table.size(1);
+  check_count(name, "codes", s->total);
+  check(s->total >= s->groups, name, ": expected at least ", s->groups,
+        " rows (offsets.shape[0] - 1, one a sub-codebook), got ", s->total);
   check_device("offsets", bounds, first_name, first);
-  p->subcodes = (p->total + p->groups - 1) / p->groups;
+  s->subcodes = (s->total + s->groups - 1) / s->groups;
   const Tensor rows = torch::stable::contiguous(bounds);
-  p->offsets = ids_of(rows);
+  s->offsets = ids_of(rows);
   if (rows.is_cpu()) {
-    const int64_t* at = p->offsets;
+    const int64_t* at = s->offsets;
     check(at[0] == 0, "offsets: expected to begin with 0, got ", at[0]);
-    check(at[p->groups] == p->total, "offsets: expected to end with ", p->total, " (", name, ".shape[0]), got ",
-          at[p->groups]);
+    check(at[s->groups] == s->total, "offsets: expected to end with ", s->total, " (", name, ".shape[0]), got ",
+          at[s->groups]);
     bool ascending = true;
-    for (int64_t g = 0; g < p->groups; ++g) ascending &= at[g] < at[g + 1];
+    for (int64_t g = 0; g < s->groups; ++g) ascending &= at[g] < at[g + 1];
     for (int64_t g = 0; !ascending; ++g) {
       check(at[g] < at[g + 1], "offsets: expected each greater than the one before, got ", at[g], " and ", at[g + 1],
             " at ", g, " and ", g + 1);
@@ -103,40 +102,58 @@ std::tuple<Tensor, Tensor> nearest_subcode(const Tensor& z, const Tensor& sub_co
   NearestSubcode p{};
   p.metric = parse_metric("metric", metric);
   p.z.dtype = float_dtype("z", z);
-  p.sub_codebooks.dtype = float_dtype("sub_codebooks", sub_codebooks);
+  p.sub.rows.dtype = float_dtype("sub_codebooks", sub_codebooks);
   check_ids("group", group);
-  const auto bounds = check_sub_codebooks("sub_codebooks", "D", sub_codebooks, offsets, 0, z, "z", &p);
+  const auto bounds = check_sub_codebooks("sub_codebooks", "D", sub_codebooks, offsets, 0, z, "z", &p.sub);
   const Sizes leading = check_tokens("z", z, "sub_codebooks", sub_codebooks);
   check_leading("group", sizes_of(group), "z", leading);
   check_device("sub_codebooks", sub_codebooks, "z", z);
   check_device("group", group, "z", z);
 
-  p.wide = p.z.dtype == Dtype::kFloat64 || p.sub_codebooks.dtype == Dtype::kFloat64;
+  p.wide = is_wide({p.z, p.sub.rows});
   p.tokens = count_of(leading);
-  p.depth = sub_codebooks.size(sub_codebooks.dim() - 1);
   const Tensor z_rows = torch::stable::contiguous(z), table = torch::stable::contiguous(sub_codebooks);
   const Tensor group_rows = torch::stable::contiguous(group);
-  Tensor scores = new_tensor(z, leading, p.wide ? ScalarType::Double : ScalarType::Float);
+  Tensor scores = new_floats(z, leading, p.wide);
   Tensor ids = new_tensor(z, leading, ScalarType::Long);
-  p.z.data = z_rows.data_ptr(), p.sub_codebooks.data = table.data_ptr(), p.group = ids_of(group_rows);
-  p.scores = scores.data_ptr(), p.ids = ids_out(ids);
+  p.z.data = z_rows.data_ptr(), p.sub.rows.data = table.data_ptr(), p.group = ids_of(group_rows);
+  p.scores = scores.data_ptr(), p.ids = ids_of(ids);
   SEMHITOK_RUN(nearest_subcode, p, z);
   return {scores, ids};
 }
 
-// The checks and sizes that hier_quantize and hier_lookup share. first: all tensors must be on its device.
+// The checks and sizes that hier_quantize and hier_lookup share, and the tensor behind offsets. first: all tensors must
+// be on its device.
 std::pair<HierLookup, std::optional<Tensor>> lookup_problem(const Tensor& sem_codebook, const Tensor& pix_codebook,
                                                             const std::optional<Tensor>& offsets, const Tensor& first,
                                                             const char* first_name) {
   HierLookup p{};
-  p.sem_dtype = float_dtype("sem_codebook", sem_codebook);
-  p.pix_dtype = float_dtype("pix_codebook", pix_codebook);
+  p.sem.dtype = float_dtype("sem_codebook", sem_codebook);
+  p.pix.rows.dtype = float_dtype("pix_codebook", pix_codebook);
   check_dims("sem_codebook", sem_codebook, 2, "[K, Ds]");
   check_count("sem_codebook", "codes", sem_codebook.size(0));
-  const int64_t num_codes = sem_codebook.size(0);
-  auto bounds = check_sub_codebooks("pix_codebook", "Dp", pix_codebook, offsets, num_codes, first, first_name, &p);
-  p.sem_depth = sem_codebook.size(1), p.pix_depth = pix_codebook.size(pix_codebook.dim() - 1);
+  p.sem_depth = sem_codebook.size(1);
+  auto bounds =
+      check_sub_codebooks("pix_codebook", "Dp", pix_codebook, offsets, sem_codebook.size(0), first, first_name, &p.pix);
   return {p, std::move(bounds)};
+}
+
+// The tensors behind a problem of lookup_problem.
+struct LookupTensors {
+  Tensor sem_codes, pix_codes, q_sem, q_pix;
+};
+
+LookupTensors lookup_tensors(const Tensor& sem_codebook, const Tensor& pix_codebook, const Tensor& first,
+                             const char* first_name, const Sizes& leading, HierLookup* p) {
+  check_device("sem_codebook", sem_codebook, first_name, first);
+  check_device("pix_codebook", pix_codebook, first_name, first);
+  LookupTensors t{torch::stable::contiguous(sem_codebook), torch::stable::contiguous(pix_codebook),
+                  new_tensor(first, with_last(leading, p->sem_depth), sem_codebook.scalar_type()),
+                  new_tensor(first, with_last(leading, p->pix.depth), pix_codebook.scalar_type())};
+  p->tokens = count_of(leading);
+  p->sem.data = t.sem_codes.data_ptr(), p->pix.rows.data = t.pix_codes.data_ptr();
+  p->q_sem = t.q_sem.data_ptr(), p->q_pix = t.q_pix.data_ptr();
+  return t;
 }
 
 std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tensor& z_pix, const Tensor& sem_codebook,
@@ -147,55 +164,34 @@ std::tuple<Tensor, Tensor, Tensor> hier_quantize(const Tensor& z_sem, const Tens
   p.pix.metric = parse_metric("pix_metric", pix_metric);
   p.sem.z.dtype = float_dtype("z_sem", z_sem);
   p.pix.z.dtype = float_dtype("z_pix", z_pix);
-  const auto [lookup, bounds] = lookup_problem(sem_codebook, pix_codebook, offsets, z_sem, "z_sem");
-  p.lookup = lookup;
+  std::optional<Tensor> bounds;
+  std::tie(p.lookup, bounds) = lookup_problem(sem_codebook, pix_codebook, offsets, z_sem, "z_sem");
   const Sizes leading = check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook);
   check_leading("z_pix", check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook), "z_sem", leading);
   check_device("z_pix", z_pix, "z_sem", z_sem);
-  check_device("sem_codebook", sem_codebook, "z_sem", z_sem);
-  check_device("pix_codebook", pix_codebook, "z_sem", z_sem);
+  const LookupTensors tensors = lookup_tensors(sem_codebook, pix_codebook, z_sem, "z_sem", leading, &p.lookup);
 
-  const int64_t tokens = count_of(leading);
-  p.sem.codebook.dtype = p.lookup.sem_dtype, p.pix.sub_codebooks.dtype = p.lookup.pix_dtype;
-  p.sem.wide = p.sem.z.dtype == Dtype::kFloat64 || p.pix.z.dtype == Dtype::kFloat64 ||
-               p.lookup.sem_dtype == Dtype::kFloat64 || p.lookup.pix_dtype == Dtype::kFloat64;
-  p.pix.wide = p.sem.wide;
-  p.sem.tokens = p.pix.tokens = p.lookup.tokens = tokens;
-  p.sem.num_codes = p.pix.groups = p.lookup.groups;
-  p.sem.depth = p.lookup.sem_depth, p.pix.depth = p.lookup.pix_depth, p.pix.subcodes = p.lookup.subcodes;
-  p.pix.total = p.lookup.total, p.pix.offsets = p.lookup.offsets;
-
+  p.sem.codebook = p.lookup.sem, p.pix.sub = p.lookup.pix;
+  p.sem.wide = p.pix.wide = is_wide({p.sem.z, p.pix.z, p.lookup.sem, p.lookup.pix.rows});
+  p.sem.tokens = p.pix.tokens = p.lookup.tokens;
+  p.sem.num_codes = p.lookup.pix.groups, p.sem.depth = p.lookup.sem_depth;
   const Tensor sem_rows = torch::stable::contiguous(z_sem), pix_rows = torch::stable::contiguous(z_pix);
-  const Tensor sem_codes = torch::stable::contiguous(sem_codebook), pix_codes = torch::stable::contiguous(pix_codebook);
-  Tensor q_sem = new_tensor(z_sem, with_last(leading, p.lookup.sem_depth), sem_codebook.scalar_type());
-  Tensor q_pix = new_tensor(z_sem, with_last(leading, p.lookup.pix_depth), pix_codebook.scalar_type());
   Tensor codes = new_tensor(z_sem, leading, ScalarType::Long);
   p.sem.z.data = sem_rows.data_ptr(), p.pix.z.data = pix_rows.data_ptr();
-  p.sem.codebook.data = p.lookup.sem_codebook = sem_codes.data_ptr();
-  p.pix.sub_codebooks.data = p.lookup.pix_codebook = pix_codes.data_ptr();
-  p.lookup.q_sem = q_sem.data_ptr(), p.lookup.q_pix = q_pix.data_ptr();
-  p.codes = ids_out(codes), p.lookup.codes = p.codes;
+  p.lookup.codes = p.codes = ids_of(codes);
   SEMHITOK_RUN(hier_quantize, p, z_sem);
-  return {q_sem, q_pix, codes};
+  return {tensors.q_sem, tensors.q_pix, codes};
 }
 
 std::tuple<Tensor, Tensor> hier_lookup(const Tensor& codes, const Tensor& sem_codebook, const Tensor& pix_codebook,
                                        const std::optional<Tensor>& offsets) {
   check_ids("codes", codes);
   auto [p, bounds] = lookup_problem(sem_codebook, pix_codebook, offsets, codes, "codes");
-  check_device("sem_codebook", sem_codebook, "codes", codes);
-  check_device("pix_codebook", pix_codebook, "codes", codes);
-
-  const Sizes leading = sizes_of(codes);
-  p.tokens = count_of(leading);
+  const LookupTensors tensors = lookup_tensors(sem_codebook, pix_codebook, codes, "codes", sizes_of(codes), &p);
   const Tensor ids = torch::stable::contiguous(codes);
-  const Tensor sem_codes = torch::stable::contiguous(sem_codebook), pix_codes = torch::stable::contiguous(pix_codebook);
-  Tensor q_sem = new_tensor(sem_codebook, with_last(leading, p.sem_depth), sem_codebook.scalar_type());
-  Tensor q_pix = new_tensor(pix_codebook, with_last(leading, p.pix_depth), pix_codebook.scalar_type());
-  p.codes = ids_of(ids), p.sem_codebook = sem_codes.data_ptr(), p.pix_codebook = pix_codes.data_ptr();
-  p.q_sem = q_sem.data_ptr(), p.q_pix = q_pix.data_ptr();
+  p.codes = ids_of(ids);
   SEMHITOK_RUN(hier_lookup, p, codes);
-  return {q_sem, q_pix};
+  return {tensors.q_sem, tensors.q_pix};
 }
 
 std::tuple<Tensor, Tensor> segment_sum(const Tensor& values, const Tensor& ids, int64_t num_segments) {
@@ -213,10 +209,9 @@ std::tuple<Tensor, Tensor> segment_sum(const Tensor& values, const Tensor& ids, 
 
   p.rows = values.size(0), p.depth = values.size(1), p.segments = num_segments;
   const Tensor rows = torch::stable::contiguous(values), row_ids = torch::stable::contiguous(ids);
-  const bool wide = p.values.dtype == Dtype::kFloat64;
-  Tensor sums = new_tensor(values, {num_segments, p.depth}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor sums = new_floats(values, {num_segments, p.depth}, is_wide({p.values}));
   Tensor counts = new_tensor(values, {num_segments}, ScalarType::Long);
-  p.values.data = rows.data_ptr(), p.ids = ids_of(row_ids), p.sums = sums.data_ptr(), p.counts = ids_out(counts);
+  p.values.data = rows.data_ptr(), p.ids = ids_of(row_ids), p.sums = sums.data_ptr(), p.counts = ids_of(counts);
   SEMHITOK_RUN(segment_sum, p, values);
   return {sums, counts};
 }

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe(const Tensor& z, const Ten
   check_first_pass(first_pass, kernels, c.problem.depth);
   const Tensor rescored = new_tensor(z, {c.problem.tokens}, ScalarType::Long);
   cpu::SearchOptions options;
-  options.bound_scale = bound_scale, options.fp32_first = first_pass == "fp32", options.rescored = ids_out(rescored);
+  options.bound_scale = bound_scale, options.fp32_first = first_pass == "fp32", options.rescored = ids_of(rescored);
   cpu::nearest_code(c.problem, kernels, options);
   return {c.scores, c.ids, rescored};
 }
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_bounds(const Tensor& z, const Te
   const bool fp32 = first_pass == "fp32" || kernels.step == 0 || c.problem.depth > cpu::kMaxInt8Depth;
   const int64_t size = fp32 ? cpu::kUnitCodes : cpu::kPanelCodes, blocks = num_codes / size;
   const Tensor codes = new_tensor(z, {blocks, size}, ScalarType::Long);
-  std::copy(order.begin(), order.end(), ids_out(codes));
+  std::copy(order.begin(), order.end(), ids_of(codes));
   const Tensor approximate = new_tensor(z, {tokens, blocks}, ScalarType::Double);
   const Tensor bound = new_tensor(z, {tokens, blocks}, ScalarType::Double);
   cpu::SearchOptions options;
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> nearest_code_probe_cuda(const Tensor& z, cons
         return search->scratch(c.problem, device);
       },
       [&](const cuda::Device& device, void* scratch, cudaStream_t stream) {
-        return cuda::run(*search, c.problem, device, {bound_scale, ids_out(rescored)}, scratch, stream);
+        return cuda::run(*search, c.problem, device, {bound_scale, ids_of(rescored)}, scratch, stream);
       });
   return {c.scores, c.ids, rescored};
 }

@@ -28,30 +28,32 @@ struct NearestCode {
   int64_t* ids;
 };
 
-// z [tokens, depth], sub_codebooks [total, depth], group [tokens] -> scores [tokens], ids [tokens] in the sub-codebook.
-// The sub-codebooks lie one after another, that of group g in the rows that rows_of_group gives. If offsets is null,
+// Sub-codebooks one after another in rows [total, depth], that of group g where rows_of_group says. If offsets is null,
 // all have `subcodes` rows. With offsets [groups + 1], each has its own size, and subcodes is the mean, rounded up.
-struct NearestSubcode {
-  int64_t tokens, groups, subcodes, total, depth;
+struct SubCodebooks {
+  int64_t groups, subcodes, total, depth;
   const int64_t* offsets;
+  Rows rows;
+};
+
+// z [tokens, sub.depth], group [tokens] -> scores [tokens], ids [tokens] in the group's sub-codebook.
+struct NearestSubcode {
+  int64_t tokens;
+  SubCodebooks sub;
   Metric metric;
   bool wide;
-  Rows z, sub_codebooks;
+  Rows z;
   const int64_t* group;
   void* scores;
   int64_t* ids;
 };
 
-// codes [tokens], flat ids -> q_sem, q_pix: row group_of_row(code) of the semantic codebook and row `code` of the pixel
-// one. groups, subcodes, total and offsets: as above.
+// codes [tokens], flat ids -> q_sem, q_pix: row group_of_row(code) of sem [groups, sem_depth] and row `code` of pix.
 struct HierLookup {
-  int64_t tokens, groups, subcodes, total;
-  const int64_t* offsets;
-  Dtype sem_dtype, pix_dtype;
-  int64_t sem_depth, pix_depth;
+  int64_t tokens, sem_depth;
+  Rows sem;
+  SubCodebooks pix;
   const int64_t* codes;
-  const void* sem_codebook;
-  const void* pix_codebook;
   void* q_sem;
   void* q_pix;
 };
@@ -86,22 +88,20 @@ struct RowRange {
 
 // The rows of a group's sub-codebook, group in [0, groups). Offsets on a GPU are never checked: whatever they hold, all
 // rows are inside the table, first too, and count is 0 for a group without rows.
-template <typename Problem>
-SEMHITOK_ANYWHERE static RowRange rows_of_group(const Problem& p, int64_t group) {
-  if (p.offsets == nullptr) return {group * p.subcodes, p.subcodes};
-  const int64_t from = p.offsets[group], to = p.offsets[group + 1];
-  const int64_t first = from < 0 ? 0 : from < p.total ? from : p.total - 1, end = to < p.total ? to : p.total;
+SEMHITOK_ANYWHERE static RowRange rows_of_group(const SubCodebooks& s, int64_t group) {
+  if (s.offsets == nullptr) return {group * s.subcodes, s.subcodes};
+  const int64_t from = s.offsets[group], to = s.offsets[group + 1];
+  const int64_t first = from < 0 ? 0 : from < s.total ? from : s.total - 1, end = to < s.total ? to : s.total;
   return {first, end > first ? end - first : 0};
 }
 
 // The group whose sub-codebook holds a row in [0, total). It is in [0, groups) whatever the offsets hold.
-template <typename Problem>
-SEMHITOK_ANYWHERE static int64_t group_of_row(const Problem& p, int64_t row) {
-  if (p.offsets == nullptr) return row / p.subcodes;
-  int64_t low = 0, high = p.groups;
+SEMHITOK_ANYWHERE static int64_t group_of_row(const SubCodebooks& s, int64_t row) {
+  if (s.offsets == nullptr) return row / s.subcodes;
+  int64_t low = 0, high = s.groups;
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    if (p.offsets[middle] <= row) {
+    if (s.offsets[middle] <= row) {
       low = middle;
     } else {
       high = middle;
@@ -109,6 +109,8 @@ SEMHITOK_ANYWHERE static int64_t group_of_row(const Problem& p, int64_t row) {
   }
   return low;
 }
+
+[[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static constexpr int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;

@@ -1,16 +1,18 @@
 // The CPU backend: its ops, the choice of the instruction set, and what the drivers (nearest_code.cpp,
-// nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: searches by blocks of tokens,
+// nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: memory, searches by blocks of tokens,
 // threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "../problem.h"
 #include "kernels.h"
-#include "memory.h"
 
 namespace semhitok::cpu {
 
@@ -26,14 +28,29 @@ int capabilities(Capability out[kMaxCapabilities]);  // best first; returns how 
 const Kernels& kernels();                            // throws std::runtime_error on a bad SEMHITOK_CPU_CAPABILITY
 const Kernels& kernels_named(const char* name);      // throws std::runtime_error if this machine has none
 
+constexpr int64_t kAlignment = 64;  // bytes
+
+struct FreeAligned {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeAligned>;
+
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  const int64_t bytes = std::max<int64_t>(count * static_cast<int64_t>(sizeof(T)), 1);
+  void* p = std::aligned_alloc(kAlignment, static_cast<size_t>(round_up(bytes, kAlignment)));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
 class Codebook;
 
 // Nearest-code search of one codebook, prepared once and run on blocks of tokens from any thread.
 class CodeSearch {
  public:
-  explicit CodeSearch(const NearestCode& problem);
-  CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
-  ~CodeSearch();
+  explicit CodeSearch(const NearestCode& problem, const Kernels& kernels = cpu::kernels(),
+                      const SearchOptions& options = {});
   int64_t block() const { return block_; }  // the most tokens a call of run takes
   int64_t blocks() const;                   // blocks of the whole problem
   int64_t grain() const;                    // blocks that are worth a thread
@@ -58,8 +75,8 @@ void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, co
 void lookup_rows(const HierLookup& problem, int64_t first, int64_t count, const int64_t* groups);
 
 // The ops.
-void nearest_code(const NearestCode& problem);
-void nearest_code(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options);
+void nearest_code(const NearestCode& problem, const Kernels& kernels = cpu::kernels(),
+                  const SearchOptions& options = {});
 // The ids in the order in which they are packed, panel by panel; the padding repeats some.
 std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels);
 void nearest_subcode(const NearestSubcode& problem);

@@ -1,8 +1,5 @@
-// A codebook packed for the search (codebook.cpp).
+// A codebook packed for the search.
 #pragma once
-
-#include <memory>
-#include <vector>
 
 #include "backend.h"
 
@@ -39,5 +36,8 @@ class Codebook {
   std::vector<Array> arrays_, spare_;
   int64_t bytes_ = 0;
 };
+
+// The codebook with these bytes: the one kept from an earlier call, or one packed now and kept (codebook_cache.cpp).
+std::shared_ptr<const Codebook> prepare(const Rows& codes, int64_t count, int64_t depth, const Kernels& kernels);
 
 }  // namespace semhitok::cpu

@@ -4,11 +4,11 @@
 // and dtype. So an in-place update, an optimiser step, a loaded state or another storage never gets an outdated
 // answer, and a codebook that is computed again to the same values (normalised in every forward pass) is found again.
 // The digest reads the codebook once, at memory speed: tens of microseconds at 16,384 x 32.
-#include "codebook_cache.h"
-
 #include <algorithm>
 #include <mutex>
 #include <vector>
+
+#include "codebook.h"
 
 namespace semhitok::cpu {
 namespace {

@@ -6,7 +6,8 @@
 // is part of exact scores, so its order of summation is the same everywhere: ascending depth, even and odd apart.
 // Products of two fp32 numbers are exact in fp64, so it makes no difference whether FMAs are used.
 // Cost: the superblock read once and written twice, some ten fp64 operations an element.
-#include "passes.h"
+#include "kernels.h"
+#include "simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
@@ -131,7 +132,6 @@ inline double quantise_panel(const PackedCodebook& book, int64_t s, int64_t lane
 
 }  // namespace
 
-// hashes[n] of rows first .. first + count: equal rows have equal hashes, others rarely; 0 for a row with NaN or Inf.
 void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes) {
   const Words start = first_key();
   for (int64_t n = first; n < first + count; ++n) {
@@ -158,7 +158,6 @@ void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, u
   }
 }
 
-// Sums and range of rows ids[0 .. count), per dimension.
 void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,
              float* high) {
   for (int64_t d = 0; d < depth; d += kLanes) {
@@ -225,8 +224,7 @@ void digest(const void* data, int64_t bytes, uint64_t out[2]) {
   for (int i = 0; i < kStripes; ++i) acc[i] = key ^ (kOdd2 * static_cast<uint64_t>(i + 1));
   const auto absorb = [&](const char* from) {
     for (int i = 0; i < kStripes; ++i) {
-      Words w;
-      __builtin_memcpy(&w, from + i * kVectorBytes, sizeof w);
+      const Words w = load_as<Words>(from + i * kVectorBytes);
       acc[i] += multiply_halves(w ^ key);
       acc[i ^ 1] += w;
     }

@@ -1,10 +1,6 @@
 // Hierarchical quantisation on the CPU: both stages and the gather, fused for each block of tokens.
 //
-// codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
-// sub-codebook i; q_sem and q_pix are copies of the two rows. Nothing of size tokens x codes or tokens x subcodes x
-// depth exists.
-//
-// Plan. The sub-codebooks are a table of megabytes, read at random. So a block's second stage runs after the semantic
+// Plan. Nothing of size tokens x codes or tokens x subcodes x depth exists. The sub-codebooks are a table of megabytes, read at random. So a block's second stage runs after the semantic
 // search of the next block, which prefetches the first block's sub-codebooks while it computes. The rows are gathered
 // while they are still in the cache.
 // Cost: that of nearest_code + nearest_subcode, the packed semantic codebook as scratch.
@@ -25,8 +21,9 @@ void hier_quantize(const HierQuantize& problem) {
   if (tokens == 0) return;
   const CodeSearch search(problem.sem);
   const int64_t block = search.block();
-  const int64_t row_bytes = problem.pix.subcodes * problem.pix.depth * element_size(problem.pix.sub_codebooks.dtype);
-  const char* table = static_cast<const char*>(problem.pix.sub_codebooks.data);
+  const SubCodebooks& sub = problem.pix.sub;
+  const int64_t row_bytes = sub.subcodes * sub.depth * element_size(sub.rows.dtype);
+  const char* table = static_cast<const char*>(sub.rows.data);
   const auto tokens_of = [&](int64_t b) { return std::min(block, tokens - b * block); };
   parallel_blocks(search.blocks(), search.grain(), [&](const auto& next) {
     const auto search_scratch = search.scratch();
@@ -36,7 +33,7 @@ void hier_quantize(const HierQuantize& problem) {
     int64_t waiting = -1;  // the block whose groups are known
     for (int64_t b = next(); b >= 0 || waiting >= 0; waiting = b, b = b >= 0 ? next() : -1) {
       if (b >= 0) {
-        const bool worth = waiting >= 0 && row_bytes <= kMostAhead && problem.pix.offsets == nullptr;
+        const bool worth = waiting >= 0 && row_bytes <= kMostAhead && sub.offsets == nullptr;
         const RowsAhead ahead{table, row_bytes, groups.get(), worth ? tokens_of(waiting) : 0};
         search.run(b * block, tokens_of(b), ahead, search_scratch.get(), scores.get(), searched.get());
       }
@@ -44,7 +41,7 @@ void hier_quantize(const HierQuantize& problem) {
         const int64_t first = waiting * block, count = tokens_of(waiting);
         int64_t* codes = problem.codes + first;
         subcode_run(problem.pix, first, count, groups.get(), sub_scratch.get(), scores.get(), codes);
-        for (int64_t t = 0; t < count; ++t) codes[t] += rows_of_group(problem.pix, groups[t]).first;
+        for (int64_t t = 0; t < count; ++t) codes[t] += rows_of_group(sub, groups[t]).first;
         lookup_rows(problem.lookup, first, count, groups.get());
       }
       std::swap(groups, searched);

@@ -8,8 +8,15 @@
 
 namespace semhitok::cpu {
 
-[[maybe_unused]] static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Loads a row into the cache; kLocality is that of __builtin_prefetch. Always inline: GCC 12 treats a function that only
+// prefetches as one without effects and drops its calls.
+template <int kLocality>
+__attribute__((always_inline)) static inline void prefetch_row(const void* row, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(static_cast<const char*>(row) + b, 0, kLocality);
+}
 
 static constexpr int64_t kPanelCodes = 16;  // a panel: packed side by side, kept or dropped together by the int8 pass
 static constexpr int64_t kUnitCodes = 128;  // kept or dropped together by the fp32 pass
@@ -40,7 +47,7 @@ struct PackedCodebook {
   double residual, norm;  // largest |r - scale q| and |scale q|
   float* panel_residual;  // [padded / 16] the same of a panel
   float* panel_norm;
-  int8_t* quantised;  // q, in the first pass's order (int8_pass_simd.cpp)
+  int8_t* quantised;  // q, in the int8 pass's order (search_int8_simd.cpp)
   void* offset;       // [padded] -(token offset) * sum of q, in that order, as the accumulator type
   float* mean_term;   // [padded] (mean . r) / (mean_size * scale), in that order
   float* norm_term;   // [padded] (-|r|^2/2 - norm_middle) / (norm_size * scale), in that order
@@ -84,7 +91,8 @@ struct Kernels {
   int64_t step;         // dimensions of a step of the int8 pass; 0 without one
   // A digest of bytes: equal bytes have equal digests, others with a chance of about 2^-64 a word.
   void (*digest)(const void* data, int64_t bytes, uint64_t out[2]);
-  // hashes[n] of fp32 rows first .. first + count: 0 for a row with NaN or Inf; equal rows have equal hashes.
+  // hashes[n] of fp32 rows first .. first + count: 0 for a row with NaN or Inf; equal rows have equal hashes, others
+  // rarely.
   void (*hash_rows)(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
   // Sum and range of rows ids[0 .. count), per dimension.
   void (*measure)(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low,

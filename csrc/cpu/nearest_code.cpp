@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "codebook_cache.h"
+#include "codebook.h"
 #include "convert.h"
 
 namespace semhitok::cpu {
@@ -17,10 +17,6 @@ constexpr int64_t kWideBlock = 16;
 constexpr int64_t kTileTokens = 8;  // a multiple of every instruction set's tile of tokens
 
 }  // namespace
-
-CodeSearch::CodeSearch(const NearestCode& problem) : CodeSearch(problem, kernels(), {}) {}
-
-CodeSearch::~CodeSearch() = default;
 
 CodeSearch::CodeSearch(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options)
     : problem_(problem), kernels_(&kernels), options_(options) {
@@ -95,8 +91,6 @@ void CodeSearch::run(int64_t first, int64_t count, const RowsAhead& ahead, char*
   }
 }
 
-void nearest_code(const NearestCode& problem) { nearest_code(problem, kernels(), {}); }
-
 void nearest_code(const NearestCode& problem, const Kernels& kernels, const SearchOptions& options) {
   if (problem.tokens == 0) return;
   const CodeSearch search(problem, kernels, options);
@@ -114,9 +108,7 @@ void nearest_code(const NearestCode& problem, const Kernels& kernels, const Sear
 std::vector<int64_t> packed_order(const NearestCode& problem, const Kernels& kernels) {
   std::vector<int64_t> order;
   const auto codebook = prepare(problem.codebook, problem.num_codes, problem.depth, kernels);
-  for (const PackedCodebook& part : codebook->parts()) {
-    order.insert(order.end(), part.ids, part.ids + part.padded);
-  }
+  for (const PackedCodebook& part : codebook->parts()) order.insert(order.end(), part.ids, part.ids + part.padded);
   return order;
 }
 

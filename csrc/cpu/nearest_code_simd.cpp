@@ -138,6 +138,15 @@ void search(const PackedCodebook* parts, int64_t part_count, const Rows& z, Metr
   }
 }
 
+// In codebook_simd.cpp and nearest_subcode_simd.cpp.
+void digest(const void* data, int64_t bytes, uint64_t out[2]);
+void hash_rows(const float* rows, int64_t depth, int64_t first, int64_t count, uint64_t* hashes);
+void measure(const float* rows, int64_t depth, const int32_t* ids, int64_t count, double* sum, float* low, float* high);
+void pack(const PackedCodebook& codebook, int64_t s, const float* rows, const BiasTerms& terms, double* max_quantised);
+void pack_terms(const PackedCodebook& codebook, int64_t s, const BiasTerms& terms);
+void subcode(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, float* scratch,
+             float* scores, int64_t* ids);
+
 extern const Kernels table;
 const Kernels table = {kTokenBlock, kSuperblock, SEMHITOK_INT8 ? kStepDims : 0,
                        digest,      hash_rows,   measure,

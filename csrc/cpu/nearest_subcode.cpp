@@ -12,19 +12,20 @@ namespace {
 
 void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, double* x,
                   double* scores, int64_t* ids) {
-  double* code = x + p.depth;
+  const int64_t depth = p.sub.depth;
+  double* code = x + depth;
   for (int64_t t = 0; t < count; ++t) {
-    read(p.z, (first + t) * p.depth, p.depth, x);
+    read(p.z, (first + t) * depth, depth, x);
     double poison = 0.0;
-    for (int64_t d = 0; d < p.depth; ++d) poison += x[d] * 0.0;
+    for (int64_t d = 0; d < depth; ++d) poison += x[d] * 0.0;
     double best = -std::numeric_limits<double>::infinity();
     int64_t id = 0;
-    const bool valid = poison == 0.0 && group[t] >= 0 && group[t] < p.groups;
-    const RowRange own = valid ? rows_of_group(p, group[t]) : RowRange{0, 0};
+    const bool valid = poison == 0.0 && group[t] >= 0 && group[t] < p.sub.groups;
+    const RowRange own = valid ? rows_of_group(p.sub, group[t]) : RowRange{0, 0};
     for (int64_t j = 0; j < own.count; ++j) {
-      read(p.sub_codebooks, (own.first + j) * p.depth, p.depth, code);
+      read(p.sub.rows, (own.first + j) * depth, depth, code);
       double dot = 0.0, norm = 0.0, bad = 0.0;
-      for (int64_t d = 0; d < p.depth; ++d) dot += x[d] * code[d], norm += code[d] * code[d], bad += code[d] * 0.0;
+      for (int64_t d = 0; d < depth; ++d) dot += x[d] * code[d], norm += code[d] * code[d], bad += code[d] * 0.0;
       const double score = dot + (p.metric == Metric::kL2 ? -0.5 * norm : 0.0) + bad;
       if (score > best) best = score, id = j;
     }
@@ -37,8 +38,8 @@ void subcode_wide(const NearestSubcode& p, int64_t first, int64_t count, const i
 }  // namespace
 
 int64_t subcode_scratch(const NearestSubcode& problem) {
-  return problem.wide ? 2 * problem.depth * static_cast<int64_t>(sizeof(double))
-                      : subcode_floats(problem.depth) * static_cast<int64_t>(sizeof(float));
+  return problem.wide ? 2 * problem.sub.depth * static_cast<int64_t>(sizeof(double))
+                      : subcode_floats(problem.sub.depth) * static_cast<int64_t>(sizeof(float));
 }
 
 void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, const int64_t* group, void* scratch,
@@ -51,7 +52,7 @@ void subcode_run(const NearestSubcode& problem, int64_t first, int64_t count, co
 }
 
 void nearest_subcode(const NearestSubcode& problem) {
-  const int64_t block = ceil_div(kInlineWork, problem.subcodes * problem.depth);
+  const int64_t block = ceil_div(kInlineWork, problem.sub.subcodes * problem.sub.depth);
   const int64_t score_size = problem.wide ? 8 : 4;
   parallel_blocks(ceil_div(problem.tokens, block), 1, [&](const auto& next) {
     const auto scratch = allocate<char>(subcode_scratch(problem));

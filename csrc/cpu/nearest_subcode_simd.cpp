@@ -15,9 +15,6 @@
 #include "convert.h"
 #include "kernels.h"
 #include "simd.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #if defined(__clang__)
 #define SEMHITOK_SHUFFLE(v, a, b, c, d) __builtin_shufflevector(v, v, a, b, c, d)
@@ -28,44 +25,23 @@
 namespace semhitok::cpu::SEMHITOK_ISA {
 namespace {
 
-constexpr int kWide = kLanes / 2;  // doubles in a register
 constexpr int kSumLanes = 8;
-constexpr int kParts = kSumLanes / kWide;
+constexpr int kParts = kSumLanes / kDoubles;
 constexpr int kTile = 4;
 constexpr int64_t kMostCodes = 1 << 30;  // a search counts sub-codes in 32 bits
 constexpr int64_t kPrefetchTokens = 8;
 constexpr int64_t kPrefetchBytes = 16384;  // of a row; the hardware's prefetcher handles longer rows
-constexpr int64_t kLineBytes = 64;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
-static_assert(kSumLanes % kWide == 0, "the lanes of a sum are whole registers");
+static_assert(kSumLanes % kDoubles == 0, "the lanes of a sum are whole registers");
 static_assert(kSubcodePadding % kSumLanes == 0, "padded rows are whole sums");
 
-typedef double WideVec __attribute__((vector_size(kWide * sizeof(double))));
-typedef float NarrowVec __attribute__((vector_size(kWide * sizeof(float))));
 typedef float TileVec __attribute__((vector_size(kTile * sizeof(float))));
 typedef int32_t TileIds __attribute__((vector_size(kTile * sizeof(int32_t))));
 
-inline WideVec widened(const float* p) {
-#if defined(__AVX512F__)
-  // GCC 12 splits the conversion below in two, and warns inside the form without a mask.
-  return _mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));
-#else
-  NarrowVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, WideVec);
-#endif
-}
-
-inline WideVec load_wide(const double* p) {
-  WideVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // For every s the sum over the lanes of lanes[.][s], added as the tree (l, l + 4), (l, l + 2), (l, l + 1) and rounded;
 // NaN if it is not finite before rounding.
-inline TileVec add_lanes(const WideVec lanes[kParts][kTile]) {
+inline TileVec add_lanes(const DoubleVec lanes[kParts][kTile]) {
 #if defined(__AVX2__)
   __m256d four[kTile];
   for (int s = 0; s < kTile; ++s) {
@@ -81,13 +57,13 @@ inline TileVec add_lanes(const WideVec lanes[kParts][kTile]) {
   return _mm256_cvtpd_ps(total + (total - total));
 #else
   static_assert(kParts == 4, "registers of two doubles");
-  WideVec two[kTile];
+  DoubleVec two[kTile];
   for (int s = 0; s < kTile; ++s) two[s] = (lanes[0][s] + lanes[2][s]) + (lanes[1][s] + lanes[3][s]);
-  NarrowVec scores[2];
+  HalfVec scores[2];
   for (int pair = 0; pair < 2; ++pair) {
-    const WideVec a = two[2 * pair], b = two[2 * pair + 1];
-    const WideVec total = WideVec{a[0], b[0]} + WideVec{a[1], b[1]};
-    scores[pair] = __builtin_convertvector(total + (total - total), NarrowVec);
+    const DoubleVec a = two[2 * pair], b = two[2 * pair + 1];
+    const DoubleVec total = DoubleVec{a[0], b[0]} + DoubleVec{a[1], b[1]};
+    scores[pair] = __builtin_convertvector(total + (total - total), HalfVec);
   }
   return TileVec{scores[0][0], scores[0][1], scores[1][0], scores[1][1]};
 #endif
@@ -103,13 +79,13 @@ inline int32_t best_code(const double* x, const float* codes, int64_t stride, in
     const float* code[kTile];
     // Past the end the last code is repeated: an equal score later cannot win.
     for (int s = 0; s < kTile; ++s) code[s] = codes + (j + s < count ? j + s : count - 1) * stride;
-    WideVec lanes[kParts][kTile];
+    DoubleVec lanes[kParts][kTile];
     for (int part = 0; part < kParts; ++part) {
-      WideVec dot[kTile]{}, norm[kTile]{};
-      for (int64_t d = part * kWide; d < stride; d += kSumLanes) {
-        const WideVec xd = load_wide(x + d);
+      DoubleVec dot[kTile]{}, norm[kTile]{};
+      for (int64_t d = part * kDoubles; d < stride; d += kSumLanes) {
+        const DoubleVec xd = load(x + d);
         for (int s = 0; s < kTile; ++s) {
-          const WideVec c = widened(code[s] + d);
+          const DoubleVec c = widen(code[s] + d);
           dot[s] += xd * c;
           if (kL2) norm[s] += c * c;
         }
@@ -130,56 +106,51 @@ inline int32_t best_code(const double* x, const float* codes, int64_t stride, in
   return least[0] < least[1] ? least[0] : least[1];
 }
 
-// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
-__attribute__((always_inline)) inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(row + b, 0, 2);
-}
-
 // rows[j] = sub-code first + j as fp32, `padded` values apart. Not inlined: it would bloat the loop below.
-__attribute__((noinline)) void read_codes(const NearestSubcode& p, int64_t first, int64_t count, int64_t padded,
+__attribute__((noinline)) void read_codes(const SubCodebooks& s, int64_t first, int64_t count, int64_t padded,
                                           float* rows) {
-  if (padded == p.depth) {
-    read(p.sub_codebooks, first * p.depth, count * p.depth, rows);
+  if (padded == s.depth) {
+    read(s.rows, first * s.depth, count * s.depth, rows);
   } else {
-    for (int64_t j = 0; j < count; ++j) read(p.sub_codebooks, (first + j) * p.depth, p.depth, rows + j * padded);
+    for (int64_t j = 0; j < count; ++j) read(s.rows, (first + j) * s.depth, s.depth, rows + j * padded);
   }
 }
 
 template <bool kL2>
 void search(const NearestSubcode& p, int64_t first, int64_t count, const int64_t* group, float* scratch, float* scores,
             int64_t* ids) {
-  const int64_t depth = p.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
-  const int64_t code_bytes = depth * element_size(p.sub_codebooks.dtype);
-  const char* table = static_cast<const char*>(p.sub_codebooks.data);
+  const int64_t depth = p.sub.depth, padded = ceil_div(depth, kSumLanes) * kSumLanes;
+  const int64_t code_bytes = depth * element_size(p.sub.rows.dtype);
+  const char* table = static_cast<const char*>(p.sub.rows.data);
   // Where fp32 codes are whole sums they are read in place, elsewhere from a padded copy of a few at a time.
-  const bool direct = p.sub_codebooks.dtype == Dtype::kFloat32 && depth == padded;
+  const bool direct = p.sub.rows.dtype == Dtype::kFloat32 && depth == padded;
   const int64_t most = direct ? kMostCodes : kSubcodeRows;
   double* x = reinterpret_cast<double*>(scratch);
   float* rows = scratch + 2 * padded;
   for (int64_t d = 0; d < padded; ++d) x[d] = 0.0;
   for (int64_t d = 0; padded != depth && d < kSubcodeRows * padded; ++d) rows[d] = 0.0f;
 
-  const auto known = [&](int64_t g) { return g >= 0 && g < p.groups; };
+  const auto known = [&](int64_t g) { return g >= 0 && g < p.sub.groups; };
   for (int64_t t = -kPrefetchTokens; t < count; ++t) {
     const int64_t ahead = t + kPrefetchTokens;
     if (ahead < count && known(group[ahead])) {
-      const RowRange own = rows_of_group(p, group[ahead]);
+      const RowRange own = rows_of_group(p.sub, group[ahead]);
       const int64_t bytes = own.count * code_bytes;
-      prefetch_row(table + own.first * code_bytes, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
+      prefetch_row<2>(table + own.first * code_bytes, bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
     }
     if (t < 0) continue;
     float best = -kInfinity;
     int64_t id = 0;
     if (known(group[t])) {
       read(p.z, (first + t) * depth, depth, x);
-      const RowRange own = rows_of_group(p, group[t]);
+      const RowRange own = rows_of_group(p.sub, group[t]);
       for (int64_t j = 0; j < own.count; j += most) {
         const int64_t code = own.first + j, n = own.count - j < most ? own.count - j : most;
         const float* codes = rows;
         if (direct) {
-          codes = static_cast<const float*>(p.sub_codebooks.data) + code * depth;
+          codes = static_cast<const float*>(p.sub.rows.data) + code * depth;
         } else {
-          read_codes(p, code, n, padded, rows);
+          read_codes(p.sub, code, n, padded, rows);
         }
         float score;
         const int32_t winner = best_code<kL2>(x, codes, padded, static_cast<int32_t>(n), &score);

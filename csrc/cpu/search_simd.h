@@ -2,14 +2,16 @@
 // exact scores. nearest_code_simd.cpp has the plan.
 #pragma once
 
-#include "passes.h"
+#include "kernels.h"
+#include "simd.h"
 
 namespace semhitok::cpu::SEMHITOK_ISA {
 
 constexpr int64_t kTokenBlock = 64;
 constexpr int64_t kSlots = 1024;          // maxima of a token that are kept at a time
 constexpr int64_t kStride = kSlots + 32;  // with padding, so that rows of maxima do not share cache sets
-constexpr int kTile = kTileTokens;
+constexpr int kTile = kTileTokens;        // tokens that a pass multiplies at once
+constexpr int kSpan = 16;                 // tokens that share a bias
 constexpr double kInfinity = __builtin_inf();
 constexpr double kRelative = 1.0 + 1e-6;  // rounding of the bound itself
 constexpr int64_t kUnitPanels = kUnitCodes / kPanelCodes;
@@ -225,8 +227,12 @@ inline double bound_of(const Token& token, double residual, double norm, double 
 
 }  // namespace
 
-// The int8 and the fp32 pass for the tokens of their kind; each token is settled or passed on to the next kind. first:
+// The int8 and the fp32 stage for the tokens of their kind; each token is settled or passed on to the next kind. first:
 // that of the block.
+//
+// A stage's pass multiplies tiles of tokens with a stretch of the codebook. For every token it writes the greatest
+// approximate score of every slot to maxima[token * kStride + slot], and the greatest of each lane to top[token].
+// int8: a slot is a panel of 16 codes. fp32: a slot is a lane of a unit of 128 codes; a unit is kept if one lane is.
 void search_int8(const PackedCodebook& book, bool l2, int64_t count, const RowsAhead& ahead,
                  const SearchOptions& options, int64_t first, const Scratch& scratch, Token* tokens);
 void search_fp32(const PackedCodebook& book, bool l2, int64_t count, const SearchOptions& options, int64_t first,

@@ -23,7 +23,7 @@ constexpr int64_t kElementWork = 8;        // adding up a value costs about as m
 constexpr int64_t kLongSegment = 1 << 16;  // rows
 constexpr int64_t kSliceColumns = 32;      // of a long segment: two cache lines of fp32, which memory delivers together
 constexpr int64_t kBatch = 4;              // rows added at a time, so that totals are loaded and stored less often
-constexpr int64_t kPrefetchRows = 32, kPrefetchBytes = 1024, kLineBytes = 64;
+constexpr int64_t kPrefetchRows = 32, kPrefetchBytes = 1024;
 
 struct Float16 {
   uint16_t bits;
@@ -84,11 +84,6 @@ Order sort(const SegmentSum& p) {
   return order;
 }
 
-// Always inline: GCC 12 treats a function that only prefetches as one without effects and drops its calls.
-__attribute__((always_inline)) inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += kLineBytes) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
-}
-
 // total[d] = the sum of column d < width over rows[0 .. count).
 template <typename T>
 void add_rows(const T* values, int64_t depth, int64_t width, const int32_t* rows, int64_t count,
@@ -98,14 +93,14 @@ void add_rows(const T* values, int64_t depth, int64_t width, const int32_t* rows
   std::fill_n(total, width, 0.0);
   int64_t i = 0;
   for (; i + kBatch <= count; i += kBatch) {
-    for (int64_t k = 0; k < kBatch; ++k) prefetch_row(row(i + k + kPrefetchRows), bytes);
+    for (int64_t k = 0; k < kBatch; ++k) prefetch_row<2>(row(i + k + kPrefetchRows), bytes);
     const T *r0 = row(i), *r1 = row(i + 1), *r2 = row(i + 2), *r3 = row(i + 3);
     for (int64_t d = 0; d < width; ++d) {
       total[d] = total[d] + widened(r0[d]) + widened(r1[d]) + widened(r2[d]) + widened(r3[d]);
     }
   }
   for (; i < count; ++i) {
-    prefetch_row(row(i + kPrefetchRows), bytes);
+    prefetch_row<2>(row(i + kPrefetchRows), bytes);
     const T* r = row(i);
     for (int64_t d = 0; d < width; ++d) total[d] += widened(r[d]);
   }

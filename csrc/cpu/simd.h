@@ -62,24 +62,27 @@ typedef Acc AccVec __attribute__((vector_size(kVectorBytes)));
 
 namespace {
 
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+template <typename T>
+inline T load_as(const void* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
 }
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline DoubleVec load(const double* p) { return load_as<DoubleVec>(p); }
+inline AccVec load(const Acc* p) { return load_as<AccVec>(p); }
+template <typename T, typename V>
+inline void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 inline Vec splat(float x) { return Vec{} + x; }
+inline AccVec splat(Acc x) { return AccVec{} + x; }
 // Takes b where either is NaN, as the max instruction does.
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-inline DoubleVec load(const double* p) {
-  DoubleVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+template <typename V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
 }
-inline void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline DoubleVec splat(double x) { return DoubleVec{} + x; }
-inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
+
 // To the nearest integer, ties to even; for magnitudes below 2^51.
 inline DoubleVec nearest(DoubleVec v) { return (v + 0x1.8p52) - 0x1.8p52; }
 // Reductions over lanes halve the vector, instead of a chain with a step for every lane.
@@ -104,15 +107,14 @@ inline double greatest(DoubleVec v) {
   return most;
 #endif
 }
+// GCC 12 splits the plain conversion of a whole register in two, and warns inside the intrinsic without a mask.
 inline DoubleVec widen(const float* p) {
 #if defined(__AVX512F__)
-  return (DoubleVec)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));  // GCC converts the halves apart
+  return (DoubleVec)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p));
 #elif defined(__AVX2__)
   return (DoubleVec)_mm256_cvtps_pd(_mm_loadu_ps(p));
 #else
-  HalfVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, DoubleVec);
+  return __builtin_convertvector(load_as<HalfVec>(p), DoubleVec);
 #endif
 }
 // Bit l: v[l] > x, or >= x when equal counts.
@@ -131,14 +133,6 @@ inline uint32_t beating(DoubleVec v, double x, bool equal) {
 #endif
 }
 
-inline AccVec load(const Acc* p) {
-  AccVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(Acc* p, AccVec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline AccVec splat(Acc x) { return AccVec{} + x; }
-inline AccVec larger(AccVec a, AccVec b) { return a > b ? a : b; }
 #if defined(__AVX2__)
 inline Acc greatest(AccVec v) {
   __m256i parts[kVectorBytes / 32];

@@ -26,7 +26,7 @@ CertifiedScratch cut(const NearestCode& p, const Device& device, void* base) {
   const int steps = int8_steps(p);
   const int64_t rows = int64_t{s.shares.row_tiles} * kInt8TileTokens;
   s.stats = arena.take<CodebookStats>(1);
-  s.partial = arena.take<double>(stats_partial_bytes() / static_cast<int64_t>(sizeof(double)));
+  s.partial = arena.take<double>(kStatsPartial);
   s.codes = arena.take<char>(int64_t{code_tiles(p)} * int8_tile_bytes(steps));
   s.tokens = arena.take<char>(rows * steps * kInt8StepDepth);
   s.info = arena.take<TokenInfo>(p.tokens);

@@ -17,7 +17,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kBlocksPerMultiprocessor = 2;  // three would spill
 constexpr int kCodesPerLane = kSliceCodes / kTeam;
 constexpr double kExactRounding = 1e-12;  // of fp64 sums, times |x||c|: far more than their rounding

@@ -25,6 +25,10 @@ struct CodebookStats {
   double mean[kMaxTensorDepth];
 };
 
+constexpr int kStatsBlocks = 64;
+constexpr int kStatsSums = kMaxTensorDepth + 2;  // along the depth, of the bias, and the number of codes
+constexpr int64_t kStatsPartial = int64_t{kStatsBlocks} * kStatsSums;
+
 // Eight lanes work on one row; the four teams of a warp may diverge.
 constexpr int kTeam = 8;
 constexpr int kTeamsPerBlock = kWarpsPerBlock * kWarp / kTeam;
@@ -53,9 +57,7 @@ __device__ __forceinline__ double bias_of(Metric metric, double squared_norm) {
   return metric == Metric::kL2 ? -0.5 * squared_norm : 0.0;
 }
 
-// Zeroes stats and finds largest; with centre, also mean, centred, mean_bias and bias. partial: scratch of
-// stats_partial_bytes().
-int64_t stats_partial_bytes();
+// Zeroes stats and finds largest; with centre, also mean, centred, mean_bias and bias. partial [kStatsPartial]: scratch.
 cudaError_t codebook_stats(const NearestCode& problem, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // What the packing of a codebook needs first: its mean and its largest entries, over the codes without NaN and Inf.
 //
-// Plan. Eight lanes a code. sums_kernel leaves kBlocks partial sums in fp64; extremes_kernel adds them in order, in
+// Plan. Eight lanes a code. sums_kernel leaves kStatsBlocks partial sums in fp64; extremes_kernel adds them in order, in
 // every block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring
 // only the second runs.
 // Cost: the codebook read twice (L2: 2 x 2 MiB at K = 16,384, D = 32), two launches of about 2 us.
@@ -9,11 +9,8 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = kWarpsPerBlock * kWarp;
-constexpr int kBlocks = 64;
 constexpr int kPerLane = kMaxTensorDepth / kTeam;
-constexpr int kPartial = kMaxTensorDepth + 2;  // sums along the depth, of the bias, and the number of codes
-static_assert(kThreads >= kPartial, "a thread a sum");
+static_assert(kThreads >= kStatsSums, "a thread a sum");
 
 // Reads row k; lane l has the values at depth l, l + 8, ... False if the row has NaN or Inf.
 __device__ __forceinline__ bool read_row(const NearestCode& p, int64_t k, float (&c)[kPerLane]) {
@@ -35,7 +32,7 @@ __device__ __forceinline__ double squared_norm(const float (&c)[kPerLane]) {
 }
 
 __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* partial, CodebookStats* stats) {
-  __shared__ double sums[kTeamsPerBlock][kPartial];
+  __shared__ double sums[kTeamsPerBlock][kStatsSums];
   if (blockIdx.x == 0 && threadIdx.x == 0) *stats = CodebookStats{};
   const int team = threadIdx.x / kTeam, lane = team_lane();
   double sum[kPerLane] = {}, bias = 0.0, count = 0.0;
@@ -52,19 +49,19 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(NearestCode p, double* p
   for (int i = 0; i < kPerLane; ++i) sums[team][i * kTeam + lane] = sum[i];
   if (lane == 0) sums[team][kMaxTensorDepth] = bias, sums[team][kMaxTensorDepth + 1] = count;
   __syncthreads();
-  if (threadIdx.x < kPartial) {
+  if (threadIdx.x < kStatsSums) {
     double total = 0.0;
     for (int t = 0; t < kTeamsPerBlock; ++t) total += sums[t][threadIdx.x];
-    partial[blockIdx.x * kPartial + threadIdx.x] = total;
+    partial[blockIdx.x * kStatsSums + threadIdx.x] = total;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     extremes_kernel(NearestCode p, bool centre, const double* partial, CodebookStats* stats) {
-  __shared__ double mean[kPartial];
-  if (threadIdx.x < kPartial) {
+  __shared__ double mean[kStatsSums];
+  if (threadIdx.x < kStatsSums) {
     double total = 0.0;
-    for (int b = 0; centre && b < kBlocks; ++b) total += partial[b * kPartial + threadIdx.x];
+    for (int b = 0; centre && b < kStatsBlocks; ++b) total += partial[b * kStatsSums + threadIdx.x];
     mean[threadIdx.x] = total;
   }
   __syncthreads();
@@ -109,16 +106,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t stats_partial_bytes() {
-  return static_cast<int64_t>(kBlocks) * kPartial * static_cast<int64_t>(sizeof(double));
-}
-
 cudaError_t codebook_stats(const NearestCode& p, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream) {
-  const cudaError_t error = centre ? launch(sums_kernel, kBlocks, kThreads, 0, stream, p, partial, stats)
+  const cudaError_t error = centre ? launch(sums_kernel, kStatsBlocks, kThreads, 0, stream, p, partial, stats)
                                    : cudaMemsetAsync(stats, 0, sizeof(CodebookStats), stream);
   if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.num_codes, kTeamsPerBlock), 4 * kBlocks));
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.num_codes, kTeamsPerBlock), 4 * kStatsBlocks));
   return launch(extremes_kernel, blocks, kThreads, 0, stream, p, centre, partial, stats);
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: launching, reading any of the four dtypes, warp reductions, scratch.
+// What the kernels share: launching, reading any of the four dtypes, the best of several lanes, scratch.
 //
 // SEMHITOK_EMULATED: the tests also compile the kernels for the CPU, to run them without a GPU. tests/cuda then
 // provides what CUDA's compiler would.
@@ -21,10 +21,9 @@ namespace semhitok::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarpsPerBlock = 8;
+constexpr int kThreads = 256;  // of a block, where a kernel does not say otherwise
+constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int64_t kScratchAlignment = 256;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 __device__ __forceinline__ T read(const Rows& rows, int64_t i) {
@@ -36,10 +35,15 @@ __device__ __forceinline__ T read(const Rows& rows, int64_t i) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
+// Gives each of kLanes neighbouring lanes the greatest score of them all, and the lowest id that has it.
+template <int kLanes, typename T, typename Id>
+__device__ __forceinline__ void best_of_lanes(T& best, Id& id, unsigned mask = kAllLanes) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    const T score = __shfl_xor_sync(mask, best, offset);
+    const Id other = __shfl_xor_sync(mask, id, offset);
+    if (score > best || (score == best && other < id)) best = score, id = other;
+  }
 }
 
 __device__ __forceinline__ float infinity(float) { return __int_as_float(0x7f800000); }
@@ -85,8 +89,5 @@ __device__ __forceinline__ char* dynamic_shared() {
   return memory;
 }
 #endif
-
-// Blocks of a kernel that has a warp for each of count items.
-inline unsigned warp_blocks(int64_t count) { return static_cast<unsigned>(ceil_div(count, kWarpsPerBlock)); }
 
 }  // namespace semhitok::cuda

@@ -7,7 +7,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kMergeBlocks = 8;  // a multiprocessor
 
 __global__ void __launch_bounds__(kThreads)
@@ -20,23 +19,14 @@ __global__ void __launch_bounds__(kThreads)
   double squared = 0.0;
   float poison = k < p.num_codes ? 0.0f : nan_of(float());
   for (int column = team_lane(); column < columns; column += kTeam) {
-    HalfPair pairs[kColumnDepth / 2];
+    float c[kColumnDepth];
+    read_column(p, k, column, c);
 #pragma unroll
-    for (int i = 0; i < kColumnDepth; i += 2) {
-      float c[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int64_t d = column * kColumnDepth + i + j;
-        c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
-        squared += static_cast<double>(c[j]) * c[j];
-        poison += c[j] * 0.0f;
-      }
-      pairs[i / 2] = split_halves(ldexpf(c[0], shift), ldexpf(c[1], shift));
+    for (int i = 0; i < kColumnDepth; ++i) {
+      squared += static_cast<double>(c[i]) * c[i];
+      poison += c[i] * 0.0f;
     }
-    char* place = tile + column * kTileColumnBytes + row * kColumnBytes;
-    *reinterpret_cast<uint4*>(place) = make_uint4(pairs[0].hi, pairs[1].hi, pairs[2].hi, pairs[3].hi);
-    *reinterpret_cast<uint4*>(place + columns * kTileColumnBytes) =
-        make_uint4(pairs[0].lo, pairs[1].lo, pairs[2].lo, pairs[3].lo);
+    write_column(c, shift, tile + column * kTileColumnBytes + row * kColumnBytes, columns * kTileColumnBytes);
   }
   squared = team_sum(squared);
   poison = team_sum(poison);
@@ -57,11 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = team_lane(); s < shares.splits; s += kTeam) {
       best.merge(results.scores[place * shares.splits + s], results.ids[place * shares.splits + s]);
     }
-#pragma unroll
-    for (int offset = kTeam / 2; offset > 0; offset /= 2) {
-      const float other = __shfl_xor_sync(team_mask(), best.score, offset, kTeam);
-      best.merge(other, __shfl_xor_sync(team_mask(), best.id, offset, kTeam));
-    }
+    best_of_lanes<kTeam>(best.score, best.id, team_mask());
     if (team_lane() != 0) continue;
     const int64_t token = tokens.list ? tokens.list[place] : place;
     const bool any = best.score > -infinity(float());
@@ -72,14 +58,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-HalfResults cut_results(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
-  HalfResults results;
-  Arena arena(base);
+HalfResults cut_results(const NearestCode& p, int tile_tokens, int32_t blocks, Arena& arena) {
   const int64_t rows = most_shared_rows(p.tokens, tile_tokens, blocks);
-  results.scores = arena.take<float>(rows);
-  results.ids = arena.take<int32_t>(rows);
-  results.bytes = arena.used();
-  return results;
+  return {arena.take<float>(rows), arena.take<int32_t>(rows)};
 }
 
 HalfScratch cut_half(const NearestCode& p, int tile_tokens, int32_t blocks, void* base) {
@@ -87,8 +68,7 @@ HalfScratch cut_half(const NearestCode& p, int tile_tokens, int32_t blocks, void
   Arena arena(base);
   s.stats = arena.take<CodebookStats>(1);
   s.codes = arena.take<char>(code_tiles(p) * half_tile_bytes(half_steps(p.depth)));
-  char* results = arena.take<char>(cut_results(p, tile_tokens, blocks, nullptr).bytes);
-  s.results = cut_results(p, tile_tokens, blocks, results);
+  s.results = cut_results(p, tile_tokens, blocks, arena);
   s.bytes = arena.used();
   return s;
 }

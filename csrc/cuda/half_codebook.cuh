@@ -7,6 +7,8 @@
 // A packed tile: columns of hi, columns of lo, and bias[kTileCodes] in fp32, NaN for a code that must not win.
 #pragma once
 
+#include <type_traits>
+
 #include "codebook.cuh"
 
 namespace semhitok::cuda {
@@ -55,6 +57,24 @@ __device__ __forceinline__ HalfPair split_halves(float a, float b) {
     return static_cast<uint32_t>(__half_as_ushort(x)) | static_cast<uint32_t>(__half_as_ushort(y)) << 16;
   };
   return {pack(a_hi, b_hi), pack(a_lo, b_lo)};
+}
+
+// Column `column` of code k: eight values, zero beyond either end.
+__device__ __forceinline__ void read_column(const NearestCode& p, int64_t k, int column, float (&c)[kColumnDepth]) {
+#pragma unroll
+  for (int i = 0; i < kColumnDepth; ++i) {
+    const int64_t d = column * kColumnDepth + i;
+    c[i] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
+  }
+}
+
+// Writes such a column to a packed tile, its lo `to_lo` bytes after its hi.
+__device__ __forceinline__ void write_column(const float (&c)[kColumnDepth], int shift, char* hi, int to_lo) {
+  HalfPair pairs[kColumnDepth / 2];
+#pragma unroll
+  for (int i = 0; i < kColumnDepth; i += 2) pairs[i / 2] = split_halves(ldexpf(c[i], shift), ldexpf(c[i + 1], shift));
+  *reinterpret_cast<uint4*>(hi) = make_uint4(pairs[0].hi, pairs[1].hi, pairs[2].hi, pairs[3].hi);
+  *reinterpret_cast<uint4*>(hi + to_lo) = make_uint4(pairs[0].lo, pairs[1].lo, pairs[2].lo, pairs[3].lo);
 }
 
 // The A operands of 16 tokens for a warp, rows g = lane / 4 and g + 8, and the scale from sums to scores.
@@ -112,28 +132,20 @@ struct Best {
   __device__ __forceinline__ void merge(float other, int32_t other_id) {
     if (other > score || (other == score && other_id < id)) score = other, id = other_id;
   }
-  __device__ __forceinline__ void merge_lanes_of_row() {
-#pragma unroll
-    for (int offset = 2; offset > 0; offset /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, score, offset);
-      const int32_t other_id = __shfl_xor_sync(kAllLanes, id, offset);
-      merge(other, other_id);
-    }
-  }
+  __device__ __forceinline__ void merge_lanes_of_row() { best_of_lanes<4>(score, id); }
 };
 
 // The results of a search, split by split: [row_tiles * tile_tokens][splits].
 struct HalfResults {
   float* scores;
   int32_t* ids;
-  int64_t bytes;
 
   __device__ __forceinline__ void put(const Best& best, int64_t place, int split, const Shares& shares) const {
     scores[place * shares.splits + split] = best.score;
     ids[place * shares.splits + split] = best.id;
   }
 };
-HalfResults cut_results(const NearestCode& problem, int tile_tokens, int32_t blocks, void* base);
+HalfResults cut_results(const NearestCode& problem, int tile_tokens, int32_t blocks, Arena& arena);
 
 struct HalfScratch {
   CodebookStats* stats;

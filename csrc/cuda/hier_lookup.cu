@@ -15,8 +15,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <typename Bits>
 __device__ __forceinline__ void fill_row(void* out, int64_t token, int64_t depth, Bits value, int lane, int lanes) {
   Bits* row = static_cast<Bits*>(out) + token * depth;
@@ -33,11 +31,11 @@ __device__ __forceinline__ void fill_nan(Dtype dtype, void* out, int64_t token, 
 }
 
 // group_of_row, without the many instructions of a division in 64 bits if 32 are enough.
-__device__ __forceinline__ int64_t group_of(const HierLookup& p, int64_t code) {
-  if (p.offsets == nullptr && ((code | p.subcodes) >> 32) == 0) {
-    return static_cast<uint32_t>(code) / static_cast<uint32_t>(p.subcodes);
+__device__ __forceinline__ int64_t group_of(const SubCodebooks& s, int64_t code) {
+  if (s.offsets == nullptr && ((code | s.subcodes) >> 32) == 0) {
+    return static_cast<uint32_t>(code) / static_cast<uint32_t>(s.subcodes);
   }
-  return group_of_row(p, code);
+  return group_of_row(s, code);
 }
 
 __global__ void __launch_bounds__(kThreads) lookup_kernel(HierLookup p, int lanes, CodePieces pieces) {
@@ -45,11 +43,11 @@ __global__ void __launch_bounds__(kThreads) lookup_kernel(HierLookup p, int lane
   if (token >= p.tokens) return;
   const int lane = threadIdx.x % lanes;
   const int64_t code = p.codes[token];
-  if (code >= 0 && code < p.total) {
-    copy_code(p, pieces, group_of(p, code), code, token, lane, lanes);
+  if (code >= 0 && code < p.pix.total) {
+    copy_code(p, pieces, group_of(p.pix, code), code, token, lane, lanes);
   } else {
-    fill_nan(p.sem_dtype, p.q_sem, token, p.sem_depth, lane, lanes);
-    fill_nan(p.pix_dtype, p.q_pix, token, p.pix_depth, lane, lanes);
+    fill_nan(p.sem.dtype, p.q_sem, token, p.sem_depth, lane, lanes);
+    fill_nan(p.pix.rows.dtype, p.q_pix, token, p.pix.depth, lane, lanes);
   }
 }
 

@@ -1,8 +1,5 @@
 // Hierarchical quantisation: the semantic search, then one launch for everything that depends on its winners.
 //
-// codes = the first row of sub-codebook i + j, i the nearest semantic code of z_sem, j the nearest sub-code of z_pix in
-// sub-codebook i; q_sem and q_pix are copies of the two rows.
-//
 // Plan. nearest_code, then on the same stream the pixel stage (nearest_subcode.cu), which reads the ids and writes
 // codes and rows. The host does not wait for the device in between. Scratch: 8 bytes a token for the ids, 4 (in fp32)
 // for scores that are not used, and that of the larger stage, as the two do not run at the same time. Nothing of size
@@ -11,7 +8,6 @@
 
 #include "device.cuh"
 #include "kernels.h"
-#include "pixel_stage.h"
 
 namespace semhitok::cuda {
 namespace {

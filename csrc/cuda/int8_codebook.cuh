@@ -15,8 +15,6 @@
 // slice can, and the token is certain once the other kept codes that can win are scored in fp64.
 #pragma once
 
-#include <type_traits>
-
 #include "codebook.cuh"
 
 namespace semhitok::cuda {
@@ -39,8 +37,8 @@ __host__ __device__ constexpr int int8_tile_bytes(int steps) { return steps * kI
 // A key is A * 2^bits + the tile's place in its split, with all bits that A leaves free.
 __host__ __device__ constexpr int key_tile_bits(int steps) { return steps <= 2 ? 11 : steps <= 4 ? 10 : 9; }
 constexpr bool key_fits(int steps) {
-  return (int64_t{steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8 + 1) << key_tile_bits(steps) <= int64_t{1}
-                                                                                                            << 31;
+  const int64_t most = int64_t{steps} * kInt8StepDepth * kLargestInt8 * kLargestInt8;
+  return (most + 1) << key_tile_bits(steps) <= int64_t{1} << 31;
 }
 static_assert(key_fits(2) && key_fits(4) && key_fits(kMostInt8Steps), "a key fits into 32 bits");
 

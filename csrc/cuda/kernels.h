@@ -32,6 +32,16 @@ cudaError_t hier_lookup(const HierLookup& problem, const Device& device, void* s
 int64_t segment_sum_scratch(const SegmentSum& problem, const Device& device);
 cudaError_t segment_sum(const SegmentSum& problem, const Device& device, void* scratch, cudaStream_t stream);
 
+// ---- the pixel stage: the best sub-code of each token's sub-codebook, and what hier_quantize writes for it ----
+
+struct PixelStage {
+  NearestSubcode search;  // scores and ids are written where they are not null
+  int64_t* codes;         // null: the search alone; otherwise the group's first row + id, with the rows of lookup
+  HierLookup lookup;
+};
+int64_t pixel_stage_scratch(const PixelStage& stage);  // bytes
+cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t stream);
+
 // ---- the searches behind nearest_code ----
 
 // What only tests and benchmarks set. bound_scale: below 1 the certificate is no longer sound, which tests show with

@@ -6,14 +6,15 @@
 
 namespace semhitok::cuda {
 
-constexpr int kMmaWarps = 8;
-constexpr int kMmaThreads = kMmaWarps * kWarp;
-constexpr int kSetTokens = 16;  // of one A operand
+constexpr int kBlocksPerMultiprocessor = 2;  // where registers and shared memory allow it
+constexpr int kSetTokens = 16;               // of one A operand
+
+inline int32_t blocks_on(const Device& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
 
 // Up to so many steps the A operands of two sets fit in registers.
 constexpr int kMostStepsOfTwo = 4;
 __host__ __device__ constexpr int row_sets(int steps) { return steps <= kMostStepsOfTwo ? 2 : 1; }
-__host__ __device__ constexpr int mma_tile_tokens(int steps) { return kMmaWarps * row_sets(steps) * kSetTokens; }
+__host__ __device__ constexpr int mma_tile_tokens(int steps) { return kWarpsPerBlock * row_sets(steps) * kSetTokens; }
 
 #ifdef SEMHITOK_AMPERE
 

@@ -36,14 +36,12 @@
 
 #include "device.cuh"
 #include "kernels.h"
-#include "pixel_stage.h"
 #include "rows.cuh"
 #include "sort.h"
 
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBatch = 4;
 constexpr int64_t kLargeRow = 8192;  // bytes of a sub-codebook
 constexpr int64_t kMostIds = (int64_t{1} << 31) - 1 - kBatch;
@@ -58,9 +56,9 @@ class Vector {
   static constexpr int kBlocks = kDtype == Dtype::kFloat32 ? 5 : 4;  // an SM: up to 48 or 64 registers a thread
 
   __device__ Vector(const NearestSubcode& p, int64_t token, int64_t code, int lane, float half)
-      : lane_(lane), ragged_(static_cast<int>(p.depth / kValues)), half_(half) {
-    codes_ = static_cast<const uint4*>(p.sub_codebooks.data) + code * pieces() + lane;
-    const int64_t first = token * p.depth + lane * kValues;
+      : lane_(lane), ragged_(static_cast<int>(p.sub.depth / kValues)), half_(half) {
+    codes_ = static_cast<const uint4*>(p.sub.rows.data) + code * pieces() + lane;
+    const int64_t first = token * p.sub.depth + lane * kValues;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) z_[i] = 0.0f;
     if (!mine()) return;
@@ -123,7 +121,7 @@ class Scalar {
   static constexpr int kBlocks = 2;
 
   __device__ Scalar(const NearestSubcode& p, int64_t token, int64_t code, int lane, T half)
-      : codes_(p.sub_codebooks), z_(p.z), depth_(p.depth), code_(code * p.depth), token_(token * p.depth), lane_(lane),
+      : codes_(p.sub.rows), z_(p.z), depth_(p.sub.depth), code_(code * depth_), token_(token * depth_), lane_(lane),
         half_(half) {}
 
   __device__ bool finite() const {
@@ -196,10 +194,10 @@ __global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
   const int64_t position = inside ? place : p.search.tokens - 1;
   const int64_t token = order != nullptr ? order[position] : position;
   const int64_t named = p.search.group[token];
-  const bool known = named >= 0 && named < p.search.groups;
+  const bool known = named >= 0 && named < p.search.sub.groups;
   const int64_t group = known ? named : 0;
-  const int64_t subcodes = p.search.subcodes;
-  const RowRange own = kOwnSizes ? rows_of_group(p.search, group) : RowRange{group * subcodes, subcodes};
+  const int64_t subcodes = p.search.sub.subcodes;
+  const RowRange own = kOwnSizes ? rows_of_group(p.search.sub, group) : RowRange{group * subcodes, subcodes};
 
   const Lane mine(p.search, token, own.first, lane, p.search.metric == Metric::kL2 ? T(-0.5) : T(0));
   constexpr unsigned kTokenLanes = kLanes == kWarp ? kAllLanes : (1u << kLanes % kWarp) - 1;
@@ -226,12 +224,7 @@ __global__ void __launch_bounds__(kThreads, kStageBlocks<Lane, kOwnSizes>)
       if (part[i] > best) best = part[i], id = j + first + i;
     }
   }
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    const T score = __shfl_xor_sync(kAllLanes, best, offset);
-    const Id other = __shfl_xor_sync(kAllLanes, id, offset);
-    if (score > best || (score == best && other < id)) best = score, id = other;
-  }
+  best_of_lanes<kLanes>(best, id);
 
   if (!inside) return;
   if (lane == 0) {
@@ -275,32 +268,31 @@ Kernel by_value(bool own_sizes) {
 }
 
 // The kernel for a problem, and the lanes it gives to a token.
-Kernel choose(const NearestSubcode& p, int* lanes) {
-  const Rows& codes = p.sub_codebooks;
-  const int64_t pieces = p.depth * element_size(codes.dtype) / kPiece;
-  const bool own_sizes = p.offsets != nullptr;
-  const int64_t most = own_sizes ? p.total : p.subcodes;
-  if (p.wide || pieces > kWarp || !in_pieces(codes.data, codes.dtype, p.depth) || most * pieces > kMostIds) {
-    *lanes = p.depth <= 8 ? 8 : kWarp;
-    if (*lanes == 8) return p.wide ? by_value<double, 8>(own_sizes) : by_value<float, 8>(own_sizes);
-    return p.wide ? by_value<double, kWarp>(own_sizes) : by_value<float, kWarp>(own_sizes);
+Kernel choose(const SubCodebooks& s, bool wide, int* lanes) {
+  const int64_t pieces = s.depth * element_size(s.rows.dtype) / kPiece;
+  const bool own_sizes = s.offsets != nullptr;
+  const int64_t most = own_sizes ? s.total : s.subcodes;
+  if (wide || pieces > kWarp || !in_pieces(s.rows, s.depth) || most * pieces > kMostIds) {
+    *lanes = s.depth <= 8 ? 8 : kWarp;
+    if (*lanes == 8) return wide ? by_value<double, 8>(own_sizes) : by_value<float, 8>(own_sizes);
+    return wide ? by_value<double, kWarp>(own_sizes) : by_value<float, kWarp>(own_sizes);
   }
   *lanes = lanes_for(pieces);
   const bool whole = *lanes == pieces;
-  if (codes.dtype == Dtype::kFloat32) return with_dtype<Dtype::kFloat32>(*lanes, whole, own_sizes);
-  if (codes.dtype == Dtype::kFloat16) return with_dtype<Dtype::kFloat16>(*lanes, whole, own_sizes);
+  if (s.rows.dtype == Dtype::kFloat32) return with_dtype<Dtype::kFloat32>(*lanes, whole, own_sizes);
+  if (s.rows.dtype == Dtype::kFloat16) return with_dtype<Dtype::kFloat16>(*lanes, whole, own_sizes);
   return with_dtype<Dtype::kBFloat16>(*lanes, whole, own_sizes);
 }
 
 // Fewer tokens than groups rarely share one: the sort would cost more than it saves.
 bool by_group(const NearestSubcode& p) {
-  return p.subcodes * p.depth * element_size(p.sub_codebooks.dtype) > kLargeRow && p.tokens >= p.groups;
+  return p.sub.subcodes * p.sub.depth * element_size(p.sub.rows.dtype) > kLargeRow && p.tokens >= p.sub.groups;
 }
 
 }  // namespace
 
 int64_t pixel_stage_scratch(const PixelStage& stage) {
-  return by_group(stage.search) ? sort_rows_scratch(stage.search.tokens, stage.search.groups) : 0;
+  return by_group(stage.search) ? sort_rows_scratch(stage.search.tokens, stage.search.sub.groups) : 0;
 }
 
 cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t stream) {
@@ -308,11 +300,11 @@ cudaError_t pixel_stage(const PixelStage& stage, void* scratch, cudaStream_t str
   if (p.tokens == 0) return cudaSuccess;
   SortedRows sorted{};
   if (by_group(p)) {
-    const cudaError_t error = sort_rows(p.group, p.tokens, p.groups, {}, {}, scratch, &sorted, stream);
+    const cudaError_t error = sort_rows(p.group, p.tokens, p.sub.groups, {}, {}, scratch, &sorted, stream);
     if (error != cudaSuccess) return error;
   }
   int lanes;
-  const Kernel kernel = choose(p, &lanes);
+  const Kernel kernel = choose(p.sub, p.wide, &lanes);
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens * lanes, kThreads));
   const CodePieces pieces = stage.codes == nullptr ? CodePieces{} : code_pieces(stage.lookup);
   return launch(kernel, blocks, kThreads, 0, stream, stage, sorted.rows, pieces);

@@ -9,7 +9,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = kWarpsPerBlock * kWarp;
 constexpr int kWord = 4;  // values a lane packs at a time
 
 constexpr int kMostWords = kMostInt8Steps * kInt8StepDepth / kWord / kTeam;  // of a lane

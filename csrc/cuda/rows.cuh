@@ -44,9 +44,9 @@ __device__ __forceinline__ void unpack(const uint4& piece, float (&value)[kPiece
 
 inline __host__ __device__ bool in_pieces(const void* data) { return reinterpret_cast<uintptr_t>(data) % kPiece == 0; }
 
-// Whether rows of `depth` values from `data` on are whole pieces.
-inline bool in_pieces(const void* data, Dtype dtype, int64_t depth) {
-  return in_pieces(data) && depth * element_size(dtype) % kPiece == 0;
+// Whether rows of `depth` values are whole pieces.
+inline bool in_pieces(const Rows& rows, int64_t depth) {
+  return in_pieces(rows.data) && depth * element_size(rows.dtype) % kPiece == 0;
 }
 
 // Pieces of a row of either codebook; none if a row or its copy is not whole pieces.
@@ -54,9 +54,9 @@ struct CodePieces {
   int64_t sem, pix;
 };
 inline CodePieces code_pieces(const HierLookup& p) {
-  if (!in_pieces(p.sem_codebook, p.sem_dtype, p.sem_depth) || !in_pieces(p.q_sem)) return {};
-  if (!in_pieces(p.pix_codebook, p.pix_dtype, p.pix_depth) || !in_pieces(p.q_pix)) return {};
-  return {p.sem_depth * element_size(p.sem_dtype) / kPiece, p.pix_depth * element_size(p.pix_dtype) / kPiece};
+  if (!in_pieces(p.sem, p.sem_depth) || !in_pieces(p.q_sem)) return {};
+  if (!in_pieces(p.pix.rows, p.pix.depth) || !in_pieces(p.q_pix)) return {};
+  return {p.sem_depth * element_size(p.sem.dtype) / kPiece, p.pix.depth * element_size(p.pix.rows.dtype) / kPiece};
 }
 
 // The power of two of lanes, at most a warp, that copies or reads `pieces` in the fewest steps.
@@ -74,12 +74,12 @@ __device__ __forceinline__ void copy_values(const void* table, int64_t row, int6
   for (int64_t d = lane; d < depth; d += lanes) to[d] = from[d];
 }
 
-__device__ __forceinline__ void copy_values(Dtype dtype, const void* table, int64_t row, int64_t depth, void* out,
-                                            int64_t token, int lane, int lanes) {
-  switch (dtype) {
-    case Dtype::kFloat32: return copy_values<uint32_t>(table, row, depth, out, token, lane, lanes);
-    case Dtype::kFloat64: return copy_values<uint64_t>(table, row, depth, out, token, lane, lanes);
-    default: return copy_values<uint16_t>(table, row, depth, out, token, lane, lanes);
+__device__ __forceinline__ void copy_values(const Rows& rows, int64_t row, int64_t depth, void* out, int64_t token,
+                                            int lane, int lanes) {
+  switch (rows.dtype) {
+    case Dtype::kFloat32: return copy_values<uint32_t>(rows.data, row, depth, out, token, lane, lanes);
+    case Dtype::kFloat64: return copy_values<uint64_t>(rows.data, row, depth, out, token, lane, lanes);
+    default: return copy_values<uint16_t>(rows.data, row, depth, out, token, lane, lanes);
   }
 }
 
@@ -88,12 +88,12 @@ __device__ __forceinline__ void copy_values(Dtype dtype, const void* table, int6
 __device__ __forceinline__ void copy_code(const HierLookup& p, const CodePieces& pieces, int64_t group, int64_t code,
                                           int64_t token, int lane, int lanes) {
   if (pieces.sem == 0) {
-    copy_values(p.sem_dtype, p.sem_codebook, group, p.sem_depth, p.q_sem, token, lane, lanes);
-    copy_values(p.pix_dtype, p.pix_codebook, code, p.pix_depth, p.q_pix, token, lane, lanes);
+    copy_values(p.sem, group, p.sem_depth, p.q_sem, token, lane, lanes);
+    copy_values(p.pix.rows, code, p.pix.depth, p.q_pix, token, lane, lanes);
     return;
   }
-  const uint4* sem_row = static_cast<const uint4*>(p.sem_codebook) + group * pieces.sem;
-  const uint4* pix_row = static_cast<const uint4*>(p.pix_codebook) + code * pieces.pix;
+  const uint4* sem_row = static_cast<const uint4*>(p.sem.data) + group * pieces.sem;
+  const uint4* pix_row = static_cast<const uint4*>(p.pix.rows.data) + code * pieces.pix;
   uint4* q_sem = static_cast<uint4*>(p.q_sem) + token * pieces.sem;
   uint4* q_pix = static_cast<uint4*>(p.q_pix) + token * pieces.pix;
   for (int64_t i = lane; i < pieces.sem || i < pieces.pix; i += lanes) {

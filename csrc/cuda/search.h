@@ -1,8 +1,8 @@
 // The searches behind nearest_code (their table is in nearest_code.cu): the scratch and the launches of each.
 //
 //   simt       fp32 (fp64 when wide) multiply-adds: any GPU, any shape.
-//   few        mma.sync on three-term fp16 products, as exact as fp32, in two launches: compute capability 8.0 and
-//   later. mma        the same from a codebook packed beforehand.
+//   few        mma.sync on three-term fp16 products, as exact as fp32, in two launches: compute capability 8.0 and later.
+//   mma        the same from a codebook packed beforehand.
 //   wgmma      the same products on Hopper's own tensor-core instructions: 9.0.
 //   certified  one int8 wgmma pass that proves for nearly every token which few codes can win; those are scored in
 //              fp64, and the tokens without a proof go to wgmma: 9.0.

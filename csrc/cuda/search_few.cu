@@ -9,43 +9,28 @@
 // Cost: the codes are split once for every 256 tokens, about an eighth of the work, but there are three launches fewer.
 // 256 tokens, 16,384 codes, depth 32 on an H200, 128 blocks of one tile: reading 1.5 us, splitting .5 us, 192 MMAs a
 // warp 1.5 us, merge 2 us: 6 us.
-#include <type_traits>
-
 #include "mma_tile.cuh"
 
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 2;
-
-#ifdef SEMHITOK_AMPERE
-// Eight values of code k, zero beyond either end.
-__device__ __forceinline__ void read_piece(const NearestCode& p, int64_t k, int column, float (&c)[kColumnDepth]) {
-#pragma unroll
-  for (int j = 0; j < kColumnDepth; ++j) {
-    const int64_t d = column * kColumnDepth + j;
-    c[j] = k < p.num_codes && d < p.depth ? read<float>(p.codebook, k * p.depth + d) : 0.0f;
-  }
-}
-#endif
-
 template <int kSteps>
-__global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiprocessor : 1)
+__global__ void __launch_bounds__(kThreads, kSteps <= 2 ? kBlocksPerMultiprocessor : 1)
     search_few_kernel(NearestCode p, HalfResults results, int32_t blocks) {
 #ifdef SEMHITOK_AMPERE
   constexpr int kTokens = mma_tile_tokens(kSteps), kColumns = kSteps * (kStepDepth / kColumnDepth);
-  constexpr int kPieces = kColumns * kTileCodes / kMmaThreads;  // of 8 values, a thread
-  static_assert(kPieces * kMmaThreads == kColumns * kTileCodes, "every thread has as many pieces");
-  static_assert(kMmaThreads >= kTileCodes, "a thread a bias");
+  constexpr int kPieces = kColumns * kTileCodes / kThreads;  // of 8 values, a thread
+  static_assert(kPieces * kThreads == kColumns * kTileCodes, "every thread has as many pieces");
+  static_assert(kThreads >= kTileCodes, "a thread a bias");
   __shared__ double squares[kColumns][kTileCodes];
-  __shared__ float largest[kMmaWarps];
+  __shared__ float largest[kWarpsPerBlock];
   const Shares shares = share(p.tokens, kTokens, code_tiles(p), blocks);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   char* const packed = dynamic_shared();
 
   for (int unit = blockIdx.x; unit < shares.row_tiles * shares.splits; unit += blocks) {
     const int split = unit % shares.splits;
-    const int64_t place = int64_t{unit / shares.splits} * kTokens + warp * (kTokens / kMmaWarps) + lane / 4;
+    const int64_t place = int64_t{unit / shares.splits} * kTokens + warp * (kTokens / kWarpsPerBlock) + lane / 4;
     const int first = split * shares.tiles_per_split, end = min(first + shares.tiles_per_split, code_tiles(p));
     MmaTokens<kSteps> tokens;
     tokens.load(p, place, 0);
@@ -54,9 +39,9 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
       float most = 0.0f;
 #pragma unroll 2
       for (int i = 0; i < kPieces; ++i) {
-        const int piece = i * kMmaThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
+        const int piece = i * kThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
         float c[kColumnDepth];
-        read_piece(p, first_code + row, column, c);
+        read_column(p, first_code + row, column, c);
         double squared = first_code + row < p.num_codes ? 0.0 : nan_of(double());
 #pragma unroll
         for (int j = 0; j < kColumnDepth; ++j) {
@@ -70,22 +55,14 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
       if (lane == 0) largest[warp] = most;
       __syncthreads();  // and all threads are done with the previous tile
 #pragma unroll
-      for (int w = 0; w < kMmaWarps; ++w) most = max(most, largest[w]);
+      for (int w = 0; w < kWarpsPerBlock; ++w) most = max(most, largest[w]);
       const int shift = half_shift(most);
 #pragma unroll 2
       for (int i = 0; i < kPieces; ++i) {  // read again, now from L1: registers are scarce
-        const int piece = i * kMmaThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
-        char* to = packed + column * kTileColumnBytes + row * kColumnBytes;
+        const int piece = i * kThreads + threadIdx.x, row = piece / kColumns, column = piece % kColumns;
         float c[kColumnDepth];
-        read_piece(p, first_code + row, column, c);
-        HalfPair pairs[kColumnDepth / 2];
-#pragma unroll
-        for (int j = 0; j < kColumnDepth; j += 2) {
-          pairs[j / 2] = split_halves(ldexpf(c[j], shift), ldexpf(c[j + 1], shift));
-        }
-        *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0].hi, pairs[1].hi, pairs[2].hi, pairs[3].hi);
-        *reinterpret_cast<uint4*>(to + kSteps * kStepBytes) =
-            make_uint4(pairs[0].lo, pairs[1].lo, pairs[2].lo, pairs[3].lo);
+        read_column(p, first_code + row, column, c);
+        write_column(c, shift, packed + column * kTileColumnBytes + row * kColumnBytes, kSteps * kStepBytes);
       }
       if (threadIdx.x < kTileCodes) {
         double squared = 0.0;
@@ -103,28 +80,28 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps <= 2 ? kBlocksPerMultiproc
 #endif
 }
 
-int32_t blocks_on(const Device& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
-
 }  // namespace
 
 int64_t few_search_scratch(const NearestCode& p, const Device& device) {
-  return cut_results(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), nullptr).bytes;
+  Arena arena(nullptr);
+  (void)cut_results(p, mma_tile_tokens(half_steps(p.depth)), blocks_on(device), arena);
+  return arena.used();
 }
 
 cudaError_t few_search(const NearestCode& p, const Device& device, const SearchOptions&, void* base,
                        cudaStream_t stream) {
   const int32_t blocks = blocks_on(device);
   const int tokens = mma_tile_tokens(half_steps(p.depth));
-  const HalfResults results = cut_results(p, tokens, blocks, base);
+  Arena arena(base);
+  const HalfResults results = cut_results(p, tokens, blocks, arena);
   const cudaError_t error = with_half_steps(p.depth, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
     const Shares shares = share(p.tokens, tokens, code_tiles(p), blocks);
     const int32_t grid = std::min(blocks, shares.row_tiles * shares.splits);
-    return launch(search_few_kernel<kSteps>, static_cast<unsigned>(grid), kMmaThreads, half_tile_bytes(kSteps), stream,
-                  p, results, blocks);
+    return launch(search_few_kernel<kSteps>, static_cast<unsigned>(grid), kThreads, half_tile_bytes(kSteps), stream, p,
+                  results, blocks);
   });
-  if (error != cudaSuccess) return error;
-  return merge_half_results(p, {}, results, tokens, blocks, stream);
+  return error == cudaSuccess ? merge_half_results(p, {}, results, tokens, blocks, stream) : error;
 }
 
 }  // namespace semhitok::cuda

@@ -20,11 +20,11 @@ namespace {
 
 constexpr int kWarpgroups = 4;  // four leave 128 registers a thread
 constexpr int kWarpgroupThreads = 128;
-constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
+constexpr int kBlockThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kWarpTokens = 16;
 constexpr int kStageBytes = 16 * 1024;
 constexpr int kStages = 8;
-static_assert(kInt8TileTokens == kThreads / kWarp * kWarpTokens, "a warp has its tokens");
+static_assert(kInt8TileTokens == kBlockThreads / kWarp * kWarpTokens, "a warp has its tokens");
 static_assert(kTileCodes == 128, "wgmma_s8 is 128 codes wide");
 
 constexpr int stage_tiles(int steps) { return std::max(1, kStageBytes / int8_tile_bytes(steps)); }
@@ -47,14 +47,14 @@ __device__ __forceinline__ void insert(int32_t (&keys)[kKeys], int32_t key) {
 #endif
 
 template <int kSteps>
-__global__ void __launch_bounds__(kThreads, 1) search_int8_kernel(NearestCode p, CertifiedScratch scratch) {
+__global__ void __launch_bounds__(kBlockThreads, 1) search_int8_kernel(NearestCode p, CertifiedScratch scratch) {
 #ifdef SEMHITOK_HOPPER
   constexpr int kDepth = kSteps * kInt8StepDepth, kTileBytes = int8_tile_bytes(kSteps);
   constexpr int kStageTiles = Ring<kSteps>::kTilesPerStage, kStepBytes = 2 * kTileColumnBytes;
   static_assert(kSteps * kStepBytes == kTileBytes, "two columns a step");
   __shared__ typename Ring<kSteps>::Barriers barriers;
   const Shares shares = scratch.shares;
-  Ring<kSteps> ring(barriers, scratch.codes, shares, code_tiles(p), scratch.blocks, kThreads / kWarp);
+  Ring<kSteps> ring(barriers, scratch.codes, shares, code_tiles(p), scratch.blocks, kBlockThreads / kWarp);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
   for (int unit = blockIdx.x; unit < shares.row_tiles * shares.splits; unit += scratch.blocks) {
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, 1) search_int8_kernel(NearestCode p,
 
 template <int kSteps>
 cudaError_t run(const NearestCode& p, const CertifiedScratch& scratch, cudaStream_t stream) {
-  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kThreads, Ring<kSteps>::kSharedBytes,
-                stream, p, scratch);
+  return launch(search_int8_kernel<kSteps>, static_cast<unsigned>(scratch.blocks), kBlockThreads,
+                Ring<kSteps>::kSharedBytes, stream, p, scratch);
 }
 
 }  // namespace

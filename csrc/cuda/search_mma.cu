@@ -9,29 +9,26 @@
 // ascending order of the codes. Four lanes share a row and are merged once a unit.
 // Cost of 8 codes x 16 tokens: 3 * steps MMAs; 4 scores a thread at an FMA, a compare and two selects. At N = 65,536,
 // K = 16,384, D = 32 on an A100: 660 us of MMAs, 330 us of everything else at the same time.
-#include <type_traits>
-
 #include "mma_tile.cuh"
 
 namespace semhitok::cuda {
 namespace {
 
 constexpr int kStages = 2;
-constexpr int kBlocksPerMultiprocessor = 2;  // where shared memory allows it
 
 #ifdef SEMHITOK_AMPERE
 template <int kSteps>
 __device__ __forceinline__ void bring_tile(char* shared, const char* tile) {
   constexpr int kCopy = 16;
   static_assert(half_tile_bytes(kSteps) % kCopy == 0, "whole copies");
-  for (int i = threadIdx.x * kCopy; i < half_tile_bytes(kSteps); i += kMmaThreads * kCopy) {
+  for (int i = threadIdx.x * kCopy; i < half_tile_bytes(kSteps); i += kThreads * kCopy) {
     copy_async_16(shared + i, tile + i);
   }
 }
 #endif
 
 template <int kSteps>
-__global__ void __launch_bounds__(kMmaThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     search_mma_kernel(NearestCode p, const CodebookStats* stats, const char* codes, HalfResults results,
                       int32_t blocks) {
 #ifdef SEMHITOK_AMPERE
@@ -43,7 +40,7 @@ __global__ void __launch_bounds__(kMmaThreads, kBlocksPerMultiprocessor)
 
   for (int unit = blockIdx.x; unit < shares.row_tiles * shares.splits; unit += blocks) {
     const int split = unit % shares.splits;
-    const int64_t place = int64_t{unit / shares.splits} * kTokens + warp * (kTokens / kMmaWarps) + lane / 4;
+    const int64_t place = int64_t{unit / shares.splits} * kTokens + warp * (kTokens / kWarpsPerBlock) + lane / 4;
     const int first = split * shares.tiles_per_split, end = min(first + shares.tiles_per_split, code_tiles(p));
     bring_tile<kSteps>(stages, codes + int64_t{first} * kTileBytes);
     copy_async_commit();
@@ -65,8 +62,6 @@ __global__ void __launch_bounds__(kMmaThreads, kBlocksPerMultiprocessor)
 #endif
 }
 
-int32_t blocks_on(const Device& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
-
 }  // namespace
 
 int64_t mma_shared_bytes(const NearestCode& p) { return kStages * half_tile_bytes(half_steps(p.depth)); }
@@ -85,11 +80,10 @@ cudaError_t mma_search(const NearestCode& p, const Device& device, const SearchO
   if (error != cudaSuccess) return error;
   error = with_half_steps(p.depth, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    return launch(search_mma_kernel<kSteps>, static_cast<unsigned>(blocks), kMmaThreads,
-                  kStages * half_tile_bytes(kSteps), stream, p, scratch.stats, scratch.codes, scratch.results, blocks);
+    return launch(search_mma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads, kStages * half_tile_bytes(kSteps),
+                  stream, p, scratch.stats, scratch.codes, scratch.results, blocks);
   });
-  if (error != cudaSuccess) return error;
-  return merge_half_results(p, {}, scratch.results, tokens, blocks, stream);
+  return error == cudaSuccess ? merge_half_results(p, {}, scratch.results, tokens, blocks, stream) : error;
 }
 
 }  // namespace semhitok::cuda

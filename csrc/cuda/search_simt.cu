@@ -27,28 +27,19 @@ namespace semhitok::cuda {
 namespace {
 
 constexpr int kSide = 16;  // threads along tokens and along codes
-constexpr int kThreads = kSide * kSide;
 constexpr int kDepth = 32;
 constexpr int kSteps = 8;  // depth steps unrolled; a depth is rounded up to them, with zeros
 constexpr int kQuad = 4;
 constexpr int kPad = 4;  // shared rows shift by four banks, and stay aligned to 16 bytes
 constexpr int kBlocksPerSM = 2;
 constexpr int64_t kWantedBlocks = 132 * kBlocksPerSM;
-static_assert(kWarp % kSide == 0, "the threads that share tokens are in one warp");
+static_assert(kSide * kSide == kThreads && kWarp % kSide == 0, "the threads that share tokens are in one warp");
 static_assert(kDepth % kSteps == 0 && kSteps % kQuad == 0, "a depth tile is whole groups of steps, and whole quads");
 
 template <typename T>
-struct Shape;
-template <>
-struct Shape<float> {
-  static constexpr int kPerThread = 8;
-};
-template <>
-struct Shape<double> {
-  static constexpr int kPerThread = 4;
-};
+constexpr int kAcross = sizeof(T) == sizeof(float) ? 8 : 4;  // tokens, and codes, of a thread
 template <typename T>
-constexpr int kTile = kSide * Shape<T>::kPerThread;
+constexpr int kTile = kSide * kAcross<T>;
 
 template <typename T>
 struct alignas(16) Quad {
@@ -131,7 +122,7 @@ __device__ __forceinline__ void load_tile(const Rows& rows, int64_t first, int64
 
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestCode p, Scratch<T> scratch) {
-  constexpr int kPerThread = Shape<T>::kPerThread, kQuads = kPerThread / kQuad, kStride = kSide * kQuad;
+  constexpr int kPerThread = kAcross<T>, kQuads = kPerThread / kQuad, kStride = kSide * kQuad;
   static_assert(kPerThread % kQuad == 0, "a thread reads whole quads");
   static_assert(kTile<T> <= kThreads, "a thread a bias");
   static_assert(sizeof(T) * (2 * kDepth * (kTile<T> + kPad) + kTile<T>) <= 48 * 1024, "static shared memory");
@@ -210,12 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
 
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-#pragma unroll
-    for (int offset = kSide / 2; offset > 0; offset /= 2) {
-      const T score = __shfl_xor_sync(kAllLanes, best[i], offset);
-      const int32_t id = __shfl_xor_sync(kAllLanes, best_id[i], offset);
-      if (score > best[i] || (score == best[i] && id < best_id[i])) best[i] = score, best_id[i] = id;
-    }
+    best_of_lanes<kSide>(best[i], best_id[i]);
     const int64_t token = first_token + (i / kQuad) * kStride + ty * kQuad + i % kQuad;
     if (tx == 0 && token < p.tokens) {
       scratch.scores[token * scratch.splits + blockIdx.y] = best[i];
@@ -226,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) search_kernel(NearestC
 
 // A warp a token: whether it is finite, and which split has its winner.
 template <typename T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp) merge_kernel(NearestCode p, Scratch<T> scratch) {
+__global__ void __launch_bounds__(kThreads) merge_kernel(NearestCode p, Scratch<T> scratch) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (token >= p.tokens) return;
   const int lane = threadIdx.x % kWarp;
@@ -239,21 +225,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) merge_kernel(NearestCod
     const int32_t split_id = scratch.ids[token * scratch.splits + s];
     if (score > best) best = score, id = split_id;
   }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const T score = __shfl_xor_sync(kAllLanes, best, offset);
-    const int32_t other = __shfl_xor_sync(kAllLanes, id, offset);
-    if (score > best || (score == best && other < id)) best = score, id = other;
-  }
+  best_of_lanes<kWarp>(best, id);
   const bool won = __all_sync(kAllLanes, poison == T(0)) && best > -infinity(T());
   if (lane != 0) return;
   static_cast<T*>(p.scores)[token] = won ? best : nan_of(T());
   p.ids[token] = won ? id : 0;
 }
 
-bool whole_pieces(const Rows& rows, int64_t depth) {
-  return rows.dtype == Dtype::kFloat32 && in_pieces(rows.data, rows.dtype, depth);
-}
+bool whole_pieces(const Rows& rows, int64_t depth) { return rows.dtype == Dtype::kFloat32 && in_pieces(rows, depth); }
 
 template <typename T>
 cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
@@ -265,7 +244,8 @@ cudaError_t run(const NearestCode& p, void* base, cudaStream_t stream) {
   }
   const cudaError_t error = launch(kernel, grid, kThreads, 0, stream, p, scratch);
   if (error != cudaSuccess) return error;
-  return launch(merge_kernel<T>, warp_blocks(p.tokens), kWarpsPerBlock * kWarp, 0, stream, p, scratch);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kWarpsPerBlock));
+  return launch(merge_kernel<T>, blocks, kThreads, 0, stream, p, scratch);
 }
 
 }  // namespace

@@ -10,8 +10,6 @@
 // Cost a tile of 128 codes and 64 tokens: 3 * steps MMAs of 64 cycles; 64 scores a thread at an FMA, a compare and two
 // selects, which overlap with the MMAs of the other warpgroups. At N = 65,536, K = 16,384: 217 us (D = 32), 435 us (D =
 // 64); the codebook comes from L2 once for every 192 tokens: 0.7 GB and 1.4 GB.
-#include <type_traits>
-
 #include "half_codebook.cuh"
 #include "tile_ring.cuh"
 
@@ -22,7 +20,7 @@ constexpr int kWarpgroups = 3;  // three leave 168 registers a thread
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupTokens = 64;
 constexpr int kTileTokens = kWarpgroups * kWarpgroupTokens;
-constexpr int kThreads = kWarpgroups * kWarpgroupThreads;
+constexpr int kBlockThreads = kWarpgroups * kWarpgroupThreads;
 constexpr int kRingBytes = 200 * 1024;
 constexpr int kMostStages = 8;
 static_assert(kTileCodes == 128, "wgmma_f16 is 128 codes wide");
@@ -31,7 +29,7 @@ template <int kSteps>
 using Ring = TileRing<half_tile_bytes(kSteps), 1, std::min(kMostStages, kRingBytes / half_tile_bytes(kSteps))>;
 
 template <int kSteps>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     search_wgmma_kernel(NearestCode p, TokenList tokens, const CodebookStats* stats, const char* codes,
                         HalfResults results, int32_t blocks) {
 #ifdef SEMHITOK_HOPPER
@@ -41,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int units = shares.row_tiles * shares.splits;
   if (units == 0) return;
   __shared__ typename Ring<kSteps>::Barriers barriers;
-  Ring<kSteps> ring(barriers, codes, shares, code_tiles(p), blocks, kThreads / kWarp);
+  Ring<kSteps> ring(barriers, codes, shares, code_tiles(p), blocks, kBlockThreads / kWarp);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int codebook_shift = half_shift(stats->largest);
@@ -125,11 +123,10 @@ cudaError_t wgmma_search_tokens(const NearestCode& p, const Device& device, Toke
   if (error != cudaSuccess) return error;
   error = with_half_steps(p.depth, [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kThreads, Ring<kSteps>::kSharedBytes,
+    return launch(search_wgmma_kernel<kSteps>, static_cast<unsigned>(blocks), kBlockThreads, Ring<kSteps>::kSharedBytes,
                   stream, p, tokens, stats, scratch.codes, scratch.results, blocks);
   });
-  if (error != cudaSuccess) return error;
-  return merge_half_results(p, tokens, scratch.results, kTileTokens, blocks, stream);
+  return error == cudaSuccess ? merge_half_results(p, tokens, scratch.results, kTileTokens, blocks, stream) : error;
 }
 
 }  // namespace semhitok::cuda

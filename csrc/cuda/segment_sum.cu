@@ -21,7 +21,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kAhead = 8;  // loads under way
 constexpr int kLeastChunk = 32;
 constexpr int64_t kChunksPerRow = 16;  // a chunk of c rows for up to 16 c^2 of them: as many chunks as fill the device
@@ -48,9 +47,6 @@ Scratch cut(const SegmentSum& p, void* base) {
 
 template <typename Value>
 using Sum = std::conditional_t<sizeof(Value) == 8, double, float>;
-
-// Lanes that share a chunk: a power of two, one a column, at most a warp.
-int lanes_of(int64_t depth) { return lanes_for(depth); }
 
 template <typename Value>
 __global__ void __launch_bounds__(kThreads) chunk_kernel(SegmentSum p, SortedRows sorted, Scratch s, int lanes) {
@@ -150,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(SegmentSum p, SortedRow
 
 template <typename Value>
 cudaError_t add_up(const SegmentSum& p, const SortedRows& sorted, const Scratch& s, cudaStream_t stream) {
-  const int lanes = lanes_of(p.depth);
+  const int lanes = lanes_for(p.depth);  // that share a chunk, one a column
   const auto tiles = static_cast<unsigned>(ceil_div(p.depth, lanes));
   const dim3 groups(static_cast<unsigned>(ceil_div(s.chunks * lanes, kThreads)), tiles);
   const cudaError_t error = launch(chunk_kernel<Value>, groups, kThreads, 0, stream, p, sorted, s, lanes);

@@ -8,7 +8,6 @@
 namespace semhitok::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 4096;  // enough to write at full speed; beyond it the threads take several words
 
 struct Scratch {

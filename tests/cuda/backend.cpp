@@ -67,11 +67,14 @@ int run(const ScratchBytes& scratch_bytes, const Op& op) {
 Rows rows(const void* data, int dtype) { return {data, static_cast<Dtype>(dtype)}; }
 
 // The sizes of sub-codebooks, as ops.cpp sets them: with offsets [groups + 1] total rows, else groups * subcodes.
-template <typename Problem>
-void set_sizes(Problem* p, int64_t groups, int64_t subcodes, int64_t total, const int64_t* offsets) {
-  p->groups = groups, p->offsets = offsets;
-  p->total = offsets == nullptr ? groups * subcodes : total;
-  p->subcodes = offsets == nullptr ? subcodes : (total + groups - 1) / groups;
+SubCodebooks sub_codebooks(const void* data, int dtype, int64_t groups, int64_t subcodes, int64_t total, int64_t depth,
+                           const int64_t* offsets) {
+  if (offsets == nullptr) {
+    total = groups * subcodes;
+  } else {
+    subcodes = (total + groups - 1) / groups;
+  }
+  return {groups, subcodes, total, depth, offsets, rows(data, dtype)};
 }
 
 }  // namespace
@@ -138,22 +141,19 @@ EXPORTED int64_t hier_quantize_scratch(int64_t tokens, int64_t groups, int64_t s
                                        int64_t pix_depth) {
   HierQuantize problem{};
   problem.sem.tokens = problem.pix.tokens = problem.lookup.tokens = tokens;
-  problem.sem.num_codes = problem.pix.groups = problem.lookup.groups = groups;
+  problem.sem.num_codes = groups;
   problem.sem.depth = problem.lookup.sem_depth = sem_depth;
-  problem.pix.depth = problem.lookup.pix_depth = pix_depth;
-  set_sizes(&problem.pix, groups, subcodes, 0, nullptr);
-  set_sizes(&problem.lookup, groups, subcodes, 0, nullptr);
+  problem.pix.sub = problem.lookup.pix = sub_codebooks(nullptr, 0, groups, subcodes, 0, pix_depth, nullptr);
   return cuda::hier_quantize_scratch(problem, device());
 }
 
 EXPORTED int nearest_subcode(int64_t tokens, int64_t groups, int64_t subcodes, int64_t depth, int metric, int wide,
-                             const void* z, int z_dtype, const void* sub_codebooks, int sub_codebooks_dtype,
-                             const int64_t* group, void* scores, int64_t* ids, int64_t total, const int64_t* offsets) {
+                             const void* z, int z_dtype, const void* sub, int sub_dtype, const int64_t* group,
+                             void* scores, int64_t* ids, int64_t total, const int64_t* offsets) {
   NearestSubcode problem{};
-  set_sizes(&problem, groups, subcodes, total, offsets);
-  problem.tokens = tokens, problem.depth = depth;
-  problem.metric = static_cast<Metric>(metric), problem.wide = wide != 0;
-  problem.z = rows(z, z_dtype), problem.sub_codebooks = rows(sub_codebooks, sub_codebooks_dtype);
+  problem.sub = sub_codebooks(sub, sub_dtype, groups, subcodes, total, depth, offsets);
+  problem.tokens = tokens, problem.metric = static_cast<Metric>(metric), problem.wide = wide != 0;
+  problem.z = rows(z, z_dtype);
   problem.group = group, problem.scores = scores, problem.ids = ids;
   return RUN(nearest_subcode, problem);
 }
@@ -163,11 +163,10 @@ static HierLookup lookup_problem(int64_t tokens, int64_t groups, int64_t subcode
                                  const int64_t* codes, void* q_sem, void* q_pix, int64_t total,
                                  const int64_t* offsets) {
   HierLookup problem{};
-  set_sizes(&problem, groups, subcodes, total, offsets);
   problem.tokens = tokens, problem.codes = codes;
-  problem.sem_dtype = static_cast<Dtype>(sem_dtype), problem.pix_dtype = static_cast<Dtype>(pix_dtype);
-  problem.sem_depth = sem_depth, problem.pix_depth = pix_depth;
-  problem.sem_codebook = sem, problem.pix_codebook = pix, problem.q_sem = q_sem, problem.q_pix = q_pix;
+  problem.sem = rows(sem, sem_dtype), problem.sem_depth = sem_depth;
+  problem.pix = sub_codebooks(pix, pix_dtype, groups, subcodes, total, pix_depth, offsets);
+  problem.q_sem = q_sem, problem.q_pix = q_pix;
   return problem;
 }
 
@@ -186,12 +185,11 @@ EXPORTED int hier_quantize(int64_t tokens, int64_t groups, int64_t subcodes, int
   HierQuantize problem{};
   problem.sem =
       code_problem(tokens, groups, sem_depth, sem_metric, wide, z_sem, z_sem_dtype, sem, sem_dtype, nullptr, nullptr);
-  set_sizes(&problem.pix, groups, subcodes, total, offsets);
-  problem.pix.tokens = tokens, problem.pix.depth = pix_depth;
-  problem.pix.metric = static_cast<Metric>(pix_metric), problem.pix.wide = wide != 0;
-  problem.pix.z = rows(z_pix, z_pix_dtype), problem.pix.sub_codebooks = rows(pix, pix_dtype);
   problem.lookup = lookup_problem(tokens, groups, subcodes, sem, sem_dtype, sem_depth, pix, pix_dtype, pix_depth, codes,
                                   q_sem, q_pix, total, offsets);
+  problem.pix.tokens = tokens, problem.pix.sub = problem.lookup.pix;
+  problem.pix.metric = static_cast<Metric>(pix_metric), problem.pix.wide = wide != 0;
+  problem.pix.z = rows(z_pix, z_pix_dtype);
   problem.codes = codes;
   return RUN(hier_quantize, problem);
 }

@@ -202,7 +202,7 @@ def test_cpu_build_from_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     # The inner loop of the int8 pass must keep its tile in registers: code vectors that GCC puts on the stack and loads
     # again for every token cost a third of its speed.
     for item in (
-        folder.glob("CMakeFiles/simd_avx512_vnni.dir/**/int8_pass_simd.cpp.o") if shutil.which("objdump") else ()
+        folder.glob("CMakeFiles/simd_avx512_vnni.dir/**/search_int8_simd.cpp.o") if shutil.which("objdump") else ()
     ):
         text = subprocess.run(["objdump", "-dC", str(item)], capture_output=True, text=True, check=True).stdout
         functions = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.M)[1:]
