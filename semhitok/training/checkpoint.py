@@ -27,19 +27,10 @@ def save(
     parts = {part.name: part.state() for part in stage.parts}
     positions = distributed.gather_objects(position)
     if distributed.rank() == 0:
+        state = {"stage": stage.name, "step": step, "seconds": seconds, "best": best, "data": positions, "parts": parts}
+        state["counters"] = {k: v.cpu() for k, v in stage.counters().items()}
         with open_atomic(folder / f"step-{step:08}.pt") as file:
-            torch.save(
-                {
-                    "stage": stage.name,
-                    "step": step,
-                    "seconds": seconds,
-                    "best": best,
-                    "data": positions,
-                    "parts": parts,
-                    "counters": {k: v.cpu() for k, v in stage.counters().items()},
-                },
-                file,
-            )
+            torch.save(state, file)
         for old in states(folder)[:-keep]:
             old.unlink()
     if distributed.world_size() > 1:
@@ -93,7 +84,7 @@ def save_debug_dump(folder: Path, stage: Stage, step: int, batches: Sequence[Any
     with open_atomic(path) as file:
         torch.save({"step": step, **stage.debug_dump(batches)}, file)
     text = ", ".join(f"{k} {float(v):.6g}" for k, v in figures.items() if k.endswith(("loss", "gradient_norm")))
+    files = f"its data are in {path}, the state before it in step-{step:08}.pt"
     return (
-        f"{stage.name}: not finite at step {step}: {text}; its data are in {path}, the state before it in "
-        f"step-{step:08}.pt (to continue with other settings: --accept-changes)"
+        f"{stage.name}: not finite at step {step}: {text}; {files} (to continue with other settings: --accept-changes)"
     )

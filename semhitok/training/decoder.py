@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from semhitok.config import DecoderStageConfig, TrainConfig
+from semhitok.config import DecoderStageConfig
 from semhitok.data.batch import Batch
-from semhitok.tokenizer import SemHiTok
 from semhitok.training.parts import Figures
 from semhitok.training.reconstruction import Reconstructed, ReconstructionStage
 
@@ -21,9 +20,7 @@ class DecoderStage(ReconstructionStage):
 
     name = "decoder"
     config: DecoderStageConfig
-
-    def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
-        super().__init__(model, run_config.decoder, run_config, trained=("decoder",))
+    trained = ("decoder",)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Reconstructed]:
         with self.autocast():

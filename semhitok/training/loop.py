@@ -183,14 +183,9 @@ def _spare_batches(
     stage: Stage[Loaded, OnDevice, Output], run: Run[Loaded], micro_batch: int
 ) -> Iterator[list[OnDevice]]:
     """Batches for initialisation, always the same, so that the batches of the steps do not depend on them."""
-    if run.spare is None:
-        return
-    batches = run.spare().batches(stage.config.batch_size, micro_batch, 0, None)
-    try:
-        while True:
-            yield stage.to_device(next(batches))
-    finally:
-        batches.close()
+    if run.spare is not None:
+        with contextlib.closing(run.spare().batches(stage.config.batch_size, micro_batch, 0, None)) as batches:
+            yield from map(stage.to_device, batches)
 
 
 def _agree(figures: Figures, signum: int, device: torch.device) -> int:
@@ -211,21 +206,7 @@ def _means(figures: Figures, device: torch.device) -> dict[str, float]:
     return dict(zip(figures, distributed.mean_over_processes(values).tolist(), strict=True))
 
 
-@contextlib.contextmanager
-def published_weights(stage: Stage) -> Iterator[None]:
-    """The model as it would be published: in eval mode, with moving averages in place of the weights."""
-    for part in stage.parts:
-        part.exchange_ema()
-        part.wrapped.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in stage.parts:
-            part.wrapped.train()
-            part.exchange_ema()
-
-
+@torch.no_grad()
 def _evaluate(
     stage: Stage,
     evaluate: Callable[[], Evaluation],
@@ -234,26 +215,28 @@ def _evaluate(
     best: float | None,
     logger: log.Log | None,
 ) -> float | None:
-    """Evaluate, and save the model if it is the best so far; returns the best figure so far."""
-    with published_weights(stage):
+    """Evaluate the model, and save it if it is the best so far; returns the best figure so far.
+
+    It is as it would be published: in eval mode, with moving averages in place of the weights.
+    """
+    for part in stage.parts:
+        part.exchange_ema()
+        part.wrapped.eval()
+    try:
         figures, pictures = evaluate()
         if stage.best is not None:
-            best = _keep_best(stage, stage.best, figures, folder / "best", step, best)
+            if stage.best not in figures:
+                raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {stage.best!r}")
+            value, sign = figures[stage.best], -1 if METRICS[stage.best].lower_is_better else 1
+            if best is None or not sign * value <= sign * best:
+                best = value
+                stage.save_model(folder / "best")
+                if distributed.rank() == 0:
+                    write_json(folder / "best" / "evaluation.json", {"step": step, **figures})
+    finally:
+        for part in stage.parts:
+            part.wrapped.train()
+            part.exchange_ema()
     if logger is not None:
         logger.evaluation(step, figures, pictures)
     return best
-
-
-def _keep_best(
-    stage: Stage, name: str, figures: dict[str, float], folder: Path, step: int, best: float | None
-) -> float:
-    if name not in figures:
-        raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
-    value = figures[name]
-    sign = -1 if METRICS[name].lower_is_better else 1
-    if best is not None and sign * value <= sign * best:
-        return best
-    stage.save_model(folder)
-    if distributed.rank() == 0:
-        write_json(folder / "evaluation.json", {"step": step, **figures})
-    return value

@@ -29,18 +29,13 @@ class PixelStage(ReconstructionStage):
 
     name = "pixel"
     config: PixelStageConfig
+    trained = ("encoder", "decoder")
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
-        config = run_config.pixel
-        if config.continuous_steps >= config.steps:
-            raise ValueError(
-                f"pixel.continuous_steps: expected less than pixel.steps {config.steps}, got {config.continuous_steps}"
-            )
-        super().__init__(model, config, run_config, trained=("encoder", "decoder"))
+        super().__init__(model, run_config)
         self.quantizer = model.quantizer
-        self.quantizer.decay = config.decay
-        self.codes_from = config.continuous_steps
-        self.window = usage_window(model.config.vocabulary_size, config.batch_size * model.config.grid_size**2)
+        self.quantizer.decay = self.config.decay
+        self.window = usage_window(model.config.vocabulary_size, self.config.batch_size * model.config.grid_size**2)
 
     def before_step(self, step: int, spare: Iterator[list[Batch]], seed: int) -> None:
         if step == self.config.continuous_steps:
@@ -58,10 +53,9 @@ class PixelStage(ReconstructionStage):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Reconstructed]:
         quantise = step >= self.config.continuous_steps
         drop = batch.uniform("drop") < self.config.drop
+        images = batch.images
         with self.autocast():
-            predicted, maps, z_pix, codes, commitment = self.network(
-                batch.images, self.z_sem(batch.images), quantise, drop
-            )
+            predicted, maps, z_pix, codes, commitment = self.network(images, self.z_sem(images), quantise, drop)
         loss, figures = self.reconstruction_loss(predicted, maps, batch, step)
         output = Reconstructed(predicted.detach(), (z_pix.detach(), codes) if quantise else None)
         return loss + self.config.commitment_weight * commitment, {**figures, "commitment": commitment}, output

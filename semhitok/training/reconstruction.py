@@ -208,40 +208,28 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
 
     A step trains the network first, then the critic on what the network predicted in that step.
 
-    Args:
-        model: the tokenizer.
-        config: of the stage.
-        run_config: of the run.
+    Attributes:
         trained: names of the model's modules whose parameters are trained.
     """
 
     config: PixelStageConfig | DecoderStageConfig
+    trained: tuple[str, ...]
 
-    def __init__(
-        self,
-        model: SemHiTok,
-        config: PixelStageConfig | DecoderStageConfig,
-        run_config: TrainConfig,
-        trained: Sequence[str],
-    ) -> None:
-        super().__init__(model, config, run_config)
-        self.best = run_config.evaluation.best
+    def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
+        super().__init__(model, run_config)
+        config, self.best = self.config, run_config.evaluation.best
         self.reconstruction = ReconstructionLoss(config.loss, model.config.patch_size).to(self.device)
-        model.requires_grad_(False)
-        network = PixelNetwork(model).train()
-        for name in trained:
+        for name in self.trained:
             model.get_submodule(name).requires_grad_(True)
-        self.network = Part("network", network, config.optimizer, ema_decay=config.ema_decay)
+        self.network = Part("network", PixelNetwork(model).train(), config.optimizer, ema_decay=config.ema_decay)
         self.parts = [self.network]
         self.critic: Part | None = None
         critic, settings = self.reconstruction.critic, config.loss.critic
         if critic is not None:
             side = model.config.image_size - self.reconstruction.shift
             if side < critic.smallest:
-                raise ValueError(
-                    f"critic: expected to see at least {critic.smallest} pixels a side, got {side}: "
-                    "use fewer layers or a smaller shift"
-                )
+                seen = f"expected to see at least {critic.smallest} pixels a side, got {side}"
+                raise ValueError(f"critic: {seen}: use fewer layers or a smaller shift")
             self.critic = Part("critic", critic, settings.optimizer, first_step=settings.train_from)
             self.parts.append(self.critic)
 
@@ -261,25 +249,21 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
 
     def backward(self, batches: Sequence[Batch], step: int) -> tuple[Figures, list[Reconstructed]]:
         figures, outputs = super().backward(batches, step)
-        if self.critic is None or step < self.critic.first_step:
+        critic = self.critic
+        if critic is None or step < critic.first_step:
             return figures, outputs
-        of_critic, logits = self._critic_backward(self.critic, batches, outputs, step)
-        figures |= {f"critic_{name}": figure for name, figure in of_critic.items()}
-        return figures, [output._replace(mean_logits=x) for output, x in zip(outputs, logits, strict=True)]
-
-    def _critic_backward(
-        self, critic: Part, batches: Sequence[Batch], outputs: Sequence[Reconstructed], step: int
-    ) -> tuple[Figures, list[Tensor]]:
-        """The critic learns to tell images from this step's reconstructions; figures, and mean logits."""
 
         def loss(item: tuple[Batch, Reconstructed]) -> tuple[Tensor, Figures, Tensor]:
+            """The critic learns to tell images from this step's reconstructions."""
             batch, output = item
             # One step of spectral normalisation's power iteration an update, however many micro-batches it has.
             critic.module.train(batch is batches[0])
             inputs = self.reconstruction.critic_inputs(output.predicted, batch.images, batch)
             return self.reconstruction.critic_objective(critic(inputs), step)
 
-        return critic.accumulate(list(zip(batches, outputs, strict=True)), loss)
+        of_critic, logits = critic.accumulate(list(zip(batches, outputs, strict=True)), loss)
+        figures |= {f"critic_{name}": figure for name, figure in of_critic.items()}
+        return figures, [output._replace(mean_logits=x) for output, x in zip(outputs, logits, strict=True)]
 
     def after_step(self, outputs: Sequence[Reconstructed], step: int, seed: int) -> Figures:
         self.reconstruction.update([x.mean_logits for x in outputs if x.mean_logits is not None])

@@ -56,21 +56,12 @@ class SemanticStage(TokenizerStage[Tokens | None]):
     config: SemanticStageConfig
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
-        config = run_config.semantic
-        if config.continuous_steps >= config.steps:
-            raise ValueError(
-                f"semantic.continuous_steps: expected less than semantic.steps {config.steps}, "
-                f"got {config.continuous_steps}"
-            )
-        super().__init__(model, config, run_config)
+        super().__init__(model, run_config)
+        config = self.config
         self.head, self.quantizer = model.semantic_head, model.quantizer.semantic
         self.quantizer.decay = config.decay
-        model.requires_grad_(False)
-        network = SemanticNetwork(model).train()
-        network.requires_grad_(True)
-        self.network = Part("network", network, config.optimizer)
+        self.network = Part("network", SemanticNetwork(model).train().requires_grad_(True), config.optimizer)
         self.parts = [self.network]
-        self.codes_from = config.continuous_steps
         self.window = usage_window(model.config.num_codes, config.batch_size * model.config.grid_size**2)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -111,19 +102,16 @@ class SemanticStage(TokenizerStage[Tokens | None]):
         generator = keyed_generator(seed, self.name, step, "restart")
         restarted = self.quantizer.restart(z, self.config.restart_window, generator=generator)
         figures = usage_figures(self.quantizer.usage, step, self.window)
-        self._warn_if_collapsing(figures, step)
-        # There are no sub-codes yet, so the other views say nothing.
-        return {"restarted": restarted, **{k: v for k, v in figures.items() if k.startswith("semantic_")}}
-
-    def _warn_if_collapsing(self, figures: dict[str, float], step: int) -> None:
-        """Warn when few codes are left in use: such a run does not recover."""
         usage = figures.get("semantic_usage", float("inf"))
+        # With few codes left in use a run does not recover.
         if usage < self.config.collapse_usage and distributed.rank() == 0:
             print(
                 f"semhitok: warning: the semantic codebook is collapsing: after step {step + 1} {usage:.1%} of its "
                 f"codes are in use (perplexity {figures['semantic_perplexity']:.1f} of {self.model.config.num_codes})",
                 file=sys.stderr,
             )
+        # There are no sub-codes yet, so the other views say nothing.
+        return {"restarted": restarted, **{k: v for k, v in figures.items() if k.startswith("semantic_")}}
 
     def counters(self) -> dict[str, Tensor]:
         counters = {"misses": self.quantizer.misses, "usage": self.quantizer.usage.counts}

@@ -101,13 +101,22 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
 
 
 class TokenizerStage(Stage[Batch, Batch, Output]):
-    """A stage that trains a part of a tokenizer on images."""
+    """A stage that trains a part of a tokenizer on images. The rest has no gradients.
+
+    Raises:
+        ValueError: `continuous_steps` of the stage's configuration are not less than its steps.
+    """
 
     run_config: TrainConfig
 
-    def __init__(self, model: SemHiTok, config: StageConfig, run_config: TrainConfig) -> None:
+    def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
+        config = run_config.stage_configs[self.name]
         super().__init__(model, config, run_config)
-        self.model = model
+        self.model = model.requires_grad_(False)
+        self.codes_from = getattr(config, "continuous_steps", 0)
+        if self.codes_from >= config.steps:
+            expected = f"less than {self.name}.steps {config.steps}"
+            raise ValueError(f"{self.name}.continuous_steps: expected {expected}, got {self.codes_from}")
 
     def setup(self) -> None:
         for module in self.network.module.modules():
