@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from typing import Any, TypeVar
@@ -78,14 +79,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
         return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads "1e-3" (no dot) as text.
-        try:
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads "1e-3" (no dot) as text
             return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     expected = origin or hint
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")

@@ -7,6 +7,7 @@ training stages need. Every default is a choice of this project unless a comment
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -141,8 +142,7 @@ class OptimizerConfig:
     grad_clip: float = 1.0
 
 
-def _pixel_optimizer() -> OptimizerConfig:
-    return OptimizerConfig(1e-4, 1e-5, betas=(0.9, 0.95))
+_pixel_optimizer = functools.partial(OptimizerConfig, lr=1e-4, betas=(0.9, 0.95))
 
 
 @dataclass

@@ -28,6 +28,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -389,10 +390,9 @@ def _segment_sum_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tenso
     if grad is None:
         return None, None, None
     (ids,) = ctx.saved_tensors
-    if ctx.num_segments == 0:
-        return grad.new_zeros((ids.shape[0], grad.shape[1]), dtype=ctx.dtype), None, None
     known = (ids >= 0) & (ids < ctx.num_segments)
-    rows = torch.where(known[:, None], grad[torch.where(known, ids, 0)], 0.0)
+    # Ids out of range take the row of zeros behind those of the segments.
+    rows = F.pad(grad, (0, 0, 0, 1))[torch.where(known, ids, ctx.num_segments)]
     return rows.to(ctx.dtype), None, None
 
 

@@ -238,8 +238,7 @@ def _checked(name: str, ids: Ids, start: int, stop: int) -> Ids:
         try:
             low = high = ids = operator.index(ids)
         except TypeError:
-            got = type(ids).__name__
-            raise ValueError(f"{name}: expected an int or integer tensor, got {got}") from None
+            raise ValueError(f"{name}: expected an int or integer tensor, got {type(ids).__name__}") from None
     if low < start or high >= stop:
         raise ValueError(f"{name}: expected ids in [{start}, {stop}), got {low if low < start else high}")
     return ids

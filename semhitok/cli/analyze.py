@@ -27,11 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model_arguments(parser)
     arguments.add_source_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for analysis.json and the figures")
-    parser.add_argument(
-        "--tiles",
-        action="store_true",
-        help="cut each image into tiles of the tokenizer's size, instead of resizing and cropping it to that size",
-    )
+    tiles = "cut each image into tiles of the tokenizer's size, instead of resizing and cropping it to that size"
+    parser.add_argument("--tiles", action="store_true", help=tiles)
 
 
 def run(args: argparse.Namespace) -> int:

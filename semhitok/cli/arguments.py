@@ -34,22 +34,16 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that runs a unified model."""
-    parser.add_argument("model", metavar="MODEL", help="folder of a trained model and its text tokenizer")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="CHECKPOINT", help="the image tokenizer the model was trained with"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a trained model and its text tokenizer")
+    add("--tokenizer", required=True, metavar="CHECKPOINT", help="the image tokenizer the model was trained with")
     add_device_argument(parser)
 
 
 def add_set_argument(parser: argparse.ArgumentParser, example: str) -> None:
     """Changes to a configuration."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"change a setting by its dotted name, such as {example}; repeatable",
-    )
+    change = f"change a setting by its dotted name, such as {example}; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=change)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -59,43 +53,26 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_argument(parser: argparse.ArgumentParser, what: str, default: int = 8) -> None:
     """How much goes through a network at once."""
-    parser.add_argument(
-        "--batch-size", type=positive, default=default, metavar="N", help=f"{what} at once (default: %(default)s)"
-    )
+    what += " at once (default: %(default)s)"
+    parser.add_argument("--batch-size", type=positive, default=default, metavar="N", help=what)
 
 
 def add_sampling_arguments(parser: argparse._ActionsContainer, temperature: float) -> None:
     """How ids are sampled."""
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="T",
-        help=f"sampling temperature; 0 takes the most likely id (default: {temperature:g})",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the most likely ids that make up this share of the probability (default: all)",
-    )
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
+    add = parser.add_argument
+    scale = f"sampling temperature; 0 takes the most likely id (default: {temperature:g})"
+    share = "sample from the most likely ids that make up this share of the probability (default: all)"
+    add("--temperature", type=float, default=temperature, metavar="T", help=scale)
+    add("--top-p", type=float, default=1.0, metavar="P", help=share)
+    add("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
 
 
 def add_drawing_arguments(parser: argparse._ActionsContainer) -> None:
     """How pictures are sampled."""
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=2.0,
-        metavar="SCALE",
-        help="scale of classifier-free guidance; 1 is none (default: 2)",
-    )
+    add, scale = parser.add_argument, "scale of classifier-free guidance; 1 is none (default: 2)"
+    add("--guidance", type=float, default=2.0, metavar="SCALE", help=scale)
     add_sampling_arguments(parser, temperature=1.0)
-    parser.add_argument(
-        "--top-k", type=natural, default=0, metavar="K", help="sample from the K most likely ids (default: all)"
-    )
+    add("--top-k", type=natural, default=0, metavar="K", help="sample from the K most likely ids (default: all)")
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

@@ -19,11 +19,10 @@ from semhitok.cli import arguments, text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_assistant_arguments(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files that the conversation is about")
-    parser.add_argument("--question", metavar="TEXT", help="ask this one question")
-    parser.add_argument(
-        "--max-new-tokens", type=arguments.positive, default=256, metavar="N", help="most new ids (default: 256)"
-    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image files that the conversation is about")
+    add("--question", metavar="TEXT", help="ask this one question")
+    add("--max-new-tokens", type=arguments.positive, default=256, metavar="N", help="most new ids (default: 256)")
     arguments.add_sampling_arguments(parser, temperature=0.0)
 
 

@@ -30,10 +30,14 @@ def run(args: argparse.Namespace) -> int:
 
     file = load_codes(args.ids)
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device, teacher=False)
-    device = next(tokenizer.parameters()).device
+    device, config = next(tokenizer.parameters()).device, tokenizer.config
+    sizes, grid = (config.num_codes, config.num_sub_codes), [config.grid_size] * 2
     try:
         tokenizer.vocabulary.check_hash(file.codebook_hash)
-        _check_grid(file, tokenizer.config)
+        if (got := (file.num_codes, file.num_sub_codes)) != sizes:
+            raise ValueError(f"num_codes, num_sub_codes: expected {sizes}, got {got}")
+        if list(file.codes.shape[1:]) != grid:
+            raise ValueError(f"codes: expected [N, h, w] of h, w {grid}, got {list(file.codes.shape)}")
     except ValueError as error:
         raise ValueError(f"{args.ids}: {error}") from None
     out = arguments.make_output_folder(args.out)
@@ -47,12 +51,3 @@ def run(args: argparse.Namespace) -> int:
                 bar.update()
     print(printable(f"{out}: {text.count(len(names), 'image')}"))
     return text.DONE
-
-
-def _check_grid(file, config) -> None:
-    expected = (config.num_codes, config.num_sub_codes)
-    if (file.num_codes, file.num_sub_codes) != expected:
-        raise ValueError(f"num_codes, num_sub_codes: expected {expected}, got {(file.num_codes, file.num_sub_codes)}")
-    grid = [config.grid_size] * 2
-    if list(file.codes.shape[1:]) != grid:
-        raise ValueError(f"codes: expected [N, h, w] of h, w {grid}, got {list(file.codes.shape)}")

@@ -35,15 +35,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model_arguments(parser)
-    parser.add_argument(
-        "sources",
-        metavar="SOURCE",
-        nargs="+",
-        help="images, or folders searched recursively; for a corpus also webdataset shards and parquet files",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="IDS|DIR", help="file ending in .safetensors, or a corpus's folder"
-    )
+    sources = "images, or folders searched recursively; for a corpus also webdataset shards and parquet files"
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help=sources)
+    out = "file ending in .safetensors, or a corpus's folder"
+    parser.add_argument("--out", required=True, metavar="IDS|DIR", help=out)
     # Named after the settings of `EncodingConfig` and the arguments of `encode_corpus`; absent unless given.
     add = parser.add_argument_group("for a corpus", argument_default=argparse.SUPPRESS).add_argument
     default, positive = EncodingConfig(), arguments.positive
@@ -110,15 +105,8 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
                 bar.update()
                 yield result
 
-    summary = encode_corpus(
-        args.checkpoint,
-        args.sources,
-        arguments.make_output_folder(args.out),
-        config,
-        device=arguments.find_device(args.device),
-        progress=counted,
-        **given,
-    )
+    out, device = arguments.make_output_folder(args.out), arguments.find_device(args.device)
+    summary = encode_corpus(args.checkpoint, args.sources, out, config, device=device, progress=counted, **given)
     print(text.table(_rows(args.out, config.precision, summary)))
     return text.exit_code(summary.skipped)
 

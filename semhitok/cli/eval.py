@@ -30,18 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "semhitok eval [-h] CHECKPOINT IMAGES... --out OUT [options]\n"
         "       semhitok eval [-h] --reconstructions FOLDER IMAGES... --out OUT [options]"
     )
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="CHECKPOINT IMAGES",
-        help="folder of a saved tokenizer, or its name on a hub (not with --reconstructions), then images and folders",
-    )
+    sources = "folder of a saved tokenizer, or its name on a hub (not with --reconstructions), then images and folders"
+    parser.add_argument("sources", nargs="+", metavar="CHECKPOINT IMAGES", help=sources)
     parser.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
-    parser.add_argument(
-        "--reconstructions",
-        metavar="FOLDER",
-        help="evaluate these instead of a tokenizer: one lossless image for each original, of the same name",
-    )
+    theirs = "evaluate these instead of a tokenizer: one lossless image for each original, of the same name"
+    parser.add_argument("--reconstructions", metavar="FOLDER", help=theirs)
     parser.add_argument("--labels", metavar="LABELS", help="labels to probe the features for: folders, .csv or .json")
     parser.add_argument("--features", metavar="NAME", help="network for another Fréchet distance")
     arguments.add_device_argument(parser)
@@ -58,18 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from semhitok.evaluation.protocol import evaluate_reconstructions, evaluate_tokenizer
 
     device = distributed.join(arguments.find_device(args.device))
-    if args.reconstructions is None:
+    out, theirs, features = args.out, args.reconstructions, args.features
+    if theirs is None:
         checkpoint, *sources = args.sources
         tokenizer = arguments.load_tokenizer(checkpoint, str(device))
-        report = evaluate_tokenizer(
-            tokenizer, sources, args.out, labels=args.labels, features=args.features, name=checkpoint
-        )
+        report = evaluate_tokenizer(tokenizer, sources, out, labels=args.labels, features=features, name=checkpoint)
     else:
-        report = evaluate_reconstructions(
-            args.reconstructions, args.sources, args.out, features=args.features, device=device
-        )
+        report = evaluate_reconstructions(theirs, args.sources, out, features=features, device=device)
     if distributed.rank() == 0:
         for warning in report["warnings"]:
             print(printable(f"semhitok eval: warning: {warning}"), file=sys.stderr)
-        print(text.table([*table_rows(report), ("page", f"{args.out}/index.html")]))
+        print(text.table([*table_rows(report), ("page", f"{out}/index.html")]))
     return text.DONE

@@ -21,15 +21,12 @@ _MAX_IMAGES = 1000  # of the folder; they are held in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
-    parser.add_argument("--compare", metavar="CHECKPOINT", help="another tokenizer, to show beside the first")
-    parser.add_argument(
-        "--images", metavar="FOLDER", help=f"images to search for patches that share a code (the first {_MAX_IMAGES})"
-    )
+    add, images = parser.add_argument, f"images to search for patches that share a code (the first {_MAX_IMAGES})"
+    add("checkpoint", metavar="CHECKPOINT", help="folder of a saved tokenizer, or its name on a hub")
+    add("--compare", metavar="CHECKPOINT", help="another tokenizer, to show beside the first")
+    add("--images", metavar="FOLDER", help=images)
     arguments.add_device_argument(parser)
-    parser.add_argument(
-        "--port", type=arguments.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)"
-    )
+    add("--port", type=arguments.natural, default=7860, metavar="N", help="0 for any free one (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

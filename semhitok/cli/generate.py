@@ -21,13 +21,12 @@ from semhitok.cli import arguments, text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_assistant_arguments(parser)
-    captions = parser.add_argument("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
+    add = parser.add_argument
+    captions = add("captions", nargs="+", default=[], metavar="CAPTION", help="what to draw")
     captions.required = False  # --prompts may have them; argparse would match "*" to nothing in front of an option
-    parser.add_argument("--prompts", metavar="FILE", help="text file of captions, one a line; adds to CAPTION")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to save the pictures in")
-    parser.add_argument(
-        "--count", type=arguments.positive, default=4, metavar="N", help="pictures per caption (default: 4)"
-    )
+    add("--prompts", metavar="FILE", help="text file of captions, one a line; adds to CAPTION")
+    add("--out", required=True, metavar="FOLDER", help="folder to save the pictures in")
+    add("--count", type=arguments.positive, default=4, metavar="N", help="pictures per caption (default: 4)")
     arguments.add_batch_argument(parser, "pictures")
     arguments.add_drawing_arguments(parser)
 

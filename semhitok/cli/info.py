@@ -26,12 +26,8 @@ _MAX_COUNTERS = 2**27  # 1 GiB; an ids file may claim any K and m
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "subject",
-        metavar="CHECKPOINT|IDS|CORPUS",
-        nargs="?",
-        help="checkpoint folder, name on a hub, ids file, or folder of an encoded corpus",
-    )
+    subject = "checkpoint folder, name on a hub, ids file, or folder of an encoded corpus"
+    parser.add_argument("subject", metavar="CHECKPOINT|IDS|CORPUS", nargs="?", help=subject)
 
 
 def run(args: argparse.Namespace) -> int:

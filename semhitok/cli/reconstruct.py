@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     device = next(tokenizer.parameters()).device
     out = arguments.make_output_folder(args.out)
     targets = dict(zip(paths, text.png_names(map(str, paths)), strict=True))
-    _check_keeps_originals(out, targets)
+    originals = {path.resolve() for path in paths}
+    for name in targets.values():
+        if (out / name).resolve() in originals:
+            raise ValueError(f"--out: {out / name} is one of the originals; name another folder")
     config = tokenizer.config
     reader = ImageReader(paths, config.image_size, args.batch_size, "reconstruct")
     functions = quick_functions()
@@ -60,10 +63,3 @@ def run(args: argparse.Namespace) -> int:
     written = text.count(len(rows) - 1, "image")
     print(printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{skipped}"))
     return text.exit_code(reader.skipped)
-
-
-def _check_keeps_originals(out, targets) -> None:
-    originals = {path.resolve() for path in targets}
-    for name in targets.values():
-        if (out / name).resolve() in originals:
-            raise ValueError(f"--out: {out / name} is one of the originals; name another folder")

@@ -20,17 +20,11 @@ from semhitok.config import preset_names, train_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help=f"{', '.join(preset_names())}, or a YAML file")
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="IMAGES",
-        help="image files, folders of them, or webdataset shards (*.tar, {000..123}, URLs)",
-    )
+    add, images = parser.add_argument, "image files, folders of them, or webdataset shards (*.tar, {000..123}, URLs)"
+    add("config", metavar="CONFIG", help=f"{', '.join(preset_names())}, or a YAML file")
+    add("sources", nargs="*", metavar="IMAGES", help=images)
     training.add_training_arguments(parser, "pixel.batch_size=32")
-    parser.add_argument(
-        "--held-out", nargs="+", default=[], metavar="IMAGES", help="images to evaluate on, not trained on"
-    )
+    add("--held-out", nargs="+", default=[], metavar="IMAGES", help="images to evaluate on, not trained on")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
     config = train_config(args.config)
     if not args.sources and not args.print_config:
         raise ValueError("IMAGES: expected, got none")
+    options = {"held_out": args.held_out, "accept_changes": args.accept_changes}
     return training.run_training(
-        args,
-        config,
-        lambda device: train(
-            config, args.sources, args.out, held_out=args.held_out, device=device, accept_changes=args.accept_changes
-        ),
+        args, config, lambda device: train(config, args.sources, args.out, device=device, **options)
     )

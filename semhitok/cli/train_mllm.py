@@ -21,9 +21,8 @@ from semhitok.config import preset_names
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=f"{', '.join(preset_names('mllm'))}, or a YAML file")
-    parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help="adapter, joint, instruct (default: those of the configuration)"
-    )
+    stages = "adapter, joint, instruct (default: those of the configuration)"
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=stages)
     training.add_training_arguments(parser, "joint.batch_size=32")
 
 

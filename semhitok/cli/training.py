@@ -18,11 +18,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, example: str) -> Non
     parser.add_argument("--out", metavar="RUN", help="the run's folder")
     arguments.add_set_argument(parser, example)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration as YAML and exit")
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="resume although the data have changed, or settings other than the model's",
-    )
+    accept = "resume although the data have changed, or settings other than the model's"
+    parser.add_argument("--accept-changes", action="store_true", help=accept)
     arguments.add_device_argument(parser)
 
 
@@ -33,7 +30,7 @@ def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.d
     for assignment in args.set:
         override(config, assignment)
     if args.print_config:
-        print(require("yaml").safe_dump(_plain(config.to_dict()), sort_keys=False), end="")
+        print(require("yaml").safe_dump(config.to_dict(), sort_keys=False), end="")
         return text.DONE
 
     def work() -> str:
@@ -60,10 +57,3 @@ def run_resumable(command: str, work: Callable[[], str]) -> int:
     if distributed.rank() == 0:
         print(result)
     return code
-
-
-def _plain(value: Any) -> Any:
-    """A configuration as YAML has it: tuples become lists."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

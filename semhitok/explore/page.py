@@ -9,6 +9,7 @@ import html
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ class _Page:
         drop.upload(self.open_file, drop, [drop, status, *self.outputs], **options)
         for number, panel in enumerate(self.panels):
             for picture in panel.pictures:
-                picture.select(self.on_choose(panel), views, self.outputs, **options)
-            panel.sub_codes.select(self.on_swap(number, panel), views, self.outputs, **options)
-            panel.reset.click(self.on_reset(number, panel), views, self.outputs, **options)
+                picture.select(self.handler(partial(self.choose, panel.side)), views, self.outputs, **options)
+            panel.sub_codes.select(self.handler(partial(self.swap, number)), views, self.outputs, **options)
+            panel.reset.click(self.handler(partial(self.reset, number)), views, self.outputs, **options)
 
     def show(self, views: Views) -> list[Any]:
         pairs = zip(self.panels, views, strict=True)
@@ -113,36 +114,28 @@ class _Page:
         text = f"{path.name}, {image.shape[2]} x {image.shape[1]} pixels, cropped to the centre"
         return [None, _paragraph(text), *self.show(tuple(panel.explorer.open(image) for panel in self.panels))]
 
-    def on_choose(self, panel: _Panel) -> Callable[..., list[Any]]:
-        def choose(views: Views | None, event: gr.SelectData) -> list[Any]:
-            if views is None:
-                return self.unchanged()
-            x, y = ((pixel + 0.5) / panel.side for pixel in event.index)
-            pairs = zip(self.panels, views, strict=True)
-            return self.show(tuple(panel.explorer.choose(view, x, y) for panel, view in pairs))
+    def handler(self, change: Callable[[Views, Any], Views | None]) -> Callable[..., list[Any]]:
+        """The handler of an event that changes the views, once there is an image; None leaves them as they are."""
 
-        return choose
+        def handle(views: Views | None, event: gr.EventData) -> list[Any]:
+            changed = None if views is None else change(views, event)
+            return self.unchanged() if changed is None else self.show(changed)
 
-    def on_swap(self, number: int, panel: _Panel) -> Callable[..., list[Any]]:
-        def swap(views: Views | None, event: gr.SelectData) -> list[Any]:
-            if views is None:
-                return self.unchanged()
-            sub = panel.explorer.sub_codes(views[number]).sub
-            if event.index >= len(sub):  # a click on sub-codes that the page was about to replace
-                return self.unchanged()
-            view = panel.explorer.swap(views[number], int(sub[event.index]))
-            return self.show((*views[:number], view, *views[number + 1 :]))
+        return handle
 
-        return swap
+    def choose(self, side: int, views: Views, event: Any) -> Views:
+        x, y = ((pixel + 0.5) / side for pixel in event.index)
+        return tuple(panel.explorer.choose(view, x, y) for panel, view in zip(self.panels, views, strict=True))
 
-    def on_reset(self, number: int, panel: _Panel) -> Callable[..., list[Any]]:
-        def reset(views: Views | None) -> list[Any]:
-            if views is None:
-                return self.unchanged()
-            view = panel.explorer.reset(views[number])
-            return self.show((*views[:number], view, *views[number + 1 :]))
+    def swap(self, number: int, views: Views, event: Any) -> Views | None:
+        view, explorer = views[number], self.panels[number].explorer
+        sub = explorer.sub_codes(view).sub
+        if event.index >= len(sub):  # a click on sub-codes that the page was about to replace
+            return None
+        return (*views[:number], explorer.swap(view, int(sub[event.index])), *views[number + 1 :])
 
-        return reset
+    def reset(self, number: int, views: Views, event: Any) -> Views:
+        return (*views[:number], self.panels[number].explorer.reset(views[number]), *views[number + 1 :])
 
 
 def listen(port: int) -> socket.socket:
@@ -193,17 +186,12 @@ class _Panel:
         self.crop_scale = max(1, round(_CROP_SIDE / (3 * config.patch_size)))
         with gr.Column(elem_id=f"panel-{number}", min_width=480):
             gr.HTML(_heading(explorer))
+            names = {"image": "Image", "map": "Semantic map", "reconstruction": "Reconstruction"}
+            options = _SHOWN | {"min_width": 140, "elem_classes": "picture"}
             with gr.Row():
                 self.pictures = [
-                    gr.Image(
-                        label=label,
-                        alt_text=label,
-                        min_width=140,
-                        elem_classes="picture",
-                        elem_id=f"{label.split()[-1].lower()}-{number}",
-                        **_SHOWN,
-                    )
-                    for label in ("Image", "Semantic map", "Reconstruction")
+                    gr.Image(label=label, alt_text=label, elem_id=f"{name}-{number}", **options)
+                    for name, label in names.items()
                 ]
             with gr.Row():
                 self.figures = gr.HTML(elem_id=f"figures-{number}")
@@ -255,10 +243,8 @@ class _Panel:
             marks = ["shown"] * (j == patch.j) + ["nearest"] * (j == patch.encoded_j)
             items.append((pixels, f"j = {j}\nd² = {distance:.3g}\n{', '.join(marks)}"))
         which = f"The {patch.size}" if len(items) == patch.size else f"The nearest {len(items)} of {patch.size}"
-        label = (
-            f"{which} sub-codes of i = {patch.i}, decoded in the patch's place, and their squared distances to z_pix"
-        )
-        return gr.Gallery(items, label=label, visible=True, selected_index=None)
+        which += f" sub-codes of i = {patch.i}, decoded in the patch's place, and their squared distances to z_pix"
+        return gr.Gallery(items, label=which, visible=True, selected_index=None)
 
     def _sharing(self, view: View, patch: Patch) -> gr.Gallery:
         album = self.explorer.album

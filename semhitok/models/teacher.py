@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from semhitok._optional import require
 from semhitok.config import TeacherConfig
 
+# How `forward_intermediates` is called for the patch tokens of inner blocks, [B, C, h, w] each.
+TOKENS: dict[str, Any] = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+
 
 class Teacher(nn.Module):
     """Images in [0, 1] -> patch tokens of one inner block, resampled to the grid of the image tokenizer.
@@ -37,10 +40,8 @@ class Teacher(nn.Module):
         self.config = config
         self.grid_size = grid_size
         load = load and (config.pretrained or config.checkpoint is not None)
-        size, file = config.image_size, config.checkpoint
-        self.vit = vision_transformer(
-            "teacher", config.name, load=load, checkpoint=file, image_size=size, **config.options
-        )
+        file: dict[str, Any] = {"checkpoint": config.checkpoint, "image_size": config.image_size}
+        self.vit = vision_transformer("teacher", config.name, load=load, **file, **config.options)
         depth = len(self.vit.blocks)
         if not -depth <= config.block < depth:
             raise ValueError(f"teacher.block: expected -{depth}..{depth - 1} for {config.name!r}, got {config.block}")
@@ -66,8 +67,7 @@ class Teacher(nn.Module):
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        options = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
-        maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=[self.block], **options)[0]
+        maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=[self.block], **TOKENS)[0]
         if maps.shape[-1] != self.grid_size:
             maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)
         return maps.permute(0, 2, 3, 1).float()

@@ -84,7 +84,5 @@ def save_debug_dump(folder: Path, stage: Stage, step: int, batches: Sequence[Any
     with open_atomic(path) as file:
         torch.save({"step": step, **stage.debug_dump(batches)}, file)
     text = ", ".join(f"{k} {float(v):.6g}" for k, v in figures.items() if k.endswith(("loss", "gradient_norm")))
-    files = f"its data are in {path}, the state before it in step-{step:08}.pt"
-    return (
-        f"{stage.name}: not finite at step {step}: {text}; {files} (to continue with other settings: --accept-changes)"
-    )
+    text += f"; its data are in {path}, the state before it in step-{step:08}.pt"
+    return f"{stage.name}: not finite at step {step}: {text} (to continue with other settings: --accept-changes)"

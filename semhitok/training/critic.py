@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from semhitok.config import CriticConfig
-from semhitok.models.teacher import vision_transformer
+from semhitok.models.teacher import TOKENS, vision_transformer
 
 AUGMENT_NUMBERS = 8  # random numbers that `diff_augment` takes for an image
 LECAM_DECAY = 0.99
@@ -78,14 +78,11 @@ class DinoCritic(nn.Module):
     def __init__(self, config: CriticConfig, *, load: bool = True) -> None:
         super().__init__()
         self.image_size = config.image_size
-        self.vit = vision_transformer(
-            "critic", config.backbone, load=load, checkpoint=config.checkpoint, image_size=config.image_size
-        )
+        name, file = config.backbone, config.checkpoint
+        self.vit = vision_transformer("critic", name, load=load, checkpoint=file, image_size=self.image_size)
         depth = len(self.vit.blocks)
         if not config.blocks or not all(-depth <= block < depth for block in config.blocks):
-            raise ValueError(
-                f"critic.blocks: expected some of -{depth}..{depth - 1} for {config.backbone!r}, got {config.blocks}"
-            )
+            raise ValueError(f"critic.blocks: expected some of -{depth}..{depth - 1} for {name!r}, got {config.blocks}")
         self.blocks = sorted({block % depth for block in config.blocks})
         cfg = self.vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
@@ -106,14 +103,7 @@ class DinoCritic(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             images = resize(images.float(), self.image_size)
-            maps = self.vit.forward_intermediates(
-                (images - self.mean) / self.std,
-                indices=self.blocks,
-                norm=False,
-                stop_early=True,
-                output_fmt="NCHW",
-                intermediates_only=True,
-            )
+            maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=self.blocks, **TOKENS)
             return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
@@ -240,11 +230,10 @@ def window(images: Tensor, numbers: Tensor, shift: int) -> Tensor:
     Raises:
         ValueError: `shift` leaves no image.
     """
-    height, width = (side - shift for side in images.shape[2:])
+    sides = list(images.shape[2:])
+    height, width = (side - shift for side in sides)
     if shift < 0 or min(height, width) < 1:
-        raise ValueError(
-            f"critic.shift: expected 0 to less than the image's sides {list(images.shape[2:])}, got {shift}"
-        )
+        raise ValueError(f"critic.shift: expected 0 to less than the image's sides {sides}, got {shift}")
     top, left = _choose(numbers, shift + 1).tolist()
     return images[:, :, top : top + height, left : left + width]
 

@@ -27,14 +27,13 @@ class Log:
         self.name, self.steps, self.unit = name, steps, unit
         self.skipped = "images" if unit == "images" else "samples"
         self.bar = require("tqdm", "models").tqdm(total=self.steps, initial=start, desc=name, unit="step", disable=None)
-        self.file = (folder / name / "log.jsonl").open("a")
+        self.file = (folder / name / "log.jsonl").open("a", buffering=1)  # every line is written at once
         self.tracker = _tracker(folder, tracker, name, start)
         self.start, self.begun = start, time.perf_counter()
         self.clock, self.waited, self.units = self.begun, 0.0, 0
 
     def write(self, step: int, record: dict[str, float], skipped: int) -> None:
         self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
         now = time.perf_counter()
         elapsed = max(now - self.clock, 1e-9)
         # What depends on the machine goes to the tracker alone.
@@ -43,22 +42,18 @@ class Log:
         self.clock, self.waited, self.units = now, 0.0, 0
         if self.tracker is not None:
             self.tracker.log({**record, **speed}, step=step)
-        text = f"{rate:.1f} {self.unit}/s, {waited:.0%} of the time waiting for data"
+        text = f"loss {record['loss']:.4f}, {rate:.1f} {self.unit}/s, {waited:.0%} of the time waiting for data"
         text += f", {skipped} {self.skipped} skipped" if skipped else ""
-        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {text}", refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
         # Without a terminal to show the bar, print a line at every tenth of the way.
         tenth, before = (n * 10 // self.steps for n in (step, step - LOG_EVERY))
         if self.bar.disable and (tenth > before or step == self.steps):
             left = (now - self.begun) / (step - self.start) * (self.steps - step)
-            print(
-                f"{self.name}: step {step} of {self.steps}, loss {record['loss']:.4f}, {text}, {_duration(left)} left",
-                file=sys.stderr,
-            )
+            print(f"{self.name}: step {step} of {self.steps}, {text}, {_duration(left)} left", file=sys.stderr)
 
     def evaluation(self, step: int, figures: dict[str, float], pictures: Tensor | None) -> None:
         record = {f"held_out_{k}": v for k, v in figures.items()}
         self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
         text = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
         self.bar.write(f"{self.name}: held-out {self.skipped} after step {step}: {text}", file=sys.stderr)
         if self.tracker is not None:

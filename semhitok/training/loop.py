@@ -78,25 +78,15 @@ class Data(Protocol[Loaded]):
 
 @dataclass
 class Run(Generic[Loaded]):
-    """What the stages of a run share.
-
-    Attributes:
-        config: of the run.
-        folder: of the run.
-        data: what it trains on.
-        stop: tells whether a signal came.
-        evaluate_every: steps between two evaluations.
-        spare: gives data for initialisation, other than the batches of the steps.
-        unit: what the `total` of a batch counts.
-    """
+    """What the stages of a run share."""
 
     config: EngineConfig
     folder: Path
-    data: Data[Loaded]
-    stop: StopOnSignal
-    evaluate_every: int
-    spare: Callable[[], Data[Loaded]] | None = None
-    unit: str = "images"
+    data: Data[Loaded]  # what it trains on
+    stop: StopOnSignal  # tells whether a signal came
+    evaluate_every: int  # steps between two evaluations
+    spare: Callable[[], Data[Loaded]] | None = None  # data for initialisation, other than the batches of the steps
+    unit: str = "images"  # what the `total` of a batch counts
 
 
 def run_stage(
@@ -104,12 +94,8 @@ def run_stage(
 ) -> float:
     """Train one stage to its end, from its last checkpoint if there is one.
 
-    Leaves the trained weights (or their moving average, if there is one) in the model.
-
-    Args:
-        stage: what is trained.
-        run: what the stages share.
-        evaluate: evaluates the stage on held-out data; None leaves evaluation out.
+    Leaves the trained weights (or their moving average, if there is one) in the model. `evaluate` evaluates the stage
+    on held-out data; None leaves evaluation out.
 
     Returns:
         The seconds spent training, including those before the run was interrupted.
@@ -228,7 +214,7 @@ def _evaluate(
             if stage.best not in figures:
                 raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {stage.best!r}")
             value, sign = figures[stage.best], -1 if METRICS[stage.best].lower_is_better else 1
-            if best is None or not sign * value <= sign * best:
+            if best is None or not sign * value <= sign * best:  # also where it is NaN
                 best = value
                 stage.save_model(folder / "best")
                 if distributed.rank() == 0:

@@ -21,25 +21,20 @@ from semhitok.models.vit import Trunk
 
 
 def wrap(module: nn.Module, split: bool) -> nn.Module:
-    """`module` for the processes there are: its weights split over them, or copied; as it is in a single process."""
+    """`module` for the processes there are: its weights split over them, or copied; as it is in a single process.
+
+    FSDP2 splits it in place: every transformer block is a unit of its own, the rest another.
+    """
     if distributed.world_size() == 1:
         return module
-    return shard(module) if split else replicate(module)
-
-
-def replicate(module: nn.Module) -> nn.Module:
-    """Wrap in DDP. Buffers are not broadcast: codebooks stay equal by their own updates, which is checked."""
-    device = next(module.parameters()).device
-    ids = [device] if device.type == "cuda" else None
-    ddp = nn.parallel.DistributedDataParallel
-    # The name changed in PyTorch 2.14.
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return ddp(module, ids, gradient_as_bucket_view=True, **options)
-
-
-def shard(module: nn.Module) -> nn.Module:
-    """Apply FSDP2, in place: every transformer block is a unit of its own, the rest another."""
+    if not split:
+        device = next(module.parameters()).device
+        ids = [device] if device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
+        # Buffers are not broadcast: codebooks stay equal by their own updates, which is checked.
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # the name changed in PyTorch 2.14
+        options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return ddp(module, ids, gradient_as_bucket_view=True, **options)
     # Outputs that are views are never changed in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Models of transformers name the classes of their blocks.

@@ -114,13 +114,8 @@ class Part:
             dcp.set_model_state_dict(self.module, {**state["weights"], **averages}, options=_FULL)
             for parameter, average in zip(self.parameters, self.ema, strict=True):
                 average.copy_(parameter.detach())
-        dcp.set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["weights"],
-            optim_state_dict=state["optimizer"],
-            options=_FULL,
-        )
+        states = {"model_state_dict": state["weights"], "optim_state_dict": state["optimizer"]}
+        dcp.set_state_dict(self.module, self.optimizer, **states, options=_FULL)
 
 
 # Frozen weights belong to other files.

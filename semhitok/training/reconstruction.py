@@ -41,12 +41,8 @@ from semhitok.usage import CodeUsage
 class ReconstructionLoss(nn.Module):
     """Pixel errors, perceptual distance and the critic's verdict; all in fp32, whatever autocast surrounds it.
 
-    `perceptual` is frozen. The critic is not trained by this loss, but by `critic_objective`.
-
-    Attributes:
-        perceptual: see `perceptual_loss`; None at weight 0.
-        critic: None at weight 0.
-        lecam: None at weight 0, and without a critic.
+    `perceptual` (see `perceptual_loss`) is frozen. `critic` is not trained by this loss, but by `critic_objective`.
+    Both are None at weight 0, and so is `lecam`, also without a critic.
 
     Args:
         config: weights, and the critic.
@@ -190,17 +186,11 @@ class PixelNetwork(nn.Module):
 
 
 class Reconstructed(NamedTuple):
-    """What a step needs later of a micro-batch, without gradient.
+    """What a step needs later of a micro-batch, without gradient."""
 
-    Attributes:
-        predicted: reconstructions, float [B, 3, H, W].
-        tokens: z_pix [B, h, w, Dp] and ids [B, h, w], if they were quantised and the codebook learns.
-        mean_logits: fp32 [2], the critic's of images and of reconstructions, if the critic learnt.
-    """
-
-    predicted: Tensor
-    tokens: tuple[Tensor, Tensor] | None = None
-    mean_logits: Tensor | None = None
+    predicted: Tensor  # reconstructions, float [B, 3, H, W]
+    tokens: tuple[Tensor, Tensor] | None = None  # z_pix [B, h, w, Dp] and ids [B, h, w], if the codebook learns
+    mean_logits: Tensor | None = None  # fp32 [2], the critic's of images and of reconstructions, if the critic learnt
 
 
 class ReconstructionStage(TokenizerStage[Reconstructed]):
