@@ -35,14 +35,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-po
 
 
 class Run(NamedTuple):
-    """The figures of a command; waiting and quantising are percentages of the encoding processes' time.
+    """The figures of a command; waiting and quantising are percentages of the encoding processes' time."""
 
-    seconds: of the whole command.
-    speed: images/s, without comparing ids with those in fp32; for local and ray it includes starting the processes.
-    """
-
-    seconds: float
-    speed: float
+    seconds: float  # of the whole command
+    speed: float  # images/s, without comparing ids with those in fp32; local and ray include starting the processes
     peak: float  # MiB, of the largest process
     waiting: float
     quantising: float
@@ -98,18 +94,16 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
     # A small tokenizer, so that reading images, handing them out and writing shards is what is measured.
     make_checkpoint(work / "tiny", "semhitok-tiny", 32)
     everything, first = [str(work / "images")], [str(work / "images" / f"{n:03}") for n in range(args.small // 1000)]
-    size = ("--shard-images", str(args.shard_images))
-    two = ("--processes", "2")
+    size, two = ("--shard-images", str(args.shard_images)), ("--processes", "2")
     arms = [
-        (f"local, {args.small:,}", first, (*two,), ()),
-        ("local", everything, (*two,), ()),
+        (f"local, {args.small:,}", first, two, ()),
+        ("local", everything, two, ()),
         ("torchrun", everything, ("--engine", "torchrun"), tuple(TORCHRUN)),
         ("ray", everything, ("--engine", "ray", *two), ()),
     ]
     print(f"semhitok-tiny at 32 x 32, random weights, {args.images:,} images, two processes of one thread each\n")
-    print(
-        f"{'engine':12} {'command s':>9} {'images/s':>9} {'% waiting':>9} {'% quantiser':>11} {'peak MiB':>9}  shards"
-    )
+    titles = f"{'command s':>9} {'images/s':>9} {'% waiting':>9} {'% quantiser':>11} {'peak MiB':>9}"
+    print(f"{'engine':12} {titles}  shards")
     runs: dict[str, Run] = {}
     equal = True
     for number, (name, sources, options, launcher) in enumerate(arms):
@@ -118,11 +112,8 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
         equal &= same
         verdict = ("as local's" if same else "DIFFER from local's") if number > 1 else ""
         peak = "-" if name == "ray" else f"{run.peak:.0f}"  # Ray's processes are not this one's children
-        print(
-            f"{name:12} {run.seconds:9.1f} {run.speed:9.1f} {run.waiting:9.1f} {run.quantising:11.2f} {peak:>9}  "
-            f"{len(run.shards)} {verdict}",
-            flush=True,
-        )
+        figures = f"{run.seconds:9.1f} {run.speed:9.1f} {run.waiting:9.1f} {run.quantising:11.2f} {peak:>9}"
+        print(f"{name:12} {figures}  {len(run.shards)} {verdict}", flush=True)
     growth = runs["local"].peak / runs[arms[0][0]].peak
     grown = growth > BAR_MEMORY
     print(f"\npeak memory, {args.images:,} against {args.small:,} images: x {growth:.3f} {'MISS' if grown else 'ok'}")

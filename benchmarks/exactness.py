@@ -118,10 +118,8 @@ def scaled(g: Generator, z: Tensor, codebook: Tensor, factor: float) -> Pair:
 
 def mixed_magnitudes(g: Generator, z: Tensor, codebook: Tensor) -> Pair:
     """Tokens from 1e-18 to 1e18, codes from 0.01 to 100."""
-    z_power, code_power = (
-        size * (2 * torch.rand(len(rows), 1, generator=g) - 1) for rows, size in ((z, 18), (codebook, 2))
-    )
-    return z * 10**z_power, codebook * 10**code_power
+    z_power, code_power = (2 * torch.rand(len(rows), 1, generator=g) - 1 for rows in (z, codebook))
+    return z * 10 ** (18 * z_power), codebook * 10 ** (2 * code_power)
 
 
 def adversarial(g: Generator, z: Tensor, codebook: Tensor) -> Pair:

@@ -26,6 +26,12 @@ def printed(module: str, *arguments: str) -> str:
     return done.stdout
 
 
+def resident(key: str) -> float:
+    """A line of this process's memory status, VmRSS or VmHWM (the peak), in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
 def tool_output(command: list[str], seconds: float | None = None) -> str:
     """What a program prints.
 

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.exact import count_wrong, exact_winners
+from benchmarks.processes import resident
 from benchmarks.report import Report, aligned, chart, shown, vector_quantizer, version
 from semhitok import _C, ops, reference
 
@@ -198,13 +199,6 @@ def roofline() -> float:
     return 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=out))[0] for _ in range(200))
 
 
-def resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
 def extra_mib(call: Callable[[], tuple[Tensor, ...]]) -> float:
     """Peak MiB beyond what was there before and what is returned, by the peak of the resident size."""
     gc.collect()
@@ -215,7 +209,7 @@ def extra_mib(call: Callable[[], tuple[Tensor, ...]]) -> float:
         return math.nan
     before = resident("VmRSS")
     outputs = call()
-    return max(resident("VmHWM") - before - sum(o.nbytes for o in outputs), 0) / MIB
+    return max(resident("VmHWM") - before - sum(o.nbytes for o in outputs) / MIB, 0.0)
 
 
 # ---- checking ----

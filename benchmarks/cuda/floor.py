@@ -71,9 +71,8 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
     else:
         depth = padded(d, FP16_STEP)
         row_bytes = 4 * d if path == "few" else 2 * 2 * depth  # as it is, or its high and low halves
-        times = {
-            "MMA": tensor(instruction, SPLIT_TERMS * depth), "compare": issue("VIMNMX", INSTRUCTIONS_PER_SCORE)
-        }  # fmt: skip
+        compare = issue("VIMNMX", INSTRUCTIONS_PER_SCORE)
+        times = {"MMA": tensor(instruction, SPLIT_TERMS * depth), "compare": compare}
     times["L2"] = -(-n // design.tokens_per_block) * k * row_bytes / (ceilings["l2_read_gb_s"] * 1e9)
     times["HBM"] = (4 * d * (n + k) + BYTES_OUT * n) / (ceilings["hbm_read_gb_s"] * 1e9)
     limit = max(times, key=lambda name: times[name])

@@ -26,16 +26,9 @@ def name_of(shape: Shape) -> str:
 def survivors(paths: Iterable[str], shapes: Iterable[Shape]) -> tuple[dict[str, set[Shape]], dict[str, str]]:
     """(path -> shapes it runs on, path -> what went wrong first)."""
     named = {name_of(shape): shape for shape in shapes}
-    running = {
-        path: subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, path, *named],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-        )
-        for path in paths
-    }
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
+    command = [sys.executable, "-m", __spec__.name]
+    running = {path: subprocess.Popen([*command, path, *named], **piped) for path in paths}
     deadline = time.monotonic() + LIMIT
     ran: dict[str, set[Shape]] = {}
     wrong: dict[str, str] = {}

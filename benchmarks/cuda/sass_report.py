@@ -149,9 +149,8 @@ def read(binary: Path) -> list[Kernel]:
     """
     tool = find_tool()
     if tool is None:
-        raise RuntimeError(
-            "no cuobjdump: set CUOBJDUMP, put the CUDA toolkit's bin folder on PATH, or pip install triton"
-        )
+        ways = "set CUOBJDUMP, put the CUDA toolkit's bin folder on PATH, or pip install triton"
+        raise RuntimeError(f"no cuobjdump: {ways}")
     return parse(*(tool_output([tool, option, str(binary)]) for option in ("-sass", "--dump-resource-usage")))
 
 

@@ -89,7 +89,7 @@ def main() -> int:
     rows = [(name, args.plain) for name in ("plain", "ours")] + [(name, args.image_ids) for name in ("ours", "frozen")]
     for name, image_ids in rows:
         keys = ("tokens", "width", "text_ids", "image_ids", "threads")
-        sizes = [x for key in keys for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+        sizes = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in keys]
         got = json.loads(printed(__spec__.name, "--measure", name, str(image_ids), *sizes))
         total = image_ids + (args.text_ids if image_ids == args.image_ids else image_ids)
         verdict = "" if image_ids == args.plain else ("ok" if got["MiB"] <= BAR_MEMORY else "MISS")

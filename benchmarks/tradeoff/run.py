@@ -48,6 +48,7 @@ from semhitok.data.crops import RandomCrops
 from semhitok.data.images import list_images
 from semhitok.demo.photographs import write_photographs
 from semhitok.demo.teacher import ContrastiveConfig, train_teacher
+from semhitok.evaluation.plots import pyplot
 from semhitok.models.teacher import Teacher
 
 COLUMNS = {
@@ -62,19 +63,17 @@ TEACHER_ROW = "continuous teacher"
 class Settings:
     """What a result depends on besides its arm and seed. Only results of equal settings compare.
 
-    pictures: of training; probe, test: pictures that the probes learn from, and that everything is measured on.
-    steps, batch: updates of a branch and their pictures. teacher_*: see ContrastiveConfig. probe_steps: of the
-        attention-pool probe.
+    teacher_*: see ContrastiveConfig.
     """
 
-    pictures: int = 16_000
-    probe: int = 4_000
-    test: int = 1_000
-    steps: int = 500
-    batch: int = 32
+    pictures: int = 16_000  # of training
+    probe: int = 4_000  # pictures that the probes learn from
+    test: int = 1_000  # pictures that everything is measured on
+    steps: int = 500  # updates of a branch
+    batch: int = 32  # pictures of an update
     teacher_steps: int = 1_000
     teacher_batch: int = 64
-    probe_steps: int = 400
+    probe_steps: int = 400  # of the attention-pool probe
     photographs: bool = False
 
 
@@ -110,11 +109,10 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
             paths = list_images([folders["held_out" if name == "test" else "train"]])
             crops = RandomCrops(paths, shapes.SIZE, DataConfig(crop_scale=None), seed)
             images[name] = torch.stack([(crops[n] * 255).round().byte() for n in range(count)])
+    features = {}
     with torch.autocast("cpu", torch.bfloat16):
-        features = {
-            name: torch.cat([teacher(x.float() / 255).bfloat16() for x in uint8.split(BATCH)])
-            for name, uint8 in images.items()
-        }
+        for name, uint8 in images.items():
+            features[name] = torch.cat([teacher(x.float() / 255).bfloat16() for x in uint8.split(BATCH)])
     return Data(images, features, None if settings.photographs else labels), teacher
 
 
@@ -180,10 +178,8 @@ def table(results: Results) -> str:
     lines = [["", *(COLUMNS[k] for k in keys)]]
     lines += [[title, *(_number(k, [r[k] for r in rows if k in r]) for k in keys)] for title, rows in results.items()]
     first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], widths, strict=True))])
-        for line in lines
-    )
+    aligned = [[title.ljust(first), *map(str.rjust, cells, widths)] for title, *cells in lines]
+    return "\n".join("  ".join(cells) for cells in aligned)
 
 
 def mean_of(results: Results, row: Arm | str, key: str) -> float:
@@ -211,11 +207,7 @@ def checks(results: Results, K: int, m: int, quick: bool) -> list[tuple[bool, st
 
 def draw(results: Results, path: Path) -> None:
     """PSNR against the shape probe and against pair AP."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for axis, key in zip(axes, ("shape", "pair_ap"), strict=True):
         for n, (title, rows) in enumerate((t, r) for t, r in results.items() if "psnr" in r[0]):
@@ -241,18 +233,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("tradeoff"))
     parser.add_argument("--quick", action="store_true", help="one seed, short training, fewer sizes")
     parser.add_argument("--photographs", action="store_true", help="measure reconstruction of photographs instead")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="seeds of the trainings of each arm (default: 0 1 2; with --quick 0)",
-    )
+    seeds = "seeds of the trainings of each arm (default: 0 1 2; with --quick 0)"
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help=seeds)
     parser.add_argument("--sizes", type=int, nargs=2, default=(256, 8), metavar=("K", "m"))
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its choice)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=N", help="another value of a field of Settings; repeatable"
-    )
+    field = "another value of a field of Settings; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=N", help=field)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

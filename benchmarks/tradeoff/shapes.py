@@ -39,17 +39,15 @@ RADII = (6.5, 8.2, 10.0)  # pixels, of the sizes
 class Picture(NamedTuple):
     """One picture and its labels.
 
-    image: uint8 [3, 64, 64], RGB.
-    labels: int64 [9, 4], for each cell, row by row, the shape, colour, texture and size as indices into `ATTRIBUTES`;
-        -1 where the cell is empty.
-    background: int64 [3], pattern, ground colour and light as indices into `SURROUNDINGS`.
+    labels: for each cell, row by row, the shape, colour, texture and size as indices into `ATTRIBUTES`; -1 where the
+        cell is empty.
     caption: the same in words: "a small striped red circle at the top left, ..., on a barred olive background in dim
         light"; phrases are separated by ", ", objects in the order of their cells, the background last.
     """
 
-    image: Tensor
-    labels: Tensor
-    background: Tensor
+    image: Tensor  # uint8 [3, 64, 64], RGB
+    labels: Tensor  # int64 [9, 4]
+    background: Tensor  # int64 [3], pattern, ground colour and light as indices into `SURROUNDINGS`
     caption: str
 
 
@@ -111,9 +109,8 @@ def caption(labels: Tensor, background: Tensor) -> str:
             phrases.append(f"{article} at the {ROWS[cell // CELLS]} {COLUMNS[cell % CELLS]}")
     pattern, ground, light = background.tolist()
     article = "an" if PATTERNS[pattern][0] in "aeiou" else "a"
-    return ", ".join(
-        [*phrases, f"on {article} {PATTERNS[pattern]} {GROUNDS[ground]} background in {LIGHTS[light]} light"]
-    )
+    phrases.append(f"on {article} {PATTERNS[pattern]} {GROUNDS[ground]} background in {LIGHTS[light]} light")
+    return ", ".join(phrases)
 
 
 def _background(np: Any, random: Any, labels: Any) -> Any:
@@ -192,12 +189,6 @@ def lesson(data: Pictures) -> Lesson:
         for phrase, row in zip(caption.split(", "), rows, strict=False):
             words = of_background if phrase.endswith(" light") else of_object
             row[[words[w] for w in phrase.split() if w in words]] = 1
-    return Lesson(
-        data.images,
-        found,
-        cell_means().expand(len(found), -1, -1),
-        data.labels,
-        data.background,
-        {name: len(words) for name, words in ATTRIBUTES.items()},
-        {name: len(words) for name, words in SURROUNDINGS.items()},
-    )
+    regions = cell_means().expand(len(found), -1, -1)
+    sizes = ({name: len(words) for name, words in table.items()} for table in (ATTRIBUTES, SURROUNDINGS))
+    return Lesson(data.images, found, regions, data.labels, data.background, *sizes)

@@ -20,8 +20,9 @@ import torch
 from semhitok.config import override, train_config
 from semhitok.data.images import list_images, read_image, tiles, whole_tiles
 from semhitok.demo.photographs import write_photographs
-from semhitok.demo.tokenizer import decode, encode
-from semhitok.evaluation.metrics import gmsd, psnr, sliced_wasserstein, ssim
+from semhitok.demo.tokenizer import decode, encode, fidelity
+from semhitok.evaluation.metrics import gmsd, sliced_wasserstein
+from semhitok.evaluation.plots import pyplot
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 
@@ -29,20 +30,14 @@ CRITIC = [
     "train_from=100", "start=300", "ramp=200", "width=32", "layers=2", "augment=true",
     "optimizer={lr: 1.0e-3, betas: [0.5, 0.9]}",
 ]  # fmt: skip
-ROWS = {
-    "without": [],
-    "PatchGAN, weight 0.03": ["weight=0.03", *CRITIC],
-    "PatchGAN, weight 0.04": ["weight=0.04", *CRITIC],
-}
+ROWS = {"without": []} | {f"PatchGAN, weight {w}": [f"weight={w}", *CRITIC] for w in ("0.03", "0.04")}
 
 
 def evaluate(tokenizer: SemHiTok, photographs: list[torch.Tensor]) -> dict[str, float]:
     size = tokenizer.config.image_size
     pictures = [decode(tokenizer, encode(tokenizer, x), x) for x in photographs]
-    figures = {
-        f.__name__: sum(f(x[None], y[None]).item() for x, y in zip(pictures, photographs, strict=True)) / len(pictures)
-        for f in (psnr, ssim, gmsd)
-    }
+    of_edges = [gmsd(x[None], y[None]).item() for x, y in zip(pictures, photographs, strict=True)]
+    figures = fidelity(pictures, photographs) | {"gmsd": sum(of_edges) / len(of_edges)}
     parts = [torch.cat([tiles(x, size) for x in images]) for images in (pictures, photographs)]
     levels, mean = sliced_wasserstein(*parts, torch.Generator().manual_seed(0))
     return figures | {"swd": mean} | {f"swd_{size >> n}": v for n, v in enumerate(levels)}
@@ -94,17 +89,11 @@ def main() -> int:
 
 def draw(rows: dict, path: Path) -> None:
     """PSNR and SSIM of the held-out images on the way, and the critic's logits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    plotted = ["l1"], ["held_out_psnr"], ["critic_real_logit", "critic_fake_logit"]
     for name, row in rows.items():
         records = [json.loads(line) for line in (row["run"] / "pixel" / "log.jsonl").read_text().splitlines()]
-        for axis, keys in zip(
-            axes, (["l1"], ["held_out_psnr"], ["critic_real_logit", "critic_fake_logit"]), strict=True
-        ):
+        for axis, keys in zip(axes, plotted, strict=True):
             for key in keys:
                 points = [(r["step"], r[key]) for r in records if key in r]
                 if points:

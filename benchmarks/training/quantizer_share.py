@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import semhitok.quantizer
-from benchmarks.processes import printed
+from benchmarks.processes import printed, resident
 from semhitok import reference
 from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer
 
@@ -85,14 +85,6 @@ def make_step(stage: str, args: argparse.Namespace) -> Callable[[], Tensor]:
     return step
 
 
-def status(key: str) -> float:
-    """A line of this process's memory status, MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise KeyError(key)
-
-
 def peak(step: Callable[[], object], device: str) -> float:
     """MiB that a step takes beyond what is there before it."""
     if device != "cpu":
@@ -101,15 +93,14 @@ def peak(step: Callable[[], object], device: str) -> float:
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    resident = status("VmRSS")
+    before = resident("VmRSS")
     step()
-    return status("VmHWM") - resident
+    return resident("VmHWM") - before
 
 
 def peak_in_a_process(name: str, stage: str, args: argparse.Namespace) -> float:
-    sizes: list[str] = []
-    for key in ("K", "m", "dim", "images", "tokens", "device", "threads"):
-        sizes += [f"--{key}", str(getattr(args, key))]
+    keys = ("K", "m", "dim", "images", "tokens", "device", "threads")
+    sizes = [f"--{key}={getattr(args, key)}" for key in keys]
     return float(printed(__spec__.name, "--peak", name, stage, *sizes))
 
 

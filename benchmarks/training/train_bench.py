@@ -23,11 +23,12 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import resource
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -241,12 +242,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / median(times)
 
 
+def random_lpips() -> nn.Module:
+    import lpips
+
+    return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -261,19 +266,16 @@ def measure(name: str, model: Any, config: TrainConfig, folder: Path, device: to
     with StopOnSignal() as stop:
         stage = STAGES[name](model, config)
         observer = Observer(stage, clock, images, minutes, stop)
+        run = Run(config, folder / "run", images, stop, config.evaluation.every, lambda: images.other(0x5EED))
         with contextlib.suppress(Interrupted):
-            run_stage(
-                stage, Run(config, folder / "run", images, stop, config.evaluation.every, lambda: images.other(0x5EED))
-            )
+            run_stage(stage, run)
     return observer
 
 
-def rows(
-    observer: Observer, config: Any, flops: float, ceilings: dict[str, float], device: torch.device
-) -> Iterator[str]:
+def rows(observer: Observer, config: Any, flops: float, ceilings: Iterable[float], device: Any) -> Iterator[str]:
     step = median(observer.times)
     rate = config.batch_size * flops / step
-    shares = "".join(f"{rate / ceiling:10.1%}" if ceiling else f"{'-':>10}" for ceiling in ceilings.values())
+    shares = "".join(f"{rate / ceiling:10.1%}" if ceiling else f"{'-':>10}" for ceiling in ceilings)
     waiting = sum(observer.waits) / sum(observer.times)
     micro = config.micro_batch or config.batch_size
     yield (
@@ -303,14 +305,7 @@ def main() -> int:
 
     device = torch.device(args.device)
     config = train_config(args.preset)
-    perceptual: Callable[[], nn.Module] | None = None
-    if importlib.util.find_spec("lpips") is not None:
-        import lpips
-
-        def random_lpips() -> nn.Module:
-            return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
-
-        perceptual = random_lpips
+    perceptual = random_lpips if importlib.util.find_spec("lpips") is not None else None
     for setting in [*SETTINGS, *([] if perceptual else ["pixel.loss.lpips=0"]), *args.set]:
         override(config, setting)
     on_cuda = device.type == "cuda"
@@ -337,8 +332,7 @@ def main() -> int:
         for name in config.stages:
             flops = flops_per_image(STAGES[name](model, config), config.model.image_size, device)
             observer = measure(name, model, config, folder, device, args.minutes)
-            ceilings = {"peak": peak, "matmul": matmul}
-            lines = rows(observer, config.stage_configs[name], flops, ceilings, device)
+            lines = rows(observer, config.stage_configs[name], flops, (peak, matmul), device)
             print(f"{name:9}{next(lines)}")
             print("\n".join(lines), flush=True)
             kernels.append(observer.kernels and f"\n{name}: {observer.kernels}")

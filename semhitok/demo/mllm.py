@@ -129,17 +129,14 @@ def demo(
         for split, data in held.items():
             metrics[split], drawn[split] = _evaluate(assistant, reader, data, codes[split])
             _draw_figure(assistant, data, codes[split], drawn[split], out / f"{split}.png")
-    first, seconds = metrics[SPLITS[0]], _seconds(seconds_of)
-    best = first["images"][f"guidance {SAMPLINGS[-1].guidance:g}"]
+    captions, seconds = metrics[SPLITS[0]]["captions"], _seconds(seconds_of)
+    best = metrics[SPLITS[0]]["images"][f"guidance {SAMPLINGS[-1].guidance:g}"]
     short = {
-        "caption_attributes": first["captions"]["right image"]["mean"],
-        "caption_exact": first["captions"]["right image"]["all"],
-        "image_attributes": best["mean"],
-        "image_shape": best["shape"],
-        "caption_attributes_wrong_image": first["captions"]["wrong image"]["mean"],
-        "chance": chance()["mean"],
-        "seconds": sum(seconds.values()),
-    }
+        "caption_attributes": captions["right image"]["mean"], "caption_exact": captions["right image"]["all"],
+        "image_attributes": best["mean"], "image_shape": best["shape"],
+        "caption_attributes_wrong_image": captions["wrong image"]["mean"],
+        "chance": chance()["mean"], "seconds": sum(seconds.values()),
+    }  # fmt: skip
     metrics = {**short, **metrics, "seconds_of": seconds}
     write_json(out / "metrics.json", metrics)
     return table(metrics)
@@ -227,32 +224,25 @@ def _training_codes(image_tokenizer: SemHiTok, images: Tensor, path: Path) -> Te
 
 def _sources(image_tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) -> list[Records]:
     """Text to image, captions and questions, with weights 3 : 1 : 1."""
-    codebook_hash = image_tokenizer.codebook_hash
     pairs = zip(data.captions, codes, strict=True)
     captioned = [{"caption": text, "codes": [x.flatten().tolist()]} for text, x in pairs]
     asked = []
     for n, (row, labels) in enumerate(zip(captioned, data.labels, strict=True)):
         name, question = list(scenes.QUESTIONS.items())[n % len(scenes.QUESTIONS)]
-        messages = [
-            {"role": "user", "content": f"<image>\n{question}"},
-            {"role": "assistant", "content": scenes.answer(name, labels)},
-        ]
+        answer = {"role": "assistant", "content": scenes.answer(name, labels)}
+        messages = [{"role": "user", "content": f"<image>\n{question}"}, answer]
         asked.append({"messages": messages, "codes": row["codes"]})
-    return [
-        Records(captioned, "generation", weight=3, codebook_hash=codebook_hash),
-        Records(captioned, "understanding", codebook_hash=codebook_hash),
-        Records(asked, "understanding", codebook_hash=codebook_hash),
-    ]
+    given = ((captioned, "generation", 3), (captioned, "understanding", 1.0), (asked, "understanding", 1.0))
+    codebook_hash = image_tokenizer.codebook_hash
+    return [Records(rows, task, weight=weight, codebook_hash=codebook_hash) for rows, task, weight in given]
 
 
 def _answer(assistant: Assistant, codes: Tensor, questions: list[str]) -> list[str]:
     """Greedy answers to a question about each image's ids [N, h, w]; "" asks for a caption."""
-    images = assistant.image_ids(codes)
-    return [
-        text
-        for n in range(0, len(images), BATCH)
-        for text in assistant.answer(questions[n : n + BATCH], images[n : n + BATCH], max_new_tokens=24)
-    ]
+    images, texts = assistant.image_ids(codes), []
+    for n in range(0, len(images), BATCH):
+        texts += assistant.answer(questions[n : n + BATCH], images[n : n + BATCH], max_new_tokens=24)
+    return texts
 
 
 def _describe(assistant: Assistant, codes: Tensor) -> list[str]:
@@ -272,12 +262,9 @@ def _evaluate(
 ) -> tuple[dict[str, dict[str, Scores]], Tensor]:
     """All scores of one split, and the pictures drawn from its captions with the last of `SAMPLINGS`."""
     drawn = {f"guidance {s.guidance:g}": _draw(assistant, data.captions, s) for s in SAMPLINGS}
-    reconstructed = decode(assistant.image_tokenizer, codes)
+    read = {"real pictures": data.images, "reconstructions": decode(assistant.image_tokenizer, codes)}
     scores = {
-        "reader": {
-            "real pictures": score(reader.read(data.images), data.labels),
-            "reconstructions": score(reader.read(reconstructed), data.labels),
-        },
+        "reader": {name: score(reader.read(x), data.labels) for name, x in read.items()},
         "captions": evaluate_captions(partial(_describe, assistant), codes, data.labels),
         "questions": evaluate_questions(partial(_answer, assistant), codes, data.labels),
         "images": {name: score(reader.read(x), data.labels) for name, x in drawn.items()},

@@ -112,9 +112,8 @@ def pictures(seed: int, start: int, count: int, split: str = "train", size: int 
 
 def caption(labels: Tensor | Sequence[int]) -> str:
     """The caption of labels [5]: "a small red ring at top left on a navy background"."""
-    shape, colour, size, position, background = (
-        words[int(place)] for words, place in zip(ATTRIBUTES.values(), labels, strict=True)
-    )
+    columns = zip(ATTRIBUTES.values(), labels, strict=True)
+    shape, colour, size, position, background = (words[int(place)] for words, place in columns)
     return f"a {size} {colour} {shape} at {position} on a {background} background"
 
 
@@ -163,9 +162,8 @@ def _picture(np: Any, random: Any, labels: list[int], size: int) -> Any:
     cos, sin = np.cos(angle), np.sin(angle)
     x, y = cos * x + sin * y[:, None], cos * y[:, None] - sin * x
     cover = (0.5 - distance(np, ATTRIBUTES["shape"][shape], x, y, radius)).clip(0, 1)
-    ground, paint = (
-        np.array(rgb) + random.uniform(-0.035, 0.035, 3) for rgb in (BACKGROUND_RGB[background], COLOUR_RGB[colour])
-    )
+    colours = (BACKGROUND_RGB[background], COLOUR_RGB[colour])
+    ground, paint = (np.array(rgb) + random.uniform(-0.035, 0.035, 3) for rgb in colours)
     pixels = ground[:, None, None] + cover * (paint - ground)[:, None, None]
     tilt = random.uniform(-0.08, 0.08, 2)
     pixels *= random.uniform(0.94, 1.06) * (1 + tilt[0] * slope + tilt[1] * slope[:, None])

@@ -78,15 +78,9 @@ def scenes_lesson(data: scenes.Pictures) -> Lesson:
     near = torch.stack([scenes.surroundings(position, GRID).flatten() for position in range(CELLS)])
     regions = torch.stack([near, ~near], 1)[data.labels[:, names.index("position")]].float()
     objects = data.labels[:, :3, None].transpose(1, 2)
-    return Lesson(
-        data.images,
-        found,
-        regions / regions.sum(-1, keepdim=True),
-        torch.cat([objects, torch.full_like(objects, -1)], 1),
-        data.labels[:, 4:],
-        {name: len(scenes.ATTRIBUTES[name]) for name in names[:3]},
-        {"background": len(scenes.ATTRIBUTES["background"])},
-    )
+    labels = torch.cat([objects, torch.full_like(objects, -1)], 1)
+    sizes = ({name: len(scenes.ATTRIBUTES[name]) for name in some} for some in (names[:3], names[4:]))
+    return Lesson(data.images, found, regions / regions.sum(-1, keepdim=True), labels, data.labels[:, 4:], *sizes)
 
 
 def cell_means(grid_size: int = GRID) -> Tensor:
@@ -205,9 +199,8 @@ def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
     parameters: list[nn.Parameter] = [*vit.parameters(), *text.parameters(), *head.parameters()]
     groups: list[dict[str, Any]] = [{"params": parameters}, {"params": [scale], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, config.steps, pct_start=0.1, cycle_momentum=False, final_div_factor=1e3
-    )
+    options: dict[str, Any] = {"pct_start": 0.1, "cycle_momentum": False, "final_div_factor": 1e3}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, **options)
     cfg = vit.pretrained_cfg
     mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     draw = torch.Generator().manual_seed(config.seed)
@@ -220,9 +213,8 @@ def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
         pick = order[(step * config.batch_size + torch.arange(config.batch_size)) % len(words)]
         images = (data.images[pick].float() / 255 - mean) / std
         with torch.autocast("cpu", torch.bfloat16):
-            embedding, of_words, of_regions = head(
-                vit.forward_features(images.contiguous(memory_format=torch.channels_last)), data.regions[pick]
-            )
+            tokens = vit.forward_features(images.contiguous(memory_format=torch.channels_last))
+            embedding, of_words, of_regions = head(tokens, data.regions[pick])
             texts = text(words[pick])
         loss = (
             sigmoid_loss(embedding, texts.float(), scale[0], scale[1])

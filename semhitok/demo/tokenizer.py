@@ -34,10 +34,9 @@ def demo(config: TrainConfig, out: Path) -> str:
     image_tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
     size = config.model.image_size
     # part -> its photographs, cut at the right and bottom to whole crops of the tokenizer's size
-    photographs = {
-        part: [whole_tiles(read_image(path), size) for path in list_images([folder])]
-        for part, folder in folders.items()
-    }
+    photographs = {}
+    for part, folder in folders.items():
+        photographs[part] = [whole_tiles(read_image(path), size) for path in list_images([folder])]
     began = time.perf_counter()
     codes = {part: [encode(image_tokenizer, x) for x in images] for part, images in photographs.items()}
     seconds_encoding = time.perf_counter() - began
@@ -121,13 +120,11 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
         _, ids = ops.nearest_code(patches(image), codebook, "l2")
         return F.pixel_shuffle(codebook[ids].permute(2, 0, 1), p)
 
-    return {
-        reference.__name__: {
-            part: fidelity([reference(x) for x in photographs[part]], photographs[part])
-            for part in ("held_out", "unseen")
-        }
-        for reference in (block_mean, kmeans_patches)
-    }
+    figures: dict[str, Any] = {}
+    for reference in (block_mean, kmeans_patches):
+        parts = {part: photographs[part] for part in ("held_out", "unseen")}
+        figures[reference.__name__] = {p: fidelity([reference(x) for x in xs], xs) for p, xs in parts.items()}
+    return figures
 
 
 def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:

@@ -67,9 +67,8 @@ def collect(tokenizer: SemHiTok, batches: Iterable[tuple[Tensor, Tensor]]) -> To
         decoded, semantic = tokenizer.decode(codes), tokenizer.decode(codes, semantic_only=True)
         tokens = (z_sem.float().flatten(0, 2), z_pix.float().flatten(0, 2), codes.flatten())
         sources = source.repeat_interleave(codes[0].numel())
-        columns.append(
-            (patches(images), patches(decoded), patches(semantic), *(x.cpu() for x in tokens), sources.cpu())
-        )
+        pixels = (patches(x) for x in (images, decoded, semantic))
+        columns.append((*pixels, *(x.cpu() for x in tokens), sources.cpu()))
     if not columns:
         raise ValueError("batches: expected at least one, got none")
     return Tokens(*(torch.cat(column) for column in zip(*columns, strict=True)))
@@ -195,24 +194,16 @@ def usage_by_frequency(codes: Tensor, vocabulary: Vocabulary) -> list[dict[str, 
     usage = CodeUsage(vocabulary.num_codes, vocabulary.num_sub_codes, offsets=vocabulary.offsets)
     usage.update(codes)
     tokens, occurring, sizes, perplexity = usage.groups()
-    used = occurring / sizes
-    even = 1 - (1 - 1 / sizes) ** tokens
-    bins = []
+    used, even = occurring / sizes, 1 - (1 - 1 / sizes) ** tokens
+    bins: list[dict[str, float]] = []
     low = 1
     while low <= int(tokens.max()):
         inside = (tokens >= low) & (tokens < 4 * low)
         if bool(inside.any()):
-            bins.append(
-                {
-                    "tokens_from": low,
-                    "tokens_to": 4 * low - 1,
-                    "codes": int(inside.sum()),
-                    "share_of_tokens": (tokens[inside].sum() / tokens.sum()).item(),
-                    "usage": used[inside].mean().item(),
-                    "usage_if_even": even[inside].mean().item(),
-                    "perplexity": perplexity[inside].mean().item(),
-                }
-            )
+            figures = {"tokens_from": low, "tokens_to": 4 * low - 1, "codes": int(inside.sum())}
+            means = {"usage": used, "usage_if_even": even, "perplexity": perplexity}
+            share = {"share_of_tokens": (tokens[inside].sum() / tokens.sum()).item()}
+            bins.append(figures | share | {name: x[inside].mean().item() for name, x in means.items()})
         low *= 4
     return bins
 

@@ -60,10 +60,8 @@ class EvaluationFolder:
             new = {**protocol, "reference_sha256": digest}
             for key in ("images", "size", "filter", "rounding", "reference_sha256"):
                 if self._earlier and self._earlier.get(key) != new[key]:
-                    raise ValueError(
-                        f"{self.path}: holds an evaluation on other references: {key} was {self._earlier.get(key)}, "
-                        f"now {new[key]}; choose another folder"
-                    )
+                    change = f"{key} was {self._earlier.get(key)}, now {new[key]}; choose another folder"
+                    raise ValueError(f"{self.path}: holds an evaluation on other references: {change}")
             return new
 
         protocol = _staged(make, self._references)
@@ -153,7 +151,7 @@ def _store(images: dict[str, Path], folder: Path, convert: Callable[[Tensor], Te
             bad.append(text if str(path) in text else f"{path}: {text}")
             continue
         _write(image, folder / f"{name}.png")
-        pixels = to_uint8(image).cpu().contiguous().numpy()
+        pixels = to_uint8(image).cpu().numpy()
         digests[name] = hashlib.sha256(pixels.tobytes()).hexdigest()
     gathered = distributed.gather_objects((digests, bad))
     bad = [text for _, texts in gathered for text in texts]

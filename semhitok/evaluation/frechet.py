@@ -95,11 +95,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         raise ValueError(f"features: expected the same dimension, got {len(mean1)} and {len(mean2)}")
     fewer = min(first.count, second.count)
     if fewer <= len(mean1):
-        warnings.warn(
-            f"{fewer} images for features of dimension {len(mean1)}: the distance depends on the number of images; "
-            "compare it only with distances on as many images",
-            stacklevel=2,
-        )
+        problem = "the distance depends on the number of images; compare it only with distances on as many images"
+        warnings.warn(f"{fewer} images for features of dimension {len(mean1)}: {problem}", stacklevel=2)
     cross = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
     return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
 

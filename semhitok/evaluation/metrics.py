@@ -60,9 +60,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     var_x, var_y = _blur(x * x) - mean_x * mean_x, _blur(y * y) - mean_y * mean_y
     covariance = _blur(x * y) - mean_x * mean_y
     c1, c2 = _K1**2, _K2**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2)
-    )
+    common = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = common / ((mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2))
     return similarity.mean(dim=(1, 2, 3))
 
 
@@ -102,9 +101,8 @@ def sliced_wasserstein(images: Tensor, targets: Tensor, generator: torch.Generat
     _check_pair(images, targets)
     count, channels, *sides = images.shape
     if channels != 3 or min(sides) < SMALLEST:
-        raise ValueError(
-            f"images: expected 3 channels of at least {SMALLEST} x {SMALLEST} pixels, got {list(images.shape)}"
-        )
+        expected = f"3 channels of at least {SMALLEST} x {SMALLEST} pixels"
+        raise ValueError(f"images: expected {expected}, got {list(images.shape)}")
     places: list[Tensor] = []  # for each level: rows and columns of the patches' top left corners, [2, N, patches]
     while min(sides) >= SMALLEST:
         shape = (count, _PATCHES)

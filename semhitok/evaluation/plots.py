@@ -51,9 +51,8 @@ def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]]
     codebook, device = tokenizer.quantizer.semantic.codebook.cpu(), tokenizer.quantizer.pix_codebook.device
     colors = code_colors(codebook)
     heights = [5 * image.shape[1] / image.shape[2] for image, _, _ in rows]
-    figure, axes = pyplot().subplots(
-        len(rows), 2, figsize=(10, sum(heights) + 0.3), height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    options = {"height_ratios": heights, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(len(rows), 2, figsize=(10, sum(heights) + 0.3), **options)
     for line, (image, codes, columns) in zip(axes, rows, strict=True):
         semantic = tokenizer.quantizer.split(codes.to(device))[0].cpu()
         title = f"semantic ids ({len(semantic.unique())} of {len(codebook)} occur)"

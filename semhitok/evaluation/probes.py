@@ -84,9 +84,8 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"features: expected [{len(labels)}, D], as many as labels, got {list(features.shape)}")
     check_labels(labels)
     numpy = require("numpy")
-    linear_model, neighbors, selection, preprocessing = (
-        require(f"sklearn.{name}", "eval") for name in ("linear_model", "neighbors", "model_selection", "preprocessing")
-    )
+    modules = ("linear_model", "neighbors", "model_selection", "preprocessing")
+    linear_model, neighbors, selection, preprocessing = (require(f"sklearn.{name}", "eval") for name in modules)
     x, y = features.double().cpu().numpy(), numpy.array(labels)
     folds = selection.StratifiedKFold(folds_of(labels), shuffle=True, random_state=0)
     right = {"linear": 0, "knn": 0}

@@ -148,11 +148,8 @@ class _Evaluation:
         numbers = torch.arange(len(self.names)).split(BATCH * distributed.world_size())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            measured = measure(
-                progress(numbers, "measure"),
-                lambda batch: compute([self.names[n] for n in batch.tolist()]),
-                usage=usage,
-            )
+            batches = progress(numbers, "measure")
+            measured = measure(batches, lambda x: compute([self.names[n] for n in x.tolist()]), usage=usage)
         distributed.gather_objects(None)  # all reconstructions are stored
         report: Report = {}
         if distributed.rank() == 0:
@@ -164,15 +161,11 @@ class _Evaluation:
                 figures["bits_per_pixel"] = subject["bits_per_pixel"]
             keys, columns = ["name", *measured.images], [self.names, *measured.images.values()]
             images = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+            messages = [str(w.message) for w in caught if w.category is UserWarning]
             report = {
-                "subject": subject,
-                "figures": figures,
-                "absent": self.metrics.absent,
-                "warnings": [str(w.message) for w in caught if w.category is UserWarning],
-                "images": images,
-                "protocol": self.protocol,
-                "versions": _versions(self.device),
-            }
+                "subject": subject, "figures": figures, "absent": self.metrics.absent, "warnings": messages,
+                "images": images, "protocol": self.protocol, "versions": _versions(self.device),
+            }  # fmt: skip
             self.folder.write_report(report, html(report))
         return distributed.gather_objects(report)[0]
 

@@ -12,18 +12,9 @@ from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig  # noqa: E402
 from semhitok.mllm.packing import Packed, Sample, join, pack  # noqa: E402
 
 __all__ = [
-    "Packed",
-    "Sample",
-    "Sampling",
-    "UnifiedMLLM",
-    "UnifiedMLLMConfig",
-    "generate",
-    "generate_images",
-    "group_cross_entropy",
-    "join",
-    "linear_cross_entropy",
-    "pack",
-]
+    "Packed", "Sample", "Sampling", "UnifiedMLLM", "UnifiedMLLMConfig", "generate", "generate_images",
+    "group_cross_entropy", "join", "linear_cross_entropy", "pack",
+]  # fmt: skip
 
 AutoConfig.register(UnifiedMLLMConfig.model_type, UnifiedMLLMConfig)
 AutoModelForCausalLM.register(UnifiedMLLMConfig, UnifiedMLLM)

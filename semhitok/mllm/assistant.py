@@ -155,16 +155,11 @@ class Assistant:
                 raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {longest}")
             limit = min(limit, positions - longest)
         answers = generate(
-            self.model,
-            rows,
-            max_new_tokens=limit,
-            sampling=sampling,
-            images=False,
+            self.model, rows, max_new_tokens=limit, sampling=sampling, images=False, eos_id=self.end,
             num_text_ids=min(len(self.text_tokenizer), self.model.vocabulary.text_size),
             generator=[_seeded(seed + n) for n in range(len(rows))],
-            eos_id=self.end,
             streamer=None if callback is None else _Streamer(self.text_tokenizer, callback),
-        )
+        )  # fmt: skip
         return [self.text_tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def draw(self, captions: Sequence[str], seeds: Sequence[int], *, sampling: Sampling = DRAWING) -> Tensor:

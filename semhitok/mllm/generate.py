@@ -172,13 +172,12 @@ class Draw(LogitsProcessor):
         self.halves, self.generator = halves, generator
         self.warpers = LogitsProcessorList()
         self.greedy = sampling.temperature == 0
-        if not self.greedy:
-            if sampling.temperature != 1:
-                self.warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-            if sampling.top_k:
-                self.warpers.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p != 1:
-                self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.temperature not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k and not self.greedy:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p != 1 and not self.greedy:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = len(scores) // 2 if self.halves else len(scores)
@@ -296,18 +295,12 @@ def generate(
     processors.append(grammar)
     processors.append(Draw(grammar, sampling, offsets=model.codebooks.offsets, halves=guided, generator=generator))
     # Without eos_id, an id that never occurs: None would be replaced by that of the LLM's generation config.
+    ends_with = model.vocabulary.size if eos_id is None else eos_id
     transformers_model: Any = model
     out = transformers_model.generate(
-        ids,
-        attention_mask=mask,
-        logits_processor=processors,
-        max_new_tokens=max_new_tokens,
-        **NEUTRAL,
-        eos_token_id=model.vocabulary.size if eos_id is None else eos_id,
-        pad_token_id=pad_id,
-        use_cache=use_cache,
-        streamer=streamer,
-    )
+        ids, attention_mask=mask, logits_processor=processors, max_new_tokens=max_new_tokens, **NEUTRAL,
+        eos_token_id=ends_with, pad_token_id=pad_id, use_cache=use_cache, streamer=streamer,
+    )  # fmt: skip
     new = out[:count, ids.shape[1] :]
     if eos_id is None:
         return list(new)
@@ -338,12 +331,7 @@ def generate_images(
     begun = [[*torch.as_tensor(x, dtype=torch.int64).tolist(), vocabulary.begin_of_image] for x in asked]
     prefix = int(model.config.resolution_id)
     rows = generate(
-        model,
-        begun[:-1],
-        max_new_tokens=prefix + grid**2,
-        sampling=sampling,
-        unconditional=begun[-1:] * len(prompts),
-        generator=generator,
-        use_cache=use_cache,
-    )
+        model, begun[:-1], max_new_tokens=prefix + grid**2, sampling=sampling,
+        unconditional=begun[-1:] * len(prompts), generator=generator, use_cache=use_cache,
+    )  # fmt: skip
     return vocabulary.from_text(torch.stack(rows)[:, prefix:]).unflatten(1, (grid, grid))

@@ -362,14 +362,12 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed(input_ids, image_features)
         elif image_features is not None:
             raise ValueError("image_features: expected None beside inputs_embeds, got vectors")
+        kwargs.pop("return_dict", None)
+        use_cache = bool(use_cache) or past_key_values is not None
         outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=bool(use_cache) or past_key_values is not None,
-            **{k: v for k, v in kwargs.items() if k != "return_dict"},
-        )
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:

@@ -13,17 +13,10 @@ from semhitok.mllm.model import HEADS, UnifiedMLLM, UnifiedMLLMConfig
 def qwen2_5_7b() -> Qwen2Config:
     """Sizes of Qwen2.5-7B, the paper's LLM. Its embedding has 152,064 rows, more than its tokenizer has words."""
     return Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=False,
-    )
+    )  # fmt: skip
 
 
 def parameter_table(model: UnifiedMLLM) -> dict[str, int]:

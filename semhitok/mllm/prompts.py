@@ -101,9 +101,8 @@ def text_parts(text_tokenizer: Any, vocabulary: Vocabulary, text: str) -> list[P
 
 def end_of_answer(text_tokenizer: Any, vocabulary: Vocabulary) -> int | None:
     """The id that ends an answer, the `eos_id` of `generate`; None if the format has none."""
-    parts = conversation(
-        text_tokenizer, vocabulary, [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
-    )
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
+    parts = conversation(text_tokenizer, vocabulary, messages)
     learnt = [i for ids, is_learnt in parts if is_learnt for i in ids]
     alone = _tokenise(text_tokenizer, "a")
     return learnt[-1] if len(learnt) > len(alone) else None
@@ -121,9 +120,8 @@ def word_tokenizer(texts: Iterable[str], size: int = 10_000) -> Any:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     model.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **tokens)
 
 
 class _Writer:
@@ -150,9 +148,8 @@ class _Writer:
                 self.used += 1
             ids = _tokenise(self.text_tokenizer, piece)
             if ids and max(ids) >= self.vocabulary.text_size:
-                raise ValueError(
-                    f"text_tokenizer: expected text ids below {self.vocabulary.text_size}, the model's, got {max(ids)}"
-                )
+                problem = f"expected text ids below {self.vocabulary.text_size}, the model's, got {max(ids)}"
+                raise ValueError(f"text_tokenizer: {problem}")
             split = 1 if first_only else len(ids)
             self._add(ids[:split], learnt)
             self._add(ids[split:], False)

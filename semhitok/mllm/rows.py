@@ -37,41 +37,24 @@ class WrongCodebook(ValueError):
 
 @dataclass
 class RowSample:
-    """A sample that waits for a row; the stream that drew it sets the last three.
-
-    Attributes:
-        sample: ids and labels.
-        task: place of the task in `TASKS`.
-        images: (pixels uint8 [3, size, size], where their ids go) of images without ids.
-        number: number of the sample in the stream.
-        first: number of the first sample of the same record.
-        before: where the stream stood before the record was drawn.
-    """
+    """A sample that waits for a row; the stream that drew it sets the last three."""
 
     sample: Sample
-    task: int
-    images: list[tuple[Tensor, int]]
-    number: int = 0
-    first: int = 0
-    before: dict[str, Any] = field(default_factory=dict)
+    task: int  # its place in `TASKS`
+    images: list[tuple[Tensor, int]]  # those without ids: pixels uint8 [3, size, size], where their ids go
+    number: int = 0  # of the sample in the stream
+    first: int = 0  # number of the first sample of the same record
+    before: dict[str, Any] = field(default_factory=dict)  # where the stream stood before the record was drawn
 
 
 class MicroRows(NamedTuple):
-    """Rows that go through the model at once, on the CPU.
+    """Rows that go through the model at once, on the CPU."""
 
-    Attributes:
-        packed: ids, labels and positions, [R, length] each. The ids of `images` are not in it yet: see `with_ids`.
-        tasks: uint8 [R, length], place in `TASKS` of each id's sample.
-        padding: uint8 [R, length], 1 where there is no sample.
-        images: uint8 [n, 3, size, size], images without ids.
-        places: int64 [n, 2], row and column where their ids go.
-    """
-
-    packed: Packed
-    tasks: Tensor
-    padding: Tensor
-    images: Tensor
-    places: Tensor
+    packed: Packed  # [R, length] each; the ids of `images` are not in it yet: see `with_ids`
+    tasks: Tensor  # uint8 [R, length], place in `TASKS` of each id's sample
+    padding: Tensor  # uint8 [R, length], 1 where there is no sample
+    images: Tensor  # uint8 [n, 3, size, size], images without ids
+    places: Tensor  # int64 [n, 2], row and column where their ids go
 
     @classmethod
     def stack(cls, rows: Sequence[MicroRows]) -> MicroRows:
@@ -102,8 +85,7 @@ class TrainingRows:
         model: sizes and vocabulary; ids of other codebooks are refused.
         text_tokenizer: of transformers.
         seed: another seed gives another order.
-        rank: number of this training process.
-        world_size: training processes.
+        rank, world_size: number of this training process, and how many there are.
 
     Attributes:
         description: identifies the data, as JSON.

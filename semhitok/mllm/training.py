@@ -125,23 +125,14 @@ def train(
 
 @dataclass
 class RowBatch:
-    """A micro-batch on its device.
+    """A micro-batch on its device; the last four are of the global batch."""
 
-    Attributes:
-        packed: rows of ids, labels and positions, [R, length] each.
-        tasks: int64 [R, length], for each id the index in `TASKS` of its sample's task.
-        counts: ids with a loss, for each task, in the global batch.
-        num_micro: micro-batches in the global batch.
-        total: ids in the global batch, without padding.
-        padding: share of padding in the global batch.
-    """
-
-    packed: Packed
-    tasks: Tensor
-    counts: list[int]
-    num_micro: int
-    total: int
-    padding: float
+    packed: Packed  # rows of ids, labels and positions, [R, length] each
+    tasks: Tensor  # int64 [R, length], for each id the index in `TASKS` of its sample's task
+    counts: list[int]  # ids with a loss, for each task
+    num_micro: int  # micro-batches
+    total: int  # ids without padding
+    padding: float  # share of padding
 
 
 class Network(nn.Module):

@@ -24,30 +24,20 @@ MAX_NEW_TOKENS = 16  # the most ids of an answer
 
 @dataclass(frozen=True)
 class Run:
-    """A benchmark of one model, with its results in a folder.
+    """A benchmark of one model, with its results in a folder. Answers are greedy.
 
-    Attributes:
-        name: of the benchmark.
-        data: the benchmark's folder, or its file of questions or captions.
-        assistant: the model. Answers are greedy.
-        out: folder of this run's answers or pictures and scores.
-        model: identifies the model in OUT/run.json; see `fingerprint`.
-        images: folder of the images, if it is not in `data` under the benchmark's own name.
-        batch_size: questions or pictures at a time.
-        seed: of the first picture; each of the following gets the next number.
-        sampling: how pictures are drawn.
-        features: for mjhq, see `semhitok.evaluation.frechet.feature_network`; "inception" makes its distance the FID.
+    features: for mjhq, see `semhitok.evaluation.frechet.feature_network`; "inception" makes its distance the FID.
     """
 
-    name: str
-    data: Path
+    name: str  # of the benchmark
+    data: Path  # the benchmark's folder, or its file of questions or captions
     assistant: Assistant
-    out: Path
-    model: str = ""
-    images: Path | None = None
-    batch_size: int = 8
-    seed: int = 0
-    sampling: Sampling = DRAWING
+    out: Path  # folder of this run's answers or pictures and scores
+    model: str = ""  # identifies the model in OUT/run.json; see `fingerprint`
+    images: Path | None = None  # their folder, if it is not in `data` under the benchmark's own name
+    batch_size: int = 8  # questions or pictures at a time
+    seed: int = 0  # of the first picture; each of the following gets the next number
+    sampling: Sampling = DRAWING  # of pictures
     features: str = "inception"
 
     def identify(self, data: Mapping[str, str], **drawing: Any) -> None:
