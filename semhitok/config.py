@@ -27,12 +27,12 @@ PRESETS = Path(__file__).parent / "presets"
 class TeacherConfig:
     """The frozen vision encoder whose features the semantic codes learn.
 
-    name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any Vision Transformer with
-        `forward_intermediates`.
+    name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any network with `forward_intermediates`: Vision
+        Transformers, convolutional networks, hybrids.
     pretrained: the weights come from timm's hub entry, so checkpoints leave them out; False stores them in checkpoints.
     checkpoint: a local weights file that timm loads instead of the hub's.
     image_size: side in pixels of the teacher's input, to which images are resized.
-    block: index of the block whose patch tokens are used; -2 is the last but one.
+    block: index of the block, or in networks with stages of the stage, whose features are used; -2 is the last but one.
     options: further keyword arguments of `timm.create_model`.
     """
 

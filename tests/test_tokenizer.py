@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -237,6 +238,42 @@ def test_the_teacher_is_resampled_to_the_grid():
     torch.manual_seed(0)
     teacher = Teacher(small_config().teacher, grid_size=3)
     assert teacher(images(size=48)).shape == (3, 3, 3, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "options", "width"),
+    [
+        ("test_efficientnet", -1, {"output_stride": 16}, 64),
+        ("test_resnet", -2, {}, 192),
+        ("test_convnext", 1, {}, 32),
+        ("vit_tiny_r_s16_p8_224", 3, {}, 192),
+    ],
+)
+def test_the_teacher_can_be_any_network_with_feature_maps(name, block, options, width):
+    """Convolutional networks and hybrids: the map of a stage or block, as timm gives it, on the tokenizer's grid."""
+    torch.manual_seed(0)
+    config = TeacherConfig(name, pretrained=False, image_size=64, block=block, options=options)
+    teacher, x = Teacher(config, grid_size=4), images(size=64)
+    with torch.no_grad():
+        inputs = (x - teacher.mean) / teacher.std
+        found = teacher.vit.forward_intermediates(inputs, norm=False, output_fmt="NCHW", intermediates_only=True)
+        expected = torch.nn.functional.interpolate(found[block], (4, 4), mode="bilinear", antialias=True)
+    assert teacher.width == width
+    torch.testing.assert_close(teacher(x), expected.permute(0, 2, 3, 1))
+    depth = len(found)
+    with pytest.raises(ValueError, match=f"teacher.block: expected -{depth}..{depth - 1} for '{name}', got {depth}"):
+        Teacher(replace(config, block=depth), grid_size=4)
+
+
+def test_a_tokenizer_with_a_convolutional_teacher_is_saved_with_it(tmp_path):
+    config = small_config()
+    config.teacher = TeacherConfig("test_resnet", pretrained=False, image_size=32, block=-1)
+    torch.manual_seed(0)
+    tokenizer = SemHiTok(config).eval()
+    tokenizer.save_pretrained(tmp_path)
+    again, x = SemHiTok.from_pretrained(tmp_path), images()
+    assert torch.equal(again.encode(x), tokenizer.encode(x))
+    assert torch.equal(again.semantic_features(x), tokenizer.semantic_features(x))
 
 
 # Parameters, teacher included, counted once when the presets were fixed: a change of size must be meant.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from semhitok.config import CriticConfig
-from semhitok.models.teacher import TOKENS, vision_transformer
+from semhitok.models.teacher import MAPS, vision_transformer
 
 AUGMENT_NUMBERS = 8  # random numbers that `diff_augment` takes for an image
 LECAM_DECAY = 0.99
@@ -103,7 +103,7 @@ class DinoCritic(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             images = resize(images.float(), self.image_size)
-            maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=self.blocks, **TOKENS)
+            maps = self.vit.forward_intermediates((images - self.mean) / self.std, indices=self.blocks, **MAPS)
             return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
