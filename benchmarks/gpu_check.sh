@@ -75,7 +75,7 @@ test_file() {
 # Files side by side: they wait for the host most of the time.
 tests() {
   local file pids=() files=() failed=0 place
-  mapfile -t files < <(grep -lE 'mark\.gpu|device: torch\.device' tests/*/test_*.py)
+  mapfile -t files < <(grep -lE 'mark\.gpu|device: torch\.device' tests/test_*.py tests/*/test_*.py)
   for file in "${files[@]}"; do
     test_file "$file" &
     pids+=($!)

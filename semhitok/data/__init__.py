@@ -1,1 +1,1 @@
-"""What goes in and out as files: images and ids."""
+"""Images: reading, cropping, webdataset shards; the stream of training data."""
