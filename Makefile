@@ -1,7 +1,7 @@
 # make env     the virtual environment .venv: pinned versions, the extension built
 # make demo    train the tiny tokenizer on real photographs; results in demo_output/
 # make demo-mllm  train a tiny unified model on generated pictures and captions; results in demo_mllm_output/
-# make test    lint, types, tests
+# make test    format, lint, types, tests
 # make bench   time the ops against PyTorch and other libraries (several minutes)
 # make docs    the documentation as pages in site/; `python3 -m http.server -d site` serves them, with search
 # make clean   remove what was built (.venv stays)

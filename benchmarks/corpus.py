@@ -1,11 +1,11 @@
-"""`semhitok encode` for corpora: equal shards from every engine, memory, speed, the quantiser's share of the time.
+"""`semhitok encode` for corpora: equal shards from every engine, memory, speed, the quantizer's share of the time.
 
     python -m benchmarks.corpus --images 2000
 
 Generated images, in folders of 1,000, are encoded by each engine with two processes. The SHA-256 of all shards must
 agree, and the peak resident memory of the largest process must be within 10 % of that for the first --small images.
 Then a full-size `semhitok-256` with random weights encodes some images on one thread, in fp32 and bf16. In fp32 the
-quantiser must take less than 2 % of the time. With random weights, the share of ids that bf16 changes says little about
+quantizer must take less than 2 % of the time. With random weights, the share of ids that bf16 changes says little about
 a trained tokenizer: --checkpoint and --photos measure that of yours.
 """
 
@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from semhitok.config import ViTConfig, preset
+from semhitok.config import PRECISIONS, ViTConfig, preset
 from semhitok.corpus import EncodedCorpus
-from semhitok.corpus.config import PRECISIONS
 from semhitok.tokenizer import SemHiTok
 
 BAR_MEMORY, BAR_SHARE = 1.10, 2.0
@@ -102,7 +101,7 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
         ("ray", everything, ("--engine", "ray", *two), ()),
     ]
     print(f"semhitok-tiny at 32 x 32, random weights, {args.images:,} images, two processes of one thread each\n")
-    titles = f"{'command s':>9} {'images/s':>9} {'% waiting':>9} {'% quantiser':>11} {'peak MiB':>9}"
+    titles = f"{'command s':>9} {'images/s':>9} {'% waiting':>9} {'% quantizer':>11} {'peak MiB':>9}"
     print(f"{'engine':12} {titles}  shards")
     runs: dict[str, Run] = {}
     equal = True
@@ -121,7 +120,7 @@ def engines(work: Path, args: argparse.Namespace) -> bool:
 
 
 def precisions(checkpoint: Path | str, photos: list[str], work: Path, batch: int) -> bool:
-    print(f"{'precision':9} {'images/s':>9} {'% quantiser':>11} {'% of ids changed':>16}")
+    print(f"{'precision':9} {'images/s':>9} {'% quantizer':>11} {'% of ids changed':>16}")
     runs = {}
     for precision in PRECISIONS:
         options = ("--batch-size", str(batch), "--precision", precision)
@@ -157,7 +156,7 @@ def main() -> int:
             make_checkpoint(work / "full", "semhitok-256")
             images = sorted(str(path) for path in (work / "images" / "000").iterdir())[: args.full_size]
             small = precisions(work / "full", images, work / "precisions", 8)
-            print(f"\nquantiser's share in fp32 below {BAR_SHARE:g} %: {'ok' if small else 'MISS'}")
+            print(f"\nquantizer's share in fp32 below {BAR_SHARE:g} %: {'ok' if small else 'MISS'}")
             good &= small
     return int(not good)
 

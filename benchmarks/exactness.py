@@ -176,7 +176,7 @@ CASES = [Case(kind, make, *sizes) for kind, (make, *cases) in KINDS.items() for 
 # ---- one case on the CPU ----
 
 
-def engines() -> dict[str, tuple[str, str]]:
+def searches() -> dict[str, tuple[str, str]]:
     """title -> (capability, first pass): every instruction set as it works by itself, and the fp32 pass of the best."""
     return {name: (name, "") for name in _C.build_info()["cpu"]["found"]} | {"fp32": ("", "fp32")}
 
@@ -204,7 +204,7 @@ def check(case: Case, n: int) -> Outcome:
     last = times_random(case, z, codebook)
     winners = exact_winners(z, codebook, case.metric)
     wrong, close, codes = {}, 0, 0.0
-    for title, (capability, first_pass) in engines().items():
+    for title, (capability, first_pass) in searches().items():
         ids, scored = search(z, codebook, case.metric, capability, first_pass)
         wrong[title], also_close = count_wrong(z, codebook, case.metric, ids, winners)
         close += also_close
@@ -220,10 +220,10 @@ def check(case: Case, n: int) -> Outcome:
 def run(
     cases: list[Case], n: int, titles: Iterable[str], last: str, check: Callable[[Case, int], Outcome] = check
 ) -> int:
-    """Check n tokens of each case and print its line: `titles` are the engines, `last` is the title of the last column.
+    """Check n tokens of each case and print its line: `titles` are the searches, `last` the title of the last column.
 
     Returns:
-        1 if an id was wrong, a case failed or the first engine refused one.
+        1 if an id was wrong, a case failed or the first search refused one.
     """
     widths = {title: max(len(title), 5) for title in titles}
     start, total, failed, refused = time.perf_counter(), dict.fromkeys(widths, 0), False, {}
@@ -265,9 +265,9 @@ def main() -> int:
         from benchmarks.cuda import exactness as cuda_exactness
 
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-        return run(CASES, n, cuda_exactness.ENGINES, "uncert", cuda_exactness.check)
+        return run(CASES, n, cuda_exactness.CAPABILITIES, "uncert", cuda_exactness.check)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {_C.build_info()['cpu']['used']} in use")
-    return run(CASES, n, engines(), "x random")
+    return run(CASES, n, searches(), "x random")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 #
 # Builds the extension from this tree, reads its machine code, runs the GPU tests (each file in a process of its own, as
 # a kernel that breaks the device breaks it for its process), compute-sanitizer beside them, then measures the card's
-# ceilings, looks for wrong ids, runs the benchmark and trains a little. OUT gets log.txt with all that is printed, and tables, JSON and
-# plot. A step that fails stops no other; the exit status is 1 when one did. Python is $PYTHON, or python3.
+# ceilings, looks for wrong ids, runs the benchmark and trains a little. OUT gets log.txt with all that is printed, and
+# tables, JSON and plot. A step that fails stops no other; the exit status is 1 when one did. Python is $PYTHON, or
+# python3.
 # GPU_CHECK_SECONDS (560) is when the last step has to end.
 set -u -o pipefail
 
@@ -127,7 +128,8 @@ bench() {
 
 # What is installed decides how much of this can run.
 train() {
-  limited 150 "$PYTHON" -m benchmarks.training.train_bench --device cuda --minutes 0.3 2>"$scratch/train" | tee "$out/train.txt"
+  limited 150 "$PYTHON" -m benchmarks.training.train_bench --device cuda --minutes 0.3 2>"$scratch/train" |
+    tee "$out/train.txt"
   local status=$?
   ((status == 0)) || tail -n 30 "$scratch/train"
   return "$status"

@@ -6,8 +6,9 @@
 //     -> (q_sem[..., Ds], q_pix[..., Dp], codes[...]): i = nearest_code(z_sem), j = nearest_subcode(z_pix, group = i),
 //     codes = i * m + j, q_sem = sem_codebook[i], q_pix = pix_codebook[i, j]
 // hier_lookup(codes[...], sem_codebook[K, Ds], pix_codebook[K, m, Dp]) -> (q_sem[..., Ds], q_pix[..., Dp])
-// The last three take sub-codebooks of different sizes m_i as one table [T, Dp] with offsets[K + 1]: sub-codebook i is
-// its rows offsets[i] .. offsets[i + 1] - 1, and codes = offsets[i] + j. offsets is int64, from 0 to T, and m_i >= 1.
+// The three ops with sub-codebooks also take ones of different sizes m_i, as one table [T, Dp] with offsets[K + 1]:
+// sub-codebook i is its rows offsets[i] .. offsets[i + 1] - 1, and codes = offsets[i] + j. offsets is int64, from 0 to
+// T, and m_i >= 1.
 // segment_sum(values[N, D], ids[N], S) -> (sums[S, D], counts[S])
 //
 // - Score: z.c ("ip") or z.c - |c|^2/2 ("l2": the same winner as the least distance). The lowest index wins among equal
@@ -48,8 +49,8 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& z, const Tensor& codebook,
   return {c.scores, c.ids};
 }
 
-// Checks the sub-codebooks [K, m, D], or [T, D] with offsets, and sets all of s but the data of its rows. num_codes: the
-// number of semantic codes, or 0 if the sub-codebooks determine it. Returns the tensor behind offsets.
+// Checks the sub-codebooks [K, m, D], or [T, D] with offsets, and sets all of s but the data of its rows.
+// num_codes: the number of semantic codes, or 0 if the sub-codebooks determine it. Returns the tensor behind offsets.
 std::optional<Tensor> check_sub_codebooks(const char* name, const char* depth, const Tensor& table,
                                           const std::optional<Tensor>& offsets, int64_t num_codes, const Tensor& first,
                                           const char* first_name, SubCodebooks* s) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from semhitok._settings import override as override
 
 T = TypeVar("T")
 
+PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -309,7 +311,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(ABC):
     """What the training loop reads from the configuration of a run.
 
     stages: the stages that run, in order.
@@ -329,7 +331,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("precision", ("fp32", "bf16")), ("tracker", ("tensorboard", "wandb", "none"))):
+        for name, choices in (("precision", PRECISIONS), ("tracker", ("tensorboard", "wandb", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         order = list(self.stage_configs)
@@ -337,9 +339,9 @@ class EngineConfig:
             raise ValueError(f"stages: expected some of {', '.join(order)}, in this order, got {self.stages}")
 
     @property
+    @abstractmethod
     def stage_configs(self) -> Mapping[str, StageConfig]:
         """The configurations of all stages there are, in the order in which they run."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

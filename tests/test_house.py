@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES, MAX_README_LINES = 450, 150
+MAX_LINES, MAX_README_LINES, MAX_WIDTH = 450, 150, 120
 
 # The floors of semhitok, lowest first. A module imports from its own floor and those below it.
 FLOORS = [
@@ -234,6 +234,16 @@ def test_the_code_keeps_the_rule(house: House, rule: str) -> None:
     assert len(house.files) > 100
     broken = sorted(getattr(house, rule)())
     assert not broken, "\n" + "\n".join(broken)
+
+
+def test_lines_are_no_wider_than_in_python() -> None:
+    """clang-format leaves comments as they are."""
+    listed = ["git", "ls-files", "--", "*.cpp", "*.h", "*.cu", "*.cuh", "*.pyi", "*.sh"]
+    paths = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    lines = [(path, n, line) for path in paths for n, line in enumerate((ROOT / path).read_text().splitlines(), 1)]
+    assert len(lines) > 5000 or not paths
+    wide = [f"{path}:{n}: {len(line)} characters" for path, n, line in lines if len(line) > MAX_WIDTH]
+    assert not wide, "\n".join(wide)
 
 
 def test_the_readme_is_short() -> None:

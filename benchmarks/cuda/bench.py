@@ -2,7 +2,7 @@
 instead, on a grid of shapes; then hier_quantize, a training step, and the figures that must be reached.
 
 Times are microseconds on the device, each call timed by CUDA events with the L2 flushed before it (timing.py), medians
-of interleaved rounds; "graph" is a call in a CUDA graph of twenty, with warm caches. Each of our searches (PATHS) has a
+of interleaved rounds; "graph" is a call in a CUDA graph of twenty, with warm caches. Each of our searches has a
 column in which it is forced; "ours" is the op, which chooses. "x NAME" is the contestant's time over ours:
 
 - torch: `(z @ codebook.T).argmax(1)`, TF32 off; tf32: on; bf16: inputs cast beforehand
@@ -38,7 +38,7 @@ from benchmarks.cuda import ceilings as cuda_ceilings
 from benchmarks.cuda import preflight as cuda_preflight
 from benchmarks.cuda import sections as cuda_sections
 from benchmarks.cuda.exactness import judge, uncertified
-from benchmarks.cuda.floor import PATHS, floor
+from benchmarks.cuda.floor import SEARCHES, floor
 from benchmarks.cuda.timing import Call, EventTimer, Timer, extra_mib, graph_us, in_chunks, race, reason
 from benchmarks.report import Report, aligned, chart, shown, vector_quantizer, version
 from semhitok import _C, ops
@@ -118,7 +118,7 @@ def contestants(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """(name -> what to time, name -> why it cannot be made): ours holds paths, and "op" for the op itself."""
     probe = torch.ops.semhitok.nearest_code_probe
-    calls: dict[str, Call] = {path: lambda path=path: probe(z, codebook, "ip", path)[1] for path in ours}
+    calls: dict[str, Call] = {search: lambda search=search: probe(z, codebook, "ip", search)[1] for search in ours}
     if calls.pop(cuda_preflight.OP, None):
         calls["ours"] = lambda: ops.nearest_code(z, codebook)[1]
     failed: dict[str, str] = {}
@@ -140,7 +140,7 @@ def unit_vectors(n: int, d: int, seed: int) -> Tensor:
 def bench(shape: Shape, ran: dict[str, set[Shape]], peers: tuple[str, ...], ceilings: Any, timer: Timer) -> Record:
     n, k, d = shape
     z, codebook = unit_vectors(n, d, 0), unit_vectors(k, d, 1)
-    calls, failed = contestants(z, codebook, [path for path, shapes in ran.items() if shape in shapes], peers)
+    calls, failed = contestants(z, codebook, [search for search, shapes in ran.items() if shape in shapes], peers)
     times, failed_later = race(calls, RACE_US, timer)
     failed |= failed_later
     record: Record = {"N": n, "K": k, "D": d, "us": times, "failed": failed, "graph us": {}}
@@ -153,7 +153,7 @@ def bench(shape: Shape, ran: dict[str, set[Shape]], peers: tuple[str, ...], ceil
     if "ours" in times:
         record |= of_design(shape, times["ours"], _C.cuda_search(n, k, d), ceilings)
         record["uncertified percent"] = uncertified(torch.ops.semhitok.nearest_code_probe(z, codebook)[2])
-        ids = {name: calls[name]().long() for name in ("ours", *PATHS, "triton", "torch") if name in times}
+        ids = {name: calls[name]().long() for name in ("ours", *SEARCHES, "triton", "torch") if name in times}
         record["wrong ids"] = {name: wrong for name, (wrong, _) in judge(z, codebook, "ip", ids).items()}
         record["extra MiB"] = extra_mib(lambda: ops.nearest_code(z, codebook))
     return record
@@ -177,7 +177,7 @@ def cells(record: Record) -> list[tuple[str, str]]:
     columns += [("graph", shown(record["graph us"].get("ours"), ".1f"), 6)]
     columns += [("TFLOP/s", shown(get("TFLOP/s"), ".0f"), 7), ("design", shown(get("design")), 9)]
     columns += [("% floor", shown(get("percent of floor"), ".0f"), 7), ("limit", shown(get("limit")), 7)]
-    columns += [bar, *((path, shown(us.get(path), ".1f"), 8) for path in PATHS), bar]
+    columns += [bar, *((search, shown(us.get(search), ".1f"), 8) for search in SEARCHES), bar]
     columns += [(f"x {name}", shown(cuda_sections.ratio(us, name), ".1f"), 6) for name in PEERS]
     columns += [bar, ("wrong", shown(get("wrong ids", {}).get("ours")), 5)]
     columns += [("uncert", shown(get("uncertified percent"), ".2f"), 6), ("MiB", shown(get("extra MiB"), ".1f"), 6)]
@@ -246,9 +246,9 @@ def run(report: Report, shapes: list[Shape], full: bool, budget: float, ceilings
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}", "device": torch.cuda.get_device_name(),
         **packages, "ceilings": json.dumps(ceilings) if ceilings else "not measured: no floors",
     })  # fmt: skip
-    ran, refused = cuda_preflight.survivors((*PATHS, cuda_preflight.OP), shapes)
-    for path, message in refused.items():
-        report.say(f"{path:24} runs on {len(ran[path])} of {len(shapes)} shapes: {message}")
+    ran, refused = cuda_preflight.survivors((*SEARCHES, cuda_preflight.OP), shapes)
+    for search, message in refused.items():
+        report.say(f"{search:24} runs on {len(ran[search])} of {len(shapes)} shapes: {message}")
     first = [shape for shape in shapes if shape[1] == CODES[0]]
     rest = [shape for shape in shapes if shape not in first]
     parts: list[Callable[[], None]] = [
@@ -279,5 +279,5 @@ def run(report: Report, shapes: list[Shape], full: bool, budget: float, ceilings
             plot(results, report.folder / "plot.png")
         except Exception as error:  # the figures are there without their picture
             report.say(f"plot.png: {reason(error)}")
-    wrong = sum(record.get("wrong ids", {}).get(name, 0) for record in results for name in ("ours", *PATHS))
+    wrong = sum(record.get("wrong ids", {}).get(name, 0) for record in results for name in ("ours", *SEARCHES))
     return int(failures > 0 or wrong > 0 or not any("ours" in record["us"] for record in results))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.cuda.floor import PATHS
+from benchmarks.cuda.floor import SEARCHES
 from benchmarks.exact import Outcome
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-6
 PIECE = 8192  # tokens at a time: about 1 GiB of float64 scores
-ENGINES = {"op": "", **{path: path for path in PATHS}}  # title -> capability
+CAPABILITIES = {"op": "", **{name: name for name in SEARCHES}}  # title -> capability
 
 
 def first_of_equals(codebook: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def first_of_equals(codebook: Tensor) -> Tensor:
 
 
 def judge(z: Tensor, codebook: Tensor, metric: str, ids: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """engine -> (wrong, close) of its ids [N]."""
+    """search -> (wrong, close) of its ids [N]."""
     codes, first = codebook.double(), first_of_equals(codebook)
     halves = codes.square().sum(1) / 2 if metric == "l2" else torch.zeros_like(codes[:, 0])
     largest = codes.norm(dim=1).max()
@@ -62,7 +62,7 @@ def uncertified(rescored: Tensor) -> float:
 def check(case: Case, n: int, device: str = "cuda") -> Outcome:
     z, codebook = (t.to(device) for t in case.data(n))
     ids, refused, rescored = {}, {}, torch.zeros(1, device=device)
-    for title, capability in ENGINES.items():
+    for title, capability in CAPABILITIES.items():
         try:
             _, ids[title], scored = torch.ops.semhitok.nearest_code_probe(z, codebook, case.metric, capability)
             if title == "op":

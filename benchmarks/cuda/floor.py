@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from semhitok import _C
 
-PATHS = tuple(_C.cuda_searches())  # nearest_code_probe's capabilities on CUDA, simplest first
+SEARCHES = tuple(_C.cuda_searches())  # nearest_code_probe's capabilities on CUDA, simplest first
 
 
 class Design(NamedTuple):
@@ -46,8 +46,8 @@ def padded(depth: int, step: int) -> int:
     return -(-depth // step) * step
 
 
-def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor | None:
-    """None if the card lacks the instruction that the path needs, or the path is unknown."""
+def floor(search: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor | None:
+    """None if the card lacks the instruction that the search needs, or if there is no such search."""
     per_clock, mma = ceilings["issue_per_sm_per_clock"], ceilings["mma_tflops"]
     a_second = ceilings["sms"] * ceilings["sm_clock_mhz"] * 1e6
     scores = n * k
@@ -58,19 +58,19 @@ def floor(path: str, n: int, k: int, d: int, ceilings: dict[str, Any]) -> Floor 
     def tensor(instruction: str, products: int) -> float:
         return 2 * scores * products / (mma[instruction] * 1e12)
 
-    design = DESIGNS.get(path)
+    design = DESIGNS.get(search)
     if design is None or (design.instruction is not None and mma[design.instruction] is None):
         return None
     instruction = design.instruction
     if instruction is None:
         times, row_bytes = {"FMA": issue("FFMA", d), "compare": issue("VIMNMX", INSTRUCTIONS_PER_SCORE)}, 4 * d
-    elif path == "certified":
+    elif search == "certified":
         row_bytes = padded(d, INT8_STEP)
         best = issue("VIMNMX3", THREE_WAY_PER_SCORE) + issue("VIMNMX", TWO_WAY_PER_SCORE)
         times = {"MMA": tensor(instruction, row_bytes), "max": best}
     else:
         depth = padded(d, FP16_STEP)
-        row_bytes = 4 * d if path == "few" else 2 * 2 * depth  # as it is, or its high and low halves
+        row_bytes = 4 * d if search == "few" else 2 * 2 * depth  # as it is, or its high and low halves
         compare = issue("VIMNMX", INSTRUCTIONS_PER_SCORE)
         times = {"MMA": tensor(instruction, SPLIT_TERMS * depth), "compare": compare}
     times["L2"] = -(-n // design.tokens_per_block) * k * row_bytes / (ceilings["l2_read_gb_s"] * 1e9)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 from benchmarks.processes import environment
 
-LIMIT = 45  # seconds for all paths, which run in parallel
-OP = "op"  # the path that the op itself chooses
+LIMIT = 45  # seconds for all searches, which run in parallel
+OP = "op"  # the search that the op itself chooses
 
 Shape = tuple[int, int, int]  # N, K, D
 
@@ -23,25 +23,25 @@ def name_of(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def survivors(paths: Iterable[str], shapes: Iterable[Shape]) -> tuple[dict[str, set[Shape]], dict[str, str]]:
-    """(path -> shapes it runs on, path -> what went wrong first)."""
+def survivors(searches: Iterable[str], shapes: Iterable[Shape]) -> tuple[dict[str, set[Shape]], dict[str, str]]:
+    """(search -> shapes it runs on, search -> what went wrong first)."""
     named = {name_of(shape): shape for shape in shapes}
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
     command = [sys.executable, "-m", __spec__.name]
-    running = {path: subprocess.Popen([*command, path, *named], **piped) for path in paths}
+    running = {search: subprocess.Popen([*command, search, *named], **piped) for search in searches}
     deadline = time.monotonic() + LIMIT
     ran: dict[str, set[Shape]] = {}
     wrong: dict[str, str] = {}
-    for path, process in running.items():
+    for search, process in running.items():
         try:
             printed, _ = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             process.kill()
             printed, _ = process.communicate()
-            wrong[path] = f"still running after {LIMIT} s"
-        ran[path], message = outcome(printed, named)
-        if len(ran[path]) < len(named):
-            wrong.setdefault(path, message)
+            wrong[search] = f"still running after {LIMIT} s"
+        ran[search], message = outcome(printed, named)
+        if len(ran[search]) < len(named):
+            wrong.setdefault(search, message)
     return ran, wrong
 
 
@@ -59,15 +59,15 @@ def main() -> None:
 
     import semhitok  # noqa: F401  (registers the ops)
 
-    path, *names = sys.argv[1:]
+    search, *names = sys.argv[1:]
     for name in names:
         n, k, d = map(int, name.split("x"))
         z, codebook = torch.randn(n, d, device="cuda"), torch.randn(k, d, device="cuda")
         try:
-            if path == OP:
+            if search == OP:
                 torch.ops.semhitok.nearest_code(z, codebook, "ip")
             else:
-                torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", path)
+                torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", search)
             torch.cuda.synchronize()
             print(name, "ok", flush=True)
         except RuntimeError as error:

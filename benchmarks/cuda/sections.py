@@ -1,4 +1,4 @@
-"""What bench.py measures besides the grid: hier_quantize, a training step of the quantisers, and whether the required
+"""What bench.py measures besides the grid: hier_quantize, a training step of the quantizers, and whether the required
 figures were reached."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAINING_TOKENS = 16384
 STEPS, TURNS = 10, 5
 DECAY = 0.99
 
-# ---- the quantisers in plain PyTorch, with an N x K and an N x m x Dp matrix ----
+# ---- the quantizers in plain PyTorch, with an N x K and an N x m x Dp matrix ----
 
 
 class PlainSemantic:
@@ -71,7 +71,7 @@ class PlainHierarchical:
 
 
 class Step:
-    """A training step of a quantiser: forward, backward to a copy of the last of its tokens, EMA."""
+    """A training step of a quantizer: forward, backward to a copy of the last of its tokens, EMA."""
 
     def __init__(self, quantizer: Any, *tokens: Tensor) -> None:
         self.quantizer, self.fixed, self.z = quantizer, tokens[:-1], tokens[-1].clone().requires_grad_()
@@ -84,7 +84,7 @@ class Step:
 
 
 def training_pairs(n: int, k: int, m: int, d: int, device: str) -> dict[str, tuple[Step, Step]]:
-    """kind of quantiser -> a step of ours, and one of the plain module with the same codes and tokens."""
+    """kind of quantizer -> a step of ours, and one of the plain module with the same codes and tokens."""
     torch.manual_seed(0)
     semantic = SemanticQuantizer(k, d, decay=DECAY).to(device)
     hierarchical = HierarchicalQuantizer(k, m, d, d, decay=DECAY).to(device)

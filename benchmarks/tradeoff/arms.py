@@ -60,7 +60,7 @@ class Arm(NamedTuple):
 
 
 class Codes(nn.Module):
-    """The codebooks of an arm, made of the library's quantisers.
+    """The codebooks of an arm, made of the library's quantizers.
 
     `semantic` holds the semantic codes (None: flat). `pixel` holds the pixel codes (None: semantic) in groups: one for
     each semantic code (joint, staged, ragged), or a single one for all patches.

@@ -1,6 +1,6 @@
 """Understanding against reconstruction: the hierarchical codebook and its rivals at equal networks, updates, codes.
 
-    python -m benchmarks.tradeoff.run --quick --out tradeoff      # one seed, about ten minutes on two cores
+    python -m benchmarks.tradeoff.run --quick --out tradeoff      # one seed, eight minutes on two cores
     python -m benchmarks.tradeoff.run --out tradeoff-full         # three seeds, longer training, all sizes
 
 On generated pictures (`shapes.py`), with a small teacher trained on their captions. `arms.py` describes the designs.

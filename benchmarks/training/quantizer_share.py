@@ -1,8 +1,8 @@
-"""The quantiser's part of a training step, against the same step through plain PyTorch, in one run.
+"""The quantizer's part of a training step, against the same step through plain PyTorch, in one run.
 
     python -m benchmarks.training.quantizer_share
 
-A step is what training does with a quantiser: forward, backward (straight-through and commitment), codebook update,
+A step is what training does with a quantizer: forward, backward (straight-through and commitment), codebook update,
 restarts and usage counts. "reference" is the same module with `semhitok.reference`, which builds the N x K matrix, in
 place of the fused ops. The semantic step is that of stage 1, the pixel step that of stage 2. Times are medians of runs
 that take turns; memory is the growth of the process's peak resident size over one step, in a process of its own.
@@ -34,7 +34,7 @@ PHASES = ("forward", "backward", "update")
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """The ops that the quantiser modules use: "ours" or "reference"."""
+    """The ops that the quantizer modules use: "ours" or "reference"."""
     ours = semhitok.quantizer.ops
     if name == "reference":
         functions = ("nearest_code", "nearest_subcode", "hier_quantize", "hier_lookup", "segment_sum")

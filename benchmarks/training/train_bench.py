@@ -8,7 +8,7 @@ after one step. LPIPS has random weights, too (which cost what the published one
 
 ms/step       median over the steps after the warm-up, `images` of the global batch in each
 TFLOP/image   multiplications and additions of forward and backward pass, teacher, LPIPS and critic included, counted on
-              the uncompiled stage; the quantiser's own are not in it
+              the uncompiled stage; the quantizer's own are not in it
 MFU           of the card's bf16 peak by its data sheet; `of matmul`: of what a large matrix product reaches here, in
               bf16 runs the faster of one in bf16 and one in fp32, as few CPUs have instructions for bf16
 GiB           peak of allocated memory on a GPU, of resident memory on a CPU
@@ -152,8 +152,8 @@ class Observer:
         clock.watch("semantic head", model.semantic_head)
         clock.watch("semantic decoder", model.semantic_decoder)
         clock.watch("pixel encoder", model.encoder)
-        clock.watch("quantiser", model.quantizer)
-        clock.watch("quantiser", model.quantizer.semantic)
+        clock.watch("quantizer", model.quantizer)
+        clock.watch("quantizer", model.quantizer.semantic)
         if reconstruction is not None:
             model.decoder.maps = clock.timed("pixel decoder", model.decoder.maps)
             clock.watch("LPIPS", reconstruction.perceptual)

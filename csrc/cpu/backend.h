@@ -1,6 +1,6 @@
 // The CPU backend: its ops, the choice of the instruction set, and what the drivers (nearest_code.cpp,
-// nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: memory, searches by blocks of tokens,
-// threads.
+// nearest_subcode.cpp, hier_quantize.cpp, hier_lookup.cpp, segment_sum.cpp) share: memory, searches of blocks of
+// tokens, threads.
 #pragma once
 
 #include <algorithm>

@@ -1,9 +1,10 @@
 // Hierarchical quantisation on the CPU: both stages and the gather, fused for each block of tokens.
 //
-// Plan. Nothing of size tokens x codes or tokens x subcodes x depth exists. The sub-codebooks are a table of megabytes, read at random. So a block's second stage runs after the semantic
-// search of the next block, which prefetches the first block's sub-codebooks while it computes. The rows are gathered
-// while they are still in the cache.
-// Cost: that of nearest_code + nearest_subcode, the packed semantic codebook as scratch.
+// Plan. Nothing of size tokens x codes or tokens x subcodes x depth exists. The sub-codebooks are a table of megabytes,
+// read at random. So a block's second stage runs after the semantic search of the next block, which prefetches the
+// first block's sub-codebooks while it computes. The rows are gathered while they are still in the cache.
+// Cost: that of nearest_code + nearest_subcode. Scratch: scores and ids of a block, for each thread. The packed
+// semantic codebook is kept for the next call (codebook_cache.cpp).
 #include <algorithm>
 #include <utility>
 

@@ -10,8 +10,8 @@ namespace semhitok::cpu {
 
 [[maybe_unused]] static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Loads a row into the cache; kLocality is that of __builtin_prefetch. Always inline: GCC 12 treats a function that only
-// prefetches as one without effects and drops its calls.
+// Loads a row into the cache; kLocality is that of __builtin_prefetch. Always inline: GCC 12 treats a function that
+// only prefetches as one without effects and drops its calls.
 template <int kLocality>
 __attribute__((always_inline)) static inline void prefetch_row(const void* row, int64_t bytes) {
   constexpr int64_t kLineBytes = 64;

@@ -2,8 +2,9 @@
 // the rounding of fp32. Tokens for which even this keeps most of the codes are left, to be scored exactly with all
 // codes.
 //
-// Contract of the pass: the score of code k is half_norm[k] (l2) or 0, plus the products in ascending depth, one FMA (or multiply
-// and add) a step: within (depth + 2) 2^-24 (sum |x c| + |half_norm|) of the exact one while nothing overflows.
+// Contract of the pass: the score of code k is half_norm[k] (l2) or 0, plus the products in ascending depth, one FMA
+// (or multiply and add) a step: within (depth + 2) 2^-24 (sum |x c| + |half_norm|) of the exact one while nothing
+// overflows.
 // Plan. Each code has a lane, the 16 of a panel side by side. The tile of kTile x 2 vectors is in registers; two max
 // instructions a token end it. A unit is 16 KB at depth 32: it stays in L1 for all tiles of tokens.
 // Cost: tokens * padded * depth FMAs.
@@ -45,7 +46,8 @@ inline void unit_maxima(const float* __restrict x, const float* __restrict unit,
   }
 }
 
-// Multiplies tiles [tile][depth][kTile] of tokens with a stretch of units; l2 adds half_norm. Not inlined, so that the loop above has the registers for itself.
+// Multiplies tiles [tile][depth][kTile] of tokens with a stretch of units; l2 adds half_norm. Not inlined, so that the
+// loop above has the registers for itself.
 __attribute__((noinline)) void fp32_pass(const PackedCodebook& codebook, bool l2, int64_t first_unit, int64_t units,
                                          const float* tiles, int64_t tile_count, float* maxima, Vec* top) {
   const int64_t depth = codebook.depth;

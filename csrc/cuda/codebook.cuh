@@ -57,7 +57,8 @@ __device__ __forceinline__ double bias_of(Metric metric, double squared_norm) {
   return metric == Metric::kL2 ? -0.5 * squared_norm : 0.0;
 }
 
-// Zeroes stats and finds largest; with centre, also mean, centred, mean_bias and bias. partial [kStatsPartial]: scratch.
+// Zeroes stats and finds largest; with centre, also mean, centred, mean_bias and bias.
+// partial [kStatsPartial]: scratch.
 cudaError_t codebook_stats(const NearestCode& problem, bool centre, CodebookStats* stats, double* partial,
                            cudaStream_t stream);
 

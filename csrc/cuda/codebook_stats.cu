@@ -1,8 +1,8 @@
 // What the packing of a codebook needs first: its mean and its largest entries, over the codes without NaN and Inf.
 //
-// Plan. Eight lanes a code. sums_kernel leaves kStatsBlocks partial sums in fp64; extremes_kernel adds them in order, in
-// every block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without centring
-// only the second runs.
+// Plan. Eight lanes a code. sums_kernel leaves kStatsBlocks partial sums in fp64. extremes_kernel adds them in order,
+// in every block alike, and takes maxima of non-negative floats as integers: the same bits in any order. Without
+// centring only extremes_kernel runs.
 // Cost: the codebook read twice (L2: 2 x 2 MiB at K = 16,384, D = 32), two launches of about 2 us.
 #include "codebook.cuh"
 

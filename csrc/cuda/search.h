@@ -1,7 +1,8 @@
 // The searches behind nearest_code (their table is in nearest_code.cu): the scratch and the launches of each.
 //
 //   simt       fp32 (fp64 when wide) multiply-adds: any GPU, any shape.
-//   few        mma.sync on three-term fp16 products, as exact as fp32, in two launches: compute capability 8.0 and later.
+//   few        mma.sync on three-term fp16 products, as exact as fp32, in two launches: compute capability 8.0 and
+//              later.
 //   mma        the same from a codebook packed beforehand.
 //   wgmma      the same products on Hopper's own tensor-core instructions: 9.0.
 //   certified  one int8 wgmma pass that proves for nearly every token which few codes can win; those are scored in
@@ -31,7 +32,7 @@ int64_t mma_shared_bytes(const NearestCode& problem);
 cudaError_t wgmma_search_tokens(const NearestCode& problem, const Device& device, TokenList tokens,
                                 const CodebookStats* stats, void* scratch, cudaStream_t stream);
 
-// ---- what the three tensor-core searches share ----
+// ---- what the tensor-core searches share ----
 
 constexpr int kTileCodes = 128;       // codes of a tile: the width of a wgmma
 constexpr int kMaxTensorDepth = 128;  // so that a token fits in registers

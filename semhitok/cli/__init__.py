@@ -35,10 +35,10 @@ COMMANDS = {
 }
 _EXIT_CODES = """exit codes:
   0  all done
-  1  unexpected failure (a bug, or out of memory); SEMHITOK_TRACEBACK=1 prints the traceback
+  1  failure while working (out of memory, a loss that is not finite, a bug); SEMHITOK_TRACEBACK=1 prints the traceback
   2  bad input or usage; nothing was done
   3  done, but some inputs were skipped (each is named on stderr or in skipped.jsonl)
-  130  interrupted"""
+  130, 143  interrupted (Ctrl-C, SIGTERM); training can be resumed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from semhitok._messages import printable, progress
 from semhitok.cli import arguments, text
-from semhitok.corpus.config import CROPS, ENGINES, PRECISIONS, EncodingConfig
+from semhitok.config import PRECISIONS
+from semhitok.corpus.config import CROPS, ENGINES, EncodingConfig
 
 if TYPE_CHECKING:
     from semhitok.corpus.encode import Summary

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from semhitok.config import PRECISIONS
+
 CROPS = ("centre", "ten")
-PRECISIONS = ("fp32", "bf16")
 ENGINES = ("local", "torchrun", "ray")
 
 

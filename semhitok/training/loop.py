@@ -211,12 +211,13 @@ def _evaluate(
     try:
         figures, pictures = evaluate()
         if stage.best is not None:
-            if stage.best not in figures:
-                raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {stage.best!r}")
-            value, sign = figures[stage.best], -1 if METRICS[stage.best].lower_is_better else 1
+            name, save_model = stage.best
+            if name not in figures:
+                raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
+            value, sign = figures[name], -1 if METRICS[name].lower_is_better else 1
             if best is None or not sign * value <= sign * best:  # also where it is NaN
                 best = value
-                stage.save_model(folder / "best")
+                save_model(folder / "best")
                 if distributed.rank() == 0:
                     write_json(folder / "best" / "evaluation.json", {"step": step, **figures})
     finally:

@@ -207,7 +207,7 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
         super().__init__(model, run_config)
-        config, self.best = self.config, run_config.evaluation.best
+        config, self.best = self.config, (run_config.evaluation.best, self.save_model)
         self.reconstruction = ReconstructionLoss(config.loss, model.config.patch_size).to(self.device)
         for name in self.trained:
             model.get_submodule(name).requires_grad_(True)

@@ -52,12 +52,11 @@ class SemanticStage(TokenizerStage[Tokens | None]):
     """Trains `semantic_head`, `semantic_decoder` and the semantic codebook of `model`."""
 
     name = "semantic"
-    best = "cosine"
     config: SemanticStageConfig
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
         super().__init__(model, run_config)
-        config = self.config
+        config, self.best = self.config, ("cosine", self.save_model)
         self.head, self.quantizer = model.semantic_head, model.quantizer.semantic
         self.quantizer.decay = config.decay
         self.network = Part("network", SemanticNetwork(model).train().requires_grad_(True), config.optimizer)

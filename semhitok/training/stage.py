@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -41,7 +41,8 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
         network: the part that `loss` trains.
         parts: all parts, the network first.
         codes_from: the first step that quantises; there is nothing to evaluate before it.
-        best: the held-out figure by which the best checkpoint is kept; None keeps none.
+        best: the held-out figure by which the best model is kept, and the call that saves the model in a folder; None
+            keeps none.
         config: steps, batch size, optimiser and checkpoint interval.
         device: of the model.
     """
@@ -50,7 +51,7 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
     network: Part
     parts: list[Part]
     codes_from = 0
-    best: str | None = None
+    best: tuple[str, Callable[[Path], None]] | None = None
 
     def __init__(self, model: nn.Module, config: StageConfig, run_config: EngineConfig) -> None:
         self.config, self.run_config = config, run_config
@@ -95,10 +96,6 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
     def debug_dump(self, batches: Sequence[OnDevice]) -> dict[str, Any]:
         """What to keep of a step whose loss is not finite."""
 
-    def save_model(self, folder: Path) -> None:
-        """Save the model as it is published; a collective call. For stages that have a `best`."""
-        raise NotImplementedError
-
 
 class TokenizerStage(Stage[Batch, Batch, Output]):
     """A stage that trains a part of a tokenizer on images. The rest has no gradients.
@@ -138,6 +135,7 @@ class TokenizerStage(Stage[Batch, Batch, Output]):
         return {"images": images, "first": batches[0].first, "total": batches[0].total}
 
     def save_model(self, folder: Path) -> None:
+        """Save the tokenizer as it is published; a collective call."""
         state = parallel.full_state(self.model.stored_state())
         if distributed.rank() == 0:
             self.model.save_pretrained(folder, state=state)

@@ -350,5 +350,5 @@ def test_train_bench_times_what_the_loop_does() -> None:
     assert blocks < rows["pixel"][5] < 0.1
     shares = [float(line[-1].rstrip("%")) for line in lines if "ms" in line and line[-1].endswith("%")]
     assert sum(shares) == pytest.approx(200, abs=2)
-    for section in ("teacher", "quantiser", "LPIPS", "critic's backward", "codebook updates", "data"):
+    for section in ("teacher", "quantizer", "LPIPS", "critic's backward", "codebook updates", "data"):
         assert any(line[: len(section.split())] == section.split() for line in lines), section

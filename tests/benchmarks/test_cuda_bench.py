@@ -36,7 +36,7 @@ CEILINGS: dict[str, Any] = {  # round numbers, of no card
     "hbm_read_gb_s": 4000,
 }
 
-# ---- cuda_floor.py ----
+# ---- floor.py ----
 
 
 def test_floor_of_each_design() -> None:
@@ -66,7 +66,7 @@ def test_no_floor_without_the_instruction() -> None:
     assert cuda_floor.floor("other", 256, 16384, 32, CEILINGS) is None
 
 
-# ---- cuda_timing.py ----
+# ---- timing.py ----
 
 
 class FakeTimer:
@@ -127,7 +127,7 @@ def test_what_never_fits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_timing.in_chunks(search, torch.zeros(5, 1))
 
 
-# ---- cuda_preflight.py ----
+# ---- preflight.py ----
 
 
 def test_preflight_keeps_what_ran() -> None:
@@ -147,7 +147,7 @@ def test_preflight_without_a_device() -> None:
     assert ran == {"simt": set()} and wrong["simt"]
 
 
-# ---- cuda_bench.py ----
+# ---- bench.py ----
 
 
 def test_grid_is_the_one_promised() -> None:
@@ -166,7 +166,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_bench, "PATHS", tuple(cuda_floor.DESIGNS))
+    monkeypatch.setattr(cuda_bench, "SEARCHES", tuple(cuda_floor.DESIGNS))
     titles, values = zip(*cuda_bench.cells(record()), strict=True)
     assert all(len(t) == len(v) for t, v in zip(titles, values, strict=True))
     line = {title.strip(): value.strip() for title, value in zip(titles, values, strict=True)}
@@ -286,7 +286,7 @@ def test_cuda_takes_float32(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "--dtype: expected float32 with --device cuda, got float16" in capsys.readouterr().err
 
 
-# ---- cuda_sections.py ----
+# ---- sections.py ----
 
 
 def test_plain_quantizers_take_the_same_step() -> None:
@@ -321,7 +321,7 @@ def test_acceptance_of_what_was_measured(capsys: pytest.CaptureFixture[str]) -> 
     assert len(printed) == len(cuda_sections.acceptance({})) and not any(line.endswith("ok") for line in printed)
 
 
-# ---- cuda_exactness.py ----
+# ---- exactness.py ----
 
 
 def test_judge_counts_wrong_and_close_ids() -> None:
@@ -337,10 +337,10 @@ def test_judge_counts_wrong_and_close_ids() -> None:
 def test_every_kind_passes_and_a_wrong_search_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cuda_exactness, "ENGINES", {"op": "", "simt": "simt", "default": "default"})
+    monkeypatch.setattr(cuda_exactness, "CAPABILITIES", {"op": "", "simt": "simt", "default": "default"})
     monkeypatch.setattr(cuda_exactness, "PIECE", 16)
     check = functools.partial(cuda_exactness.check, device="cpu")
-    assert exactness.run(exactness.CASES, 20, cuda_exactness.ENGINES, "uncert", check) == 0
+    assert exactness.run(exactness.CASES, 20, cuda_exactness.CAPABILITIES, "uncert", check) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(exactness.CASES) + 3 and printed[-2].startswith("- simt: ")
     assert printed[-1].endswith("wrong ids: op 0, simt 0, default 0")
@@ -350,7 +350,7 @@ def test_every_kind_passes_and_a_wrong_search_does_not(
         return judged(z, codebook, metric, {name: (i + 1) % len(codebook) for name, i in ids.items()})
 
     monkeypatch.setattr(cuda_exactness, "judge", mutated)
-    assert exactness.run(exactness.CASES[:2], 20, cuda_exactness.ENGINES, "uncert", check) == 1
+    assert exactness.run(exactness.CASES[:2], 20, cuda_exactness.CAPABILITIES, "uncert", check) == 1
 
 
 def test_the_op_must_not_refuse_and_what_breaks_ends_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +377,7 @@ def test_small_shapes_of_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     import cuda_small
 
     monkeypatch.setattr(cuda_small, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_small, "PATHS", ("default", "simt"))
+    monkeypatch.setattr(cuda_small, "SEARCHES", ("default", "simt"))
     monkeypatch.setattr(sys, "argv", ["cuda_small.py"])
     assert cuda_small.main() == 0
     printed = capsys.readouterr().out

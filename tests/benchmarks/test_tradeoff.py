@@ -232,7 +232,7 @@ def test_wrong_settings_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["tradeoff.py", "--out", str(tmp_path), *arguments])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), *arguments])
     with pytest.raises(SystemExit):
         tradeoff.main()
     assert message in capsys.readouterr().err

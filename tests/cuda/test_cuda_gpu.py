@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 N, K, M, DS, DP = 515, 2049, 6, 33, 16
-PATHS = [*_C.cuda_searches(), ""]  # "": the one that nearest_code chooses
+SEARCHES = [*_C.cuda_searches(), ""]  # "": the one that nearest_code chooses
 SHAPES = [(1, 1, 1), (5, 3, 9), (129, 257, 8), (300, 1000, 33), (515, 2049, 64), (1000, 4097, 48), (70, 5000, 100)]
 MIB = 2**20
 
@@ -152,9 +152,9 @@ def test_autocast_computes_in_float32(op: Callable[..., tuple[Tensor, ...]], dty
 # ---- every search of nearest_code ----
 
 
-def probe(z: Tensor, codebook: Tensor, metric: str, path: str) -> tuple[Tensor, Tensor, Tensor]:
+def probe(z: Tensor, codebook: Tensor, metric: str, search: str) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        return torch.ops.semhitok.nearest_code_probe(z, codebook, metric, path)
+        return torch.ops.semhitok.nearest_code_probe(z, codebook, metric, search)
     except RuntimeError as error:
         refusal = str(error).splitlines()[0]
         if "CUDA" in refusal and "error" in refusal.lower():
@@ -162,58 +162,58 @@ def probe(z: Tensor, codebook: Tensor, metric: str, path: str) -> tuple[Tensor, 
         pytest.skip(refusal)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_hopper_has_every_search(path: str) -> None:
+@pytest.mark.parametrize("search", SEARCHES)
+def test_hopper_has_every_search(search: str) -> None:
     """Elsewhere a search that refuses skips its test; on Hopper no test may be skipped for that."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no GPU of compute capability 9.0")
     z, codebook = randn(515, 64, seed=1, device="cuda"), randn(2049, 64, seed=2, device="cuda")
-    scores, ids, rescored = torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", path)
+    scores, ids, rescored = torch.ops.semhitok.nearest_code_probe(z, codebook, "ip", search)
     assert_nearest(z, codebook, "ip", scores, ids)
-    assert path != "certified" or (rescored > 0).double().mean() > 0.5
+    assert search != "certified" or (rescored > 0).double().mean() > 0.5
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forced_search(shape: tuple[int, int, int], metric: str, path: str) -> None:
+def test_forced_search(shape: tuple[int, int, int], metric: str, search: str) -> None:
     n, k, d = shape
     z, codebook = randn(n, d, seed=1, device="cuda"), randn(k, d, seed=2, device="cuda")
-    scores, ids, rescored = probe(z, codebook, metric, path)
+    scores, ids, rescored = probe(z, codebook, metric, search)
     assert_nearest(z, codebook, metric, scores, ids)
     assert rescored.shape == ids.shape and (rescored >= -1).all()
-    again = probe(z, codebook, metric, path)
+    again = probe(z, codebook, metric, search)
     assert same_bits(scores, again[0]) and torch.equal(ids, again[1])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e6, 1e18])
-def test_forced_search_at_any_scale(scale: float, path: str) -> None:
+def test_forced_search_at_any_scale(scale: float, search: str) -> None:
     """Codes and tokens of very different sizes, which fp16 and int8 cannot hold unscaled."""
     z = randn(200, 32, seed=1, device="cuda") * scale
     codebook = randn(3000, 32, seed=2, device="cuda") * 10 ** (2 * randn(3000, 1, seed=3, device="cuda").clamp(-2, 2))
-    scores, ids, _ = probe(z, codebook, "ip", path)
+    scores, ids, _ = probe(z, codebook, "ip", search)
     assert_nearest(z, codebook, "ip", scores, ids)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-2])
-def test_forced_search_of_a_collapsed_codebook(spread: float, path: str) -> None:
+def test_forced_search_of_a_collapsed_codebook(spread: float, search: str) -> None:
     codebook = randn(1, 24, seed=1, device="cuda") + spread * randn(2500, 24, seed=2, device="cuda")
     codebook = codebook.repeat(2, 1)  # every code twice: the lower id wins
     z = randn(300, 24, seed=3, device="cuda")
-    scores, ids, _ = probe(z, codebook, "l2", path)
+    scores, ids, _ = probe(z, codebook, "l2", search)
     assert_nearest(z, codebook, "l2", scores, ids)
     assert (ids < 2500).all() and (spread > 0 or (ids == 0).all())
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_forced_search_of_bad_tokens_and_codes(path: str) -> None:
+@pytest.mark.parametrize("search", SEARCHES)
+def test_forced_search_of_bad_tokens_and_codes(search: str) -> None:
     z, codebook = randn(300, 32, seed=1, device="cuda"), randn(2000, 32, seed=2, device="cuda")
     z[7, 3], z[131, 0] = torch.nan, torch.inf
-    before = probe(z, codebook, "ip", path)[1].unique()[:10]
+    before = probe(z, codebook, "ip", search)[1].unique()[:10]
     codebook[before[before > 0], 5] = torch.nan
-    scores, ids, _ = probe(z, codebook, "ip", path)
+    scores, ids, _ = probe(z, codebook, "ip", search)
     assert scores[[7, 131]].isnan().all() and (ids[[7, 131]] == 0).all()
     good = torch.ones(300, dtype=torch.bool, device="cuda")
     good[[7, 131]] = False

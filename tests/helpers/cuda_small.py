@@ -20,19 +20,19 @@ from op_checks import assert_nearest, randn
 
 from semhitok import _C, ops, reference
 
-PATHS = tuple(_C.cuda_searches())
+SEARCHES = tuple(_C.cuda_searches())
 SHAPES = [(1, 1, 1), (3, 129, 7), (65, 300, 33), (130, 513, 16), (257, 1025, 48), (40, 200, 100)]  # N, K, D
 DEVICE = "cuda"
 
 
-def search(path: str) -> None:
+def run_search(name: str) -> None:
     for place, (n, k, d) in enumerate(SHAPES):
         metric = ("ip", "l2")[place % 2]
         z, codebook = randn(n, d, seed=1, device=DEVICE), randn(k, d, seed=2, device=DEVICE)
         try:
-            scores, ids, _ = torch.ops.semhitok.nearest_code_probe(z, codebook, metric, path)
+            scores, ids, _ = torch.ops.semhitok.nearest_code_probe(z, codebook, metric, name)
         except RuntimeError as error:
-            print(f"{path} {n}x{k}x{d}: {str(error).splitlines()[0]}")
+            print(f"{name} {n}x{k}x{d}: {str(error).splitlines()[0]}")
             continue
         assert_nearest(z, codebook, metric, scores, ids)
 
@@ -72,7 +72,7 @@ def every_op() -> None:
 
 def main() -> int:
     parts: dict[str, Callable[[], None]] = {"op": every_op}
-    parts |= {path: lambda path=path: search(path) for path in PATHS}
+    parts |= {name: lambda name=name: run_search(name) for name in SEARCHES}
     failed = 0
     for name in sys.argv[1:] or parts:
         try:
