@@ -1,8 +1,9 @@
 // Packs a codebook for the search.
 //
-// One pass finds unusable and repeated codes, one the mean and the range, and one writes (codebook_simd.cpp), each in
-// parallel. Codes whose distances from the mean differ widely, or that form a few tight clusters, are divided into
-// parts, each with its own mean and scale: a single scale would round away the differences between close codes.
+// One pass finds the codes that can win: those without NaN and Inf that are not copies of earlier ones. One finds their
+// mean and range, and one writes them (codebook_simd.cpp), each in parallel. Codes whose distances from the mean differ
+// widely, or that form a few tight clusters, are divided into parts, each with its own mean and scale: a single scale
+// would round away the differences between close codes.
 #include "codebook.h"
 
 #include <algorithm>

@@ -232,7 +232,7 @@ def _sources(image_tokenizer: SemHiTok, codes: Tensor, data: scenes.Pictures) ->
         answer = {"role": "assistant", "content": scenes.answer(name, labels)}
         messages = [{"role": "user", "content": f"<image>\n{question}"}, answer]
         asked.append({"messages": messages, "codes": row["codes"]})
-    given = ((captioned, "generation", 3), (captioned, "understanding", 1.0), (asked, "understanding", 1.0))
+    given = ((captioned, "generation", 3), (captioned, "understanding", 1), (asked, "understanding", 1))
     codebook_hash = image_tokenizer.codebook_hash
     return [Records(rows, task, weight=weight, codebook_hash=codebook_hash) for rows, task, weight in given]
 

@@ -203,7 +203,7 @@ def _evaluate(
 ) -> float | None:
     """Evaluate the model, and save it if it is the best so far; returns the best figure so far.
 
-    It is as it would be published: in eval mode, with moving averages in place of the weights.
+    The model is evaluated as it would be published: in eval mode, with moving averages in place of the weights.
     """
     for part in stage.parts:
         part.exchange_ema()
@@ -215,7 +215,8 @@ def _evaluate(
             if name not in figures:
                 raise ValueError(f"evaluation.best: expected one of {', '.join(figures)}, got {name!r}")
             value, sign = figures[name], -1 if METRICS[name].lower_is_better else 1
-            if best is None or not sign * value <= sign * best:  # also where it is NaN
+            no_better = best is not None and sign * value <= sign * best  # False where either is NaN
+            if not no_better:
                 best = value
                 save_model(folder / "best")
                 if distributed.rank() == 0:
