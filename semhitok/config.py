@@ -30,12 +30,18 @@ class TeacherConfig:
     """The frozen vision encoder whose features the semantic codes learn.
 
     name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any network with `forward_intermediates`: Vision
-        Transformers, convolutional networks, hybrids.
-    pretrained: the weights come from timm's hub entry, so checkpoints leave them out; False stores them in checkpoints.
+        Transformers, convolutional networks, hybrids. Or `transformers:owner/name` or `transformers:folder`, a Vision
+        Transformer of transformers (SigLIP, CLIP, AIMv2, DINOv2, DINOv3), or the vision part of a model of images and
+        text.
+    pretrained: the weights come from where `name` says, so checkpoints leave them out; False stores them there.
     checkpoint: a local weights file that timm loads instead of the hub's.
     image_size: side in pixels of the teacher's input, to which images are resized.
     block: index of the block, or in networks with stages of the stage, whose features are used; -2 is the last but one.
-    options: further keyword arguments of `timm.create_model`.
+    options: further keyword arguments of `timm.create_model`; for transformers only `revision`.
+    share: weight of this teacher among several; their sum does not matter.
+
+    Raises:
+        ValueError: a share that is not positive.
     """
 
     name: str = "vit_large_patch16_siglip_256.webli"
@@ -44,6 +50,11 @@ class TeacherConfig:
     image_size: int = 256
     block: int = -2
     options: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise ValueError(f"teacher.share: expected a positive number, got {self.share}")
 
 
 @dataclass
@@ -65,6 +76,7 @@ class SemHiTokConfig:
     teacher, semantic_decoder, encoder, decoder: the networks; the last two are those of the pixel branch.
     adaptive: sub-codebooks have sizes of their own, K * m in all. The pixel stage sets them when it begins to quantise,
         so that the error falls most.
+    more_teachers: teachers besides the first. Their features are joined, each with its share; semantic codes learn all.
 
     Raises:
         ValueError: a size that is not a positive integer, or image_size not a multiple of patch_size.
@@ -81,6 +93,7 @@ class SemHiTokConfig:
     encoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 12, 12))
     decoder: ViTConfig = field(default_factory=lambda: ViTConfig(1024, 24, 16))
     adaptive: bool = False
+    more_teachers: list[TeacherConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim"):
@@ -89,6 +102,11 @@ class SemHiTokConfig:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size {self.patch_size}, got {self.image_size}")
+
+    @property
+    def teachers(self) -> list[TeacherConfig]:
+        """All teachers, in the order of their features."""
+        return [self.teacher, *self.more_teachers]
 
     @property
     def grid_size(self) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from semhitok.vocabulary import Vocabulary, codebook_hash
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
+TEACHERS = ("teacher.", "more_teachers.")  # the weights of teachers in a state dict begin so
 
 
 class Features(NamedTuple):
@@ -45,25 +47,31 @@ class SemHiTok(nn.Module):
     row by row from the top left, with h = w = image_size / patch_size.
 
     Args:
-        config: sizes and the teacher; `semhitok.config.preset(name)` gives that of a preset.
-        teacher: build the frozen teacher, which `encode` needs; False for decoding only.
-        load_teacher: fetch or read the teacher's weights, if `config` names any; False leaves them random.
+        config: sizes and the teachers; `semhitok.config.preset(name)` gives that of a preset.
+        teacher: build the frozen teachers, which `encode` needs; False for decoding only.
+        load_teacher: fetch or read the teachers' weights, if `config` names any; False leaves them random. A sequence
+            says it for each teacher.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: timm is not installed, or transformers for a teacher of it.
         OSError, ValueError: from `Teacher`.
     """
 
-    def __init__(self, config: SemHiTokConfig, *, teacher: bool = True, load_teacher: bool = True) -> None:
+    def __init__(
+        self, config: SemHiTokConfig, *, teacher: bool = True, load_teacher: bool | Sequence[bool] = True
+    ) -> None:
         super().__init__()
         self.config = config
         grid, tokens = config.grid_size, config.grid_size**2
-        # Even without the teacher, its width is needed: it shapes the semantic branch.
+        loads = [load_teacher] * len(config.teachers) if isinstance(load_teacher, bool) else load_teacher
+        # Even without the teachers, their widths are needed: they shape the semantic branch.
         with contextlib.nullcontext() if teacher else torch.device("meta"):
-            frozen = Teacher(config.teacher, grid, load=load_teacher and teacher)
-        self.teacher = frozen if teacher else None
-        self.semantic_head = SemanticHead(frozen.width, config.sem_dim)
-        self.semantic_decoder = SemanticDecoder(config.semantic_decoder, config.sem_dim, frozen.width, tokens)
+            frozen = [Teacher(t, grid, load=load and teacher) for t, load in zip(config.teachers, loads, strict=True)]
+        self.teacher = frozen[0] if teacher else None
+        self.more_teachers = nn.ModuleList(frozen[1:] if teacher else [])
+        widths = [t.width for t in frozen]
+        self.semantic_head = SemanticHead(widths, config.sem_dim, [t.share for t in config.teachers])
+        self.semantic_decoder = SemanticDecoder(config.semantic_decoder, config.sem_dim, sum(widths), tokens)
         self.encoder = PixelEncoder(config.encoder, config.patch_size, grid, config.pix_dim)
         self.quantizer = HierarchicalQuantizer(
             config.num_codes, config.num_sub_codes, config.sem_dim, config.pix_dim, adaptive=config.adaptive
@@ -84,10 +92,12 @@ class SemHiTok(nn.Module):
         return codebook_hash(q.semantic.codebook, q.pix_codebook, q.offsets)
 
     def semantic_features(self, images: Tensor) -> Tensor:
-        """The frozen teacher's features [B, h, w, C] of images; ValueError without a teacher."""
+        """The frozen teachers' features of images, joined: [B, h, w, C]; ValueError without a teacher."""
         if self.teacher is None:
             raise ValueError("teacher: expected a tokenizer with its teacher, got one without it")
-        return self.teacher(images)
+        features: Tensor = self.teacher(images)  # with one teacher its memory layout stays, on which sums depend
+        more = [teacher(images) for teacher in self.more_teachers]
+        return torch.cat([features, *more], dim=-1) if more else features
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -142,9 +152,10 @@ class SemHiTok(nn.Module):
             raise ValueError(f"images: expected floating point in [0, 1], got {images.dtype}")
 
     def stored_state(self) -> dict[str, Tensor]:
-        """The state dict, without the teacher's weights if they come from timm's hub."""
-        stored = self.teacher is not None and self.teacher.stored
-        return {k: v for k, v in self.state_dict().items() if stored or not k.startswith("teacher.")}
+        """The state dict, without the weights of teachers that come from elsewhere."""
+        modules = {"teacher.": self.teacher, **{f"more_teachers.{n}.": t for n, t in enumerate(self.more_teachers)}}
+        absent = tuple(prefix for prefix, t in modules.items() if isinstance(t, Teacher) and not t.stored)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(absent)}
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors into `directory`, each file atomically.
@@ -158,7 +169,7 @@ class SemHiTok(nn.Module):
             OSError: the folder is not writable.
         """
         safetensors = require("safetensors.torch", "models")
-        if self.teacher is None and not self.config.teacher.pretrained:
+        if self.teacher is None and not all(t.pretrained for t in self.config.teachers):
             raise ValueError("teacher: its weights belong to the checkpoint and are not loaded")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,9 +216,9 @@ class SemHiTok(nn.Module):
             state = safetensors.torch.load_file(weights_path)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{weights_path}: not a whole safetensors file: {error}") from error
-        model = cls(config, teacher=teacher, load_teacher=config.teacher.pretrained)
+        model = cls(config, teacher=teacher, load_teacher=[t.pretrained for t in config.teachers])
         if not teacher:
-            state = {k: v for k, v in state.items() if not k.startswith("teacher.")}
+            state = {k: v for k, v in state.items() if not k.startswith(TEACHERS)}
         expected = {k: v.shape for k, v in model.stored_state().items()}
         found = {k: v.shape for k, v in state.items()}
         for key in sorted(expected.keys() | found.keys()):

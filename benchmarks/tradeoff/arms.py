@@ -177,7 +177,7 @@ class Network(nn.Module):
         super().__init__()
         self.arm = arm
         self.vit = copy.deepcopy(teacher) if arm.feed == "image" else None
-        self.head = SemanticHead(teacher.width, DIM)
+        self.head = SemanticHead([teacher.width], DIM)
         self.semantic_decoder = SemanticDecoder(ViTConfig(96, 1, 3), DIM, teacher.width, GRID**2)
         self.encoder = PixelEncoder(NETWORK, PATCH, GRID, DIM)
         self.decoder = PixelDecoder(NETWORK, PATCH, GRID, 2 * DIM)

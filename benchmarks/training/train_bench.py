@@ -148,7 +148,8 @@ class Observer:
             part.accumulate = clock.timed("critic's backward" if critic else "backward, clipping", timed)
             part.step = clock.timed("optimizers, EMA", part.step)
         model, reconstruction = stage.model, getattr(stage, "reconstruction", None)
-        clock.watch("teacher", model.teacher)
+        for teacher in (model.teacher, *model.more_teachers):
+            clock.watch("teacher", teacher)
         clock.watch("semantic head", model.semantic_head)
         clock.watch("semantic decoder", model.semantic_decoder)
         clock.watch("pixel encoder", model.encoder)

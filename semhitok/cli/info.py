@@ -118,11 +118,13 @@ def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
 
 
 def _fields(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Rows of a dataclass; the fields of a nested one are named `outer.inner`."""
+    """Rows of a dataclass; the fields of a nested one are named `outer.inner`, of those in a list `outer.0.inner`."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
+        nested = {f".{n}": item for n, item in enumerate(value)} if isinstance(value, list) else {"": value}
+        if nested and all(map(dataclasses.is_dataclass, nested.values())):
+            for suffix, item in nested.items():
+                yield from _fields(item, f"{prefix}{field.name}{suffix}.")
         else:
             yield f"{prefix}{field.name}", value
 

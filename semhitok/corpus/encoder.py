@@ -212,9 +212,9 @@ class UnitEncoder:
 
 
 def encoder_hash(tokenizer: SemHiTok) -> str:
-    """Hex SHA-256 of all weights that ids depend on, the teacher's included."""
+    """Hex SHA-256 of all weights that ids depend on, the teachers' included."""
     digest = hashlib.sha256()
-    for part in ("teacher", "semantic_head", "encoder", "quantizer"):
+    for part in ("teacher", "more_teachers", "semantic_head", "encoder", "quantizer"):
         module = getattr(tokenizer, part)
         if module is None:
             raise ValueError("teacher: expected a tokenizer with its teacher, got one without it")

@@ -83,8 +83,8 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
     Returns:
         Reconstructions, uint8 too, and rows by name: codes [B, h, w]; the shares [B] of flat and semantic ids that come
         back when the reconstruction is encoded; semantic_cosine [B], of the semantic decoder's features and the
-        teacher's standardised ones; with `pool`, the means over the grid of the teacher's features, z_sem,
-        q_sem ++ q_pix and q_sem, [B, C] each.
+        teacher's standardised ones, with several teachers the mean of each one's cosine, weighted with the shares; with
+        `pool`, the means over the grid of the teachers' features, z_sem, q_sem ++ q_pix and q_sem, [B, C] each.
     """
     x = images.float() / 255
     teacher = tokenizer.semantic_features(x)
@@ -94,13 +94,14 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
     reconstructions = to_uint8(tokenizer.decode(codes))
     codes_again = tokenizer.encode(reconstructions.float() / 255)
     semantic, semantic_again = (tokenizer.quantizer.split(ids)[0] for ids in (codes, codes_again))
-    predicted = tokenizer.semantic_decoder(q.semantic).float()
-    target = tokenizer.semantic_head.standardize(teacher)
+    predicted = tokenizer.semantic_decoder(q.semantic)
+    pairs = tokenizer.semantic_head.pairs(predicted, tokenizer.semantic_head.standardize(teacher))
+    cosines = [F.cosine_similarity(p, t, dim=-1).double().mean((1, 2)) for p, t in pairs]
     rows = {
         "codes": codes,
         "flat_ids_kept": (codes_again == codes).double().mean((1, 2)),
         "semantic_ids_kept": (semantic_again == semantic).double().mean((1, 2)),
-        "semantic_cosine": F.cosine_similarity(predicted, target, dim=-1).double().mean((1, 2)),
+        "semantic_cosine": tokenizer.semantic_head.average(cosines),
     }
     if pool:
         both = torch.cat([q.semantic, q.pixel], dim=-1)

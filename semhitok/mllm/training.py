@@ -104,7 +104,7 @@ def train(
         sizes = {name: getattr(model.config, name) for name in ("codebook_hash", "head", "resolution_id")}
         described = {"data": {name: stage_rows.description for name, stage_rows in data.items()}}
         of_model = {"model": {**sizes, "llm": model.config.text_config.to_diff_dict()}}
-        identify_run(folder, {"train": config.to_dict(), **of_model, **described}, ("model",), accept_changes)
+        identify_run(folder, config, {**of_model, **described}, ("model",), accept_changes)
     settings = replace(config.data, caption_drop=0.0, workers=0)
     held_out_rows = rows(held_out_sources, settings) if held_out_sources else None
     seconds: dict[str, float] = {}

@@ -10,6 +10,7 @@ Processes that `accelerate launch` or `torchrun` started train together.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from torch import nn
 
 from semhitok import distributed
 from semhitok._files import write_json
-from semhitok.config import TrainConfig
+from semhitok.config import EngineConfig, TrainConfig, from_dict
 from semhitok.data.batch import seed_everything
 from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
@@ -75,7 +76,7 @@ def train(
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     if distributed.rank() == 0:
-        identify_run(folder, {"train": config.to_dict(), **images.description}, ("train", "model"), accept_changes)
+        identify_run(folder, config, images.description, ("train", "model"), accept_changes)
     model = _model(config, device)
     seconds: dict[str, float] = {}
     with StopOnSignal() as stop:
@@ -151,19 +152,22 @@ def _evaluation(
     return lambda: stage.evaluate(held_out_batches(held_out, size, batch_size, *places))
 
 
-def identify_run(folder: Path, description: dict[str, Any], model: Sequence[str], accept_changes: bool) -> None:
+def identify_run(
+    folder: Path, config: EngineConfig, more: dict[str, Any], model: Sequence[str], accept_changes: bool
+) -> None:
     """Write config.json into the folder of a new run, or check that an existing one says the same.
 
     Args:
         folder: of the run.
-        description: what is in config.json.
+        config: of the run; "train" in config.json.
+        more: what else is in config.json.
         model: keys that lead to the part of the description that may never change.
         accept_changes: whether the rest may.
 
     Raises:
         ValueError: the folder holds another run, or its config.json is not JSON.
     """
-    path = folder / "config.json"
+    path, description = folder / "config.json", {"train": config.to_dict(), **more}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, description)
@@ -172,6 +176,9 @@ def identify_run(folder: Path, description: dict[str, Any], model: Sequence[str]
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+    # A setting that did not exist when the run began has its default; one that exists no longer is a difference.
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        found["train"] = from_dict(type(config), found["train"]).to_dict()
     new = json.loads(json.dumps(description))
     difference = _difference(found, new, "")
     if difference and not accept_changes:

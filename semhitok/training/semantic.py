@@ -2,7 +2,8 @@
 
 loss = cosine_weight (1 - cos(decoder(q), t)) + l1_weight |decoder(q) - t| + commitment
 
-with t the teacher's standardised features and q the nearest of K unit codes. The codes follow their tokens by a moving
+with t the teacher's standardised features and q the nearest of K unit codes. With several teachers, cosine and L1 are
+computed for each and averaged with their shares. The codes follow their tokens by a moving
 average; unused ones are restarted. The first steps run without quantisation, then k-means sets the codebook.
 """
 
@@ -19,7 +20,7 @@ from semhitok import distributed
 from semhitok.config import SemanticStageConfig, TrainConfig
 from semhitok.data.batch import Batch, keyed_generator
 from semhitok.evaluation.held_out import evaluate_held_out
-from semhitok.tokenizer import SemHiTok
+from semhitok.tokenizer import TEACHERS, SemHiTok
 from semhitok.training.log import usage_figures, usage_window
 from semhitok.training.parallel import gather_tokens
 from semhitok.training.parts import Figures, Part
@@ -61,6 +62,8 @@ class SemanticStage(TokenizerStage[Tokens | None]):
         self.quantizer.decay = config.decay
         self.network = Part("network", SemanticNetwork(model).train().requires_grad_(True), config.optimizer)
         self.parts = [self.network]
+        teachers = len(model.config.teachers)
+        self.cosine_names = [f"cosine_{n + 1}" for n in range(teachers)] if teachers > 1 else []  # of each teacher
         self.window = usage_window(model.config.num_codes, config.batch_size * model.config.grid_size**2)
 
     def _features(self, images: Tensor) -> Tensor:
@@ -84,12 +87,13 @@ class SemanticStage(TokenizerStage[Tokens | None]):
         quantise = step >= config.continuous_steps
         with self.autocast():
             predicted, z, codes, commitment = self.network(features, quantise)
-        predicted, target = predicted.float(), self.head.standardize(features)
-        cosine = 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
-        l1 = F.l1_loss(predicted, target)
+        pairs = self.head.pairs(predicted, self.head.standardize(features))
+        cosines = [1 - F.cosine_similarity(p, t, dim=-1).mean() for p, t in pairs]
+        cosine, l1 = self.head.average(cosines), self.head.average([F.l1_loss(p, t) for p, t in pairs])
         loss = config.cosine_weight * cosine + config.l1_weight * l1 + config.commitment_weight * commitment
         tokens = None if codes is None else (z.detach(), codes)
-        return loss, {"cosine": cosine, "l1": l1, "commitment": commitment}, tokens
+        figures = {"cosine": cosine, **dict(zip(self.cosine_names, cosines, strict=False)), "l1": l1}
+        return loss, {**figures, "commitment": commitment}, tokens
 
     @torch.no_grad()
     def after_step(self, outputs: Sequence[Tokens | None], step: int, seed: int) -> Figures:
@@ -114,25 +118,25 @@ class SemanticStage(TokenizerStage[Tokens | None]):
 
     def counters(self) -> dict[str, Tensor]:
         counters = {"misses": self.quantizer.misses, "usage": self.quantizer.usage.counts}
-        if self.model.teacher is not None and self.model.teacher.stored:
-            counters |= {f"teacher.{k}": v for k, v in self.model.teacher.state_dict().items()}
-        return counters
+        return counters | {k: v for k, v in self.model.stored_state().items() if k.startswith(TEACHERS)}
 
     def codebooks(self) -> dict[str, Tensor]:
         return {"codebook": self.quantizer.codebook, "misses": self.quantizer.misses}
 
     def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:
-        """Cosine distance to the teacher's features and usage of the codes, on held-out images."""
+        """Cosine distance to the teachers' features and usage of the codes, on held-out images."""
 
         def distances(images: Tensor) -> tuple[Tensor, Tensor]:
             features = self._features(images)
             with self.autocast():
                 predicted, _, codes, _ = self.network(features, True)
             assert codes is not None
-            target = self.head.standardize(features)
-            return 1 - F.cosine_similarity(predicted.float(), target, dim=-1).mean((1, 2)), codes
+            pairs = self.head.pairs(predicted, self.head.standardize(features))
+            distances = [1 - F.cosine_similarity(p, t, dim=-1).mean((1, 2)) for p, t in pairs]
+            return torch.stack([self.head.average(distances), *distances], dim=-1), codes
 
-        functions = {"cosine": lambda distances, images: distances}
+        names = ["cosine", *self.cosine_names]
+        functions = {name: lambda distances, images, n=n: distances[:, n] for n, name in enumerate(names)}
         usage = CodeUsage(self.model.config.num_codes, 1, self.device)
         figures, _ = evaluate_held_out(distances, batches, functions, usage, self.device)
         return {k: v for k, v in figures.items() if not k.startswith(("flat", "group"))}, None

@@ -1,14 +1,18 @@
 """Configurations: YAML fills dataclasses, strictly, and the command line shows and changes them."""
 
+import re
 import sys
 import types
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from training_processes import small_config, write_pictures
 
 from semhitok.cli import main
 from semhitok.config import PRESETS, TrainConfig, from_dict, override, preset_names, train_config
+from semhitok.models.teacher import Teacher
 from semhitok.training import train
 
 
@@ -48,6 +52,9 @@ def test_the_command_line_changes_what_a_file_says(capsys, tmp_path):
         ("tracker: paper", "tracker: expected one of tensorboard, wandb, none"),
         ("pixel: {loss: {critic: {kind: film}}}", "critic.kind: expected patch or dino, got 'film'"),
         ("pixel: {loss: {critic: {blocks: [1, a]}}}", r"config.pixel.loss.critic.blocks\[1\]: expected int"),
+        ("model: {teacher: {share: 0}}", "teacher.share: expected a positive number, got 0.0"),
+        ("model: {more_teachers: [{share: .nan}]}", "teacher.share: expected a positive number, got nan"),
+        ("model: {more_teachers: [{}, {nam: a}]}", r"config.model.more_teachers\[1\]: unknown key 'nam'"),
         ("a: [", "not YAML"),
     ],
 )
@@ -73,6 +80,20 @@ def test_presets_state_batch_and_steps():
         assert f"Global batch {config.semantic.batch_size}" in comment, name
         for number in (config.semantic.steps, config.pixel.steps):
             assert f"{number:,}" in comment or str(number) in comment, name
+
+
+@pytest.mark.parametrize("name", [n for n in preset_names() if n != "semhitok-tiny"])
+def test_presets_name_other_teachers_that_fit(name):
+    timm = pytest.importorskip("timm")
+    model = train_config(name).model
+    others = re.findall(r"\bvit_\w+\.\w+", "".join(re.findall("#.*", (PRESETS / f"{name}.yaml").read_text())))
+    assert any("siglip" in other for other in others) and any("dinov3" in other for other in others)
+    for other in others:
+        assert timm.models.is_model_pretrained(other), other
+        with torch.device("meta"):
+            teacher = Teacher(replace(model.teacher, name=other), model.grid_size, load=False)
+            maps = teacher(torch.zeros(1, 3, model.image_size, model.image_size))
+        assert maps.shape == (1, model.grid_size, model.grid_size, teacher.width)
 
 
 def restated(stated, default, where=""):
