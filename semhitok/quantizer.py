@@ -229,6 +229,14 @@ class HierarchicalQuantizer(nn.Module):
             q_sem = straight_through(z_sem.float(), q_sem)
         return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, commitment)
 
+    def within(self, sem_codes: Tensor, z_pix: Tensor) -> HierarchicalOutput:
+        """What `forward` returns for tokens whose semantic codes [...] int64 are known."""
+        _, sub = ops.nearest_subcode(z_pix, self.pix_codebook, sem_codes, "l2", self.offsets)
+        codes = self.join(sem_codes, sub)
+        q_sem, q_pix = self.lookup(codes)
+        z_pix = z_pix.float()
+        return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, F.mse_loss(z_pix, q_pix))
+
     def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Flat codes [...] -> q_sem [..., Ds], q_pix [..., Dp]; rows of NaN for codes out of range."""
         return ops.hier_lookup(codes, self.semantic.codebook, self.pix_codebook, self.offsets)

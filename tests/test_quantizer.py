@@ -125,6 +125,22 @@ def test_hierarchical_ids_are_the_two_nearest_searches():
     assert torch.equal(q_sem, quantizer.semantic.codebook[i])
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_known_semantic_codes_give_what_their_search_gives(adaptive):
+    quantizer = HierarchicalQuantizer(8, 4, 6, 5, adaptive=adaptive)
+    if adaptive:
+        quantizer.offsets[1:-1] = torch.tensor([1, 3, 4, 10, 12, 20, 31])
+    z_sem, z_pix = unit(2, 7, 6), torch.randn(2, 7, 5, generator=generator(1)).requires_grad_()
+    expected = quantizer(z_sem, z_pix)
+    codes = quantizer.split(expected.codes)[0]
+    found = quantizer.within(codes, z_pix)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    weights = torch.randn(2, 7, 5, generator=generator(2))
+    gradients = [torch.autograd.grad((x.q_pix * weights).sum() + x.commitment, z_pix)[0] for x in (found, expected)]
+    assert torch.equal(*gradients)
+
+
 def test_hierarchical_gradients_go_where_they_should():
     quantizer = hierarchical()
     z_sem, z_pix = unit(9, 8), torch.randn(9, 5, generator=generator(1)).requires_grad_()

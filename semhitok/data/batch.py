@@ -33,16 +33,18 @@ class Batch:
         first: place of the first of them in the global batch.
         total: images of the global batch.
         key: from which the random numbers follow; set by `to`.
+        crops: int64 [b] on the CPU, the numbers of the crops where they are fixed (see `RandomCrops`); None elsewhere.
     """
 
     images: Tensor
     first: int
     total: int
     key: tuple[object, ...] = ()
+    crops: Tensor | None = None
 
     def to(self, device: torch.device, key: tuple[object, ...]) -> Batch:
         """The batch on `device`, with random numbers that follow from `key`."""
-        return Batch(self.images.to(device, non_blocking=True), self.first, self.total, key)
+        return Batch(self.images.to(device, non_blocking=True), self.first, self.total, key, self.crops)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Random numbers in [0, 1), [b, *shape]; those of an image depend on its place in the global batch only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,22 @@ from semhitok.data.stream import epoch_order, generator, warn_skipped
 _CACHE_BYTES = 2**29
 
 
+class Sample(NamedTuple):
+    """A crop [3, size, size], float32 in [0, 1].
+
+    number: that of a fixed crop, otherwise meaningless.
+    replaced: whether its image takes the place of an unreadable one.
+    """
+
+    crop: Tensor
+    number: int
+    replaced: bool
+
+
 class RandomCrops:
     """Sample n is a random crop of one image; every len(paths) samples see each image once.
+
+    With config.fixed the crops are numbered: that of image i is number i, and its mirror image i + len(paths).
 
     Args:
         paths: image files.
@@ -27,17 +42,24 @@ class RandomCrops:
 
     An unreadable image is reported once on stderr, and the next readable one takes its place, the same one every time.
 
+    Attributes:
+        fixed_count: number of the fixed crops; 0 if they are not fixed.
+
     Raises:
-        ValueError: no paths, or (when a sample is drawn) none of them readable.
+        ValueError: no paths, fixed crops that are to have a random scale, or (when a sample is drawn) none of the
+            images readable.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, config: DataConfig, seed: int) -> None:
         if not paths:
             raise ValueError("paths: expected at least one image, got none")
+        if config.fixed and config.crop_scale is not None:
+            raise ValueError(f"crop_scale: expected null with fixed crops, got {list(config.crop_scale)}")
         self.paths = list(paths)
         self.size = size
         self.config = config
         self.seed = seed
+        self.fixed_count = (2 if config.flip else 1) * len(self.paths) if config.fixed else 0
         self.unreadable: set[int] = set()
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
@@ -45,23 +67,33 @@ class RandomCrops:
 
     def __getitem__(self, number: int) -> Tensor:
         """Crop [3, size, size], float32 in [0, 1]."""
-        return self.sample(number)[0]
+        return self.sample(number).crop
 
-    def sample(self, number: int) -> tuple[Tensor, bool]:
-        """Crop [3, size, size], float32 in [0, 1], and whether its image replaces an unreadable one."""
+    def sample(self, number: int) -> Sample:
+        """Sample `number` of the run."""
         epoch, position = divmod(number, len(self.paths))
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.paths), self.seed, epoch).tolist())
-        image, replaced = self._load(self._order[1][position])
+        index = self._order[1][position]
         draws = torch.rand(4, generator=generator(self.seed, number)).tolist()
-        return crop(image, self.size, self.config, draws), replaced
+        if self.config.fixed:
+            return self.fixed_crop(index, mirrored=self.config.flip and draws[3] < 0.5)
+        image, found = self._load(index)
+        return Sample(crop(image, self.size, self.config, draws), found, found != index)
 
-    def _load(self, index: int) -> tuple[Tensor, bool]:
-        """The image at `index`, or the next readable one, as uint8 [3, H, W]; and whether it is another one."""
+    def fixed_crop(self, index: int, mirrored: bool) -> Sample:
+        """The fixed crop of an image, or of the readable one that takes its place."""
+        image, found = self._load(index)
+        part = resize_crop(image / 255, self.size)
+        number = found + len(self.paths) * mirrored
+        return Sample(part.flip(-1) if mirrored else part, number, found != index)
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
+        """The image at `index`, or the next readable one, as uint8 [3, H, W]; and the index of that."""
         for place in range(index, index + len(self.paths)):
             candidate = place % len(self.paths)
             if candidate in self._cache:
-                return self._cache[candidate], candidate != index
+                return self._cache[candidate], candidate
             if candidate in self.unreadable:
                 continue
             try:
@@ -73,7 +105,7 @@ class RandomCrops:
             if self._cached_bytes + image.numel() <= _CACHE_BYTES:
                 self._cache[candidate] = image
                 self._cached_bytes += image.numel()
-            return image, candidate != index
+            return image, candidate
         raise ValueError(f"none of the {len(self.paths)} images can be read")
 
 

@@ -7,11 +7,12 @@ saved with the run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,11 @@ class TrainingImages:
 
     Attributes:
         description: identifies the data, as JSON: two runs on the same data have the same.
+        fixed_count: number of the fixed crops; 0 if they are not fixed.
 
     Raises:
         ValueError: no sources, no images, files mixed with shards, fewer shards than reading processes, a URL that
-            webdataset cannot open.
+            webdataset cannot open; fixed crops of shards, or that are to have a random scale.
         OSError: a file, folder or local shard does not exist or cannot be read.
         ImportError: there are shards, and webdataset is not installed.
     """
@@ -78,7 +80,10 @@ class TrainingImages:
         self.size, self.config, self.seed = size, config, seed
         self.rank, self.world_size = rank, world_size
         self.paths, self.shards = _find(sources)
+        self.fixed_count = 0
         if self.shards:
+            if config.fixed:
+                raise ValueError(f"fixed: expected image files, got shards ({self.shards[0]!r})")
             check_shards("data", len(self.shards), world_size, config.workers)
             if config.shuffle_buffer < 1:
                 raise ValueError(f"shuffle_buffer: expected at least 1, got {config.shuffle_buffer}")
@@ -88,6 +93,7 @@ class TrainingImages:
             self.description = {"images": len(names), "images_sha256": _digest(names)}
             # Kept, so that the images decoded by one pass over the steps serve the next.
             self._crops = RandomCrops(self.paths, size, config, seed)
+            self.fixed_count = self._crops.fixed_count
 
     def other(self, seed_offset: int) -> TrainingImages:
         """The same images in another order and with other crops; `seed_offset` is xor-ed into the seed."""
@@ -126,10 +132,34 @@ class TrainingImages:
             start |= {"skipped": 0, "turn": 0, "streams": [START] * max(1, workers)}
             open_stream = partial(self._of_shards, micro_batch)
 
-        def collate(images: list[Tensor]) -> list[Batch]:
-            return [Batch(i, first, batch_size) for i, first in zip(images, firsts, strict=True)]
+        def collate(values: list[tuple[Tensor, Tensor | None]]) -> list[Batch]:
+            return [
+                Batch(images, first, batch_size, crops=crops)
+                for (images, crops), first in zip(values, firsts, strict=True)
+            ]
 
         return Batches(open_stream, start, len(firsts), collate, workers=workers, position=position)
+
+    def fixed_batches(self, size: int) -> Generator[Batch, None, None]:
+        """Every fixed crop once, by number: this process's part of them, in batches of `size`.
+
+        Batch b goes to process b modulo their number. All processes get the same number of full batches, the last of
+        which repeat the last crop. The crops of an unreadable image are those of its replacement.
+        """
+        paths, last = len(self.paths), self.fixed_count - 1
+
+        def read(worker: int, place: None) -> Iterator[Item]:
+            for number in itertools.count(worker, max(1, self.config.workers)):
+                first = (number * self.world_size + self.rank) * size
+                numbers = [min(n, last) for n in range(first, first + size)]
+                crops = [self._crops.fixed_crop(n % paths, mirrored=n >= paths).crop for n in numbers]
+                yield Item(Batch(torch.stack(crops), first, self.fixed_count, crops=torch.tensor(numbers)), place)
+
+        rounds = -(-self.fixed_count // (size * self.world_size))
+        start = {"data": "fixed crops"}
+        batches: Batches[Batch] = Batches(read, start, 1, lambda x: x[0], workers=self.config.workers, position=None)
+        with contextlib.closing(batches):
+            yield from itertools.islice(batches, rounds)
 
     def _of_files(self, batch_size: int, firsts: range, done: int, number: int, place: None) -> Iterator[Item]:
         """The micro-batches that reading process `number` makes, after `done`; `firsts` are those of a step."""
@@ -137,14 +167,17 @@ class TrainingImages:
             step, part = divmod(micro, len(firsts))
             first = step * batch_size + firsts[part]
             samples = [self._crops.sample(n) for n in range(first, first + firsts.step)]
-            yield Item(torch.stack([image for image, _ in samples]), place, sum(replaced for _, replaced in samples))
+            crops = torch.tensor([s.number for s in samples]) if self.fixed_count else None
+            value = torch.stack([s.crop for s in samples]), crops
+            yield Item(value, place, sum(s.replaced for s in samples))
 
     def _of_shards(self, micro_batch: int, number: int, place: Mapping[str, int]) -> Iterator[Item]:
         """Micro-batches of crops from the samples of reading process `number`, from `place` on."""
         crops = self._crops_of_shards(number, place)
         while True:
             taken = list(itertools.islice(crops, micro_batch))
-            yield Item(torch.stack([i.value for i in taken]), taken[-1].place, sum(i.skipped for i in taken))
+            value = torch.stack([i.value for i in taken]), None
+            yield Item(value, taken[-1].place, sum(i.skipped for i in taken))
 
     def _crops_of_shards(self, worker: int, place: Mapping[str, int]) -> Iterator[Item]:
         """Crops [3, size, size], without end."""

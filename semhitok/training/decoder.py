@@ -24,6 +24,6 @@ class DecoderStage(ReconstructionStage):
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Reconstructed]:
         with self.autocast():
-            predicted, maps, _, _, _ = self.network(batch.images, self.z_sem(batch.images), True)
+            predicted, maps, _, _, _ = self.network(batch.images, self.semantic(batch), True)
         loss, figures = self.reconstruction_loss(predicted, maps, batch, step)
         return loss, figures, Reconstructed(predicted.detach())

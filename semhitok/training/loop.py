@@ -117,9 +117,10 @@ def run_stage(
     if start < steps:
         if main:
             log.cut_log(folder / "log.jsonl", start)
+        begun = time.perf_counter()
+        stage.prepare(lambda: _check_stop(stage, run, start))
         batches = run.data.batches(config.batch_size, micro_batch, start, position)
         logger = log.Log(run.folder, run.config.tracker, stage.name, start, steps, run.unit) if main else None
-        begun = time.perf_counter()
         try:
             for step in range(start, steps):
                 seed_everything(seed, stage.name, step)
@@ -163,6 +164,13 @@ def run_stage(
     for part in stage.parts:
         part.exchange_ema()  # for good: the average is what is published
     return seconds
+
+
+def _check_stop(stage: Stage[Loaded, OnDevice, Output], run: Run[Loaded], step: int) -> None:
+    """Raise Interrupted on all processes if a signal came to any of them."""
+    signum = max(distributed.gather_objects(run.stop.signum))
+    if signum:
+        raise Interrupted(stage.name, step, stage.config.steps, signum)
 
 
 def _spare_batches(

@@ -64,9 +64,9 @@ def full_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather_tokens(
-    batches: Iterator[list[Batch]], minimum: float, tokens: Callable[[Tensor], tuple[Tensor, ...]]
+    batches: Iterator[list[Batch]], minimum: float, tokens: Callable[[Batch], tuple[Tensor, ...]]
 ) -> list[Tensor]:
-    """The rows that `tokens` computes from images, of global batch after global batch, at least `minimum` of them.
+    """The rows that `tokens` computes from batches, of global batch after global batch, at least `minimum` of them.
 
     The same rows in the same order on every process.
     """
@@ -74,7 +74,7 @@ def gather_tokens(
     count = 0
     with torch.no_grad():
         while count < minimum:
-            rows = [tokens(batch.images) for batch in next(batches)]
+            rows = [tokens(batch) for batch in next(batches)]
             gathered = [distributed.gather_rows(torch.cat(column)) for column in zip(*rows, strict=True)]
             columns = columns or [[] for _ in gathered]
             for column, part in zip(columns, gathered, strict=True):

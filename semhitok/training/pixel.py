@@ -41,9 +41,9 @@ class PixelStage(ReconstructionStage):
         if step == self.config.continuous_steps:
             needed = self.config.init_tokens_per_code * self.model.config.vocabulary_size
 
-            def tokens(images: Tensor) -> tuple[Tensor, Tensor]:
+            def tokens(batch: Batch) -> tuple[Tensor, Tensor]:
                 with self.autocast():
-                    _, _, z_pix, codes, _ = self.network(images, self.z_sem(images), False)
+                    _, _, z_pix, codes, _ = self.network(batch.images, self.semantic(batch), False)
                 return z_pix.float().flatten(0, 2), codes.flatten()
 
             z_pix, codes = gather_tokens(spare, needed, tokens)
@@ -53,9 +53,9 @@ class PixelStage(ReconstructionStage):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Reconstructed]:
         quantise = step >= self.config.continuous_steps
         drop = batch.uniform("drop") < self.config.drop
-        images = batch.images
         with self.autocast():
-            predicted, maps, z_pix, codes, commitment = self.network(images, self.z_sem(images), quantise, drop)
+            semantic = self.semantic(batch)
+            predicted, maps, z_pix, codes, commitment = self.network(batch.images, semantic, quantise, drop)
         loss, figures = self.reconstruction_loss(predicted, maps, batch, step)
         output = Reconstructed(predicted.detach(), (z_pix.detach(), codes) if quantise else None)
         return loss + self.config.commitment_weight * commitment, {**figures, "commitment": commitment}, output

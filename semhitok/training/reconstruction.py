@@ -33,6 +33,7 @@ from semhitok.training.critic import (
     verdict_loss,
     window,
 )
+from semhitok.training.fixed import fingerprint
 from semhitok.training.parts import Figures, Part
 from semhitok.training.stage import Evaluation, TokenizerStage
 from semhitok.usage import CodeUsage
@@ -156,7 +157,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class PixelNetwork(nn.Module):
-    """The pixel branch as one module: images and their z_sem -> reconstructions."""
+    """The pixel branch as one module: images and what is known of their meaning -> reconstructions."""
 
     def __init__(self, model: SemHiTok) -> None:
         super().__init__()
@@ -165,22 +166,25 @@ class PixelNetwork(nn.Module):
         self.decoder = model.decoder
 
     def forward(
-        self, images: Tensor, z_sem: Tensor, quantise: bool, drop: Tensor | None = None
+        self, images: Tensor, semantic: Tensor, quantise: bool, drop: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """images [B, 3, H, W], z_sem [B, h, w, Ds] -> predicted images, decoder's last maps, z_pix, ids, commitment.
+        """images [B, 3, H, W], semantic -> predicted images, decoder's last maps, z_pix, ids, commitment.
 
+        semantic: z_sem [B, h, w, Ds], or where they are known the semantic codes [B, h, w] int64.
         drop: bool [B], images that are decoded with the mean of its sub-codebook in place of every sub-code.
         Without quantisation the ids are those of the semantic codes.
         """
         z_pix = self.encoder(images)
+        known = not semantic.is_floating_point()
         if quantise:
-            q_sem, q_pix, codes, commitment = self.quantizer(z_sem, z_pix)
+            quantizer = self.quantizer.within if known else self.quantizer
+            q_sem, q_pix, codes, commitment = quantizer(semantic, z_pix)
             if drop is not None:
                 q_pix = torch.where(drop.view(-1, 1, 1, 1), self.quantizer.group_means(codes), q_pix)
         else:
-            _, codes, commitment = self.quantizer.semantic(z_sem)
+            codes = semantic if known else self.quantizer.semantic(semantic).codes
             q_sem, q_pix = F.embedding(codes, self.quantizer.semantic.codebook), z_pix
-            commitment = torch.zeros_like(commitment)
+            commitment = z_pix.new_zeros((), dtype=torch.float32)
         maps = self.decoder.maps(torch.cat([q_sem, q_pix], dim=-1))
         return self.decoder.pixels(maps), maps, z_pix, codes, commitment
 
@@ -200,10 +204,12 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
 
     Attributes:
         trained: names of the model's modules whose parameters are trained.
+        known_codes: the semantic codes of all fixed crops, int32 [count, h, w].
     """
 
     config: PixelStageConfig | DecoderStageConfig
     trained: tuple[str, ...]
+    known_codes: Tensor | None = None
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
         super().__init__(model, run_config)
@@ -224,10 +230,30 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
             self.parts.append(self.critic)
 
     @torch.no_grad()
-    def z_sem(self, images: Tensor) -> Tensor:
-        """z_sem [B, h, w, Ds] of the frozen semantic branch."""
+    def semantic(self, batch: Batch) -> Tensor:
+        """Of the frozen semantic branch: codes [B, h, w] int64 where they are known, otherwise z_sem [B, h, w, Ds]."""
+        if self.known_codes is not None and batch.crops is not None:
+            return self.known_codes[batch.crops].to(self.device, torch.int64)
+        features = self.features(batch)
         with self.autocast():
-            return self.model.semantic_head(self.model.semantic_features(images))
+            return self.model.semantic_head(features)
+
+    @torch.no_grad()
+    def prepare(self, check_stop: Callable[[], None]) -> None:
+        """Compute the semantic codes of all fixed crops, from the features if the semantic stage has kept them."""
+        if self.fixed is None or not self.fixed.pay(self.config):
+            return
+        teacher, quantizer = self.teacher_identity(), self.model.quantizer.semantic
+        made_by = [teacher, fingerprint(self.model.semantic_head, quantizer)]
+
+        def codes(batch: Batch) -> Tensor:
+            return quantizer(self.semantic(batch)).codes.int()
+
+        self.known_codes = self.fixed.find("semantic_codes", made_by)
+        if self.known_codes is None:
+            self.known_features = self.fixed.find("features", teacher)
+            self.known_codes = self.fixed.make("semantic_codes", made_by, codes, check_stop)
+            self.known_features = None
 
     def reconstruction_loss(self, predicted: Tensor, maps: Tensor, batch: Batch, step: int) -> tuple[Tensor, Figures]:
         """`ReconstructionLoss` of predicted images, which the decoder's last layer computed from `maps`."""
@@ -270,7 +296,8 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
 
         def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
             with self.autocast():
-                predicted, _, _, codes, _ = self.network(images, self.z_sem(images), True)
+                semantic = self.semantic(Batch(images, 0, len(images)))
+                predicted, _, _, codes, _ = self.network(images, semantic, True)
             return predicted.float().clamp(0, 1), codes
 
         quantizer, pictures = self.model.quantizer, self.run_config.evaluation.pictures

@@ -3,6 +3,7 @@
 RUN/config.json      what the run was started with; it resumes only with the same, or with changes that are accepted
 RUN/STAGE/           states, best tokenizer and log of a stage (see `loop`)
 RUN/tensorboard/     figures and pictures
+RUN/fixed/           what frozen networks make of fixed crops (see `fixed`)
 RUN/checkpoint/      the tokenizer, for `SemHiTok.from_pretrained`
 
 Processes that `accelerate launch` or `torchrun` started train together.
@@ -11,7 +12,6 @@ Processes that `accelerate launch` or `torchrun` started train together.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from semhitok import distributed
 from semhitok._files import write_json
@@ -29,6 +28,7 @@ from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import parallel
 from semhitok.training.decoder import DecoderStage
+from semhitok.training.fixed import FixedCrops, fingerprint
 from semhitok.training.loop import Run, StopOnSignal, run_stage
 from semhitok.training.pixel import PixelStage
 from semhitok.training.semantic import SemanticStage
@@ -85,6 +85,7 @@ def train(
             before = _frozen(model, name)
             seed_everything(config.seed, name)  # for new weights, whatever ran before
             stage = STAGES[name](model, config)
+            stage.fixed = FixedCrops(folder / "fixed", images, device) if images.fixed_count else None
             seconds[name] = run_stage(stage, run, _evaluation(stage, config, held_out))
             # A resumed state must not bring back other results of earlier stages than the model now has.
             if _frozen(model, name) != before:
@@ -95,16 +96,6 @@ def train(
         if distributed.world_size() > 1:
             torch.distributed.barrier()
     return seconds
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 over the bytes of the modules' state."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def semantic_fingerprint(model: SemHiTok) -> str:

@@ -10,7 +10,7 @@ average; unused ones are restarted. The first steps run without quantisation, th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from semhitok.training.parallel import gather_tokens
 from semhitok.training.parts import Figures, Part
 from semhitok.training.stage import Evaluation, TokenizerStage
 from semhitok.usage import CodeUsage
+
+MAX_FEATURES = 2**33  # bytes on the disk, of the features of fixed crops
 
 
 class SemanticNetwork(nn.Module):
@@ -66,24 +68,38 @@ class SemanticStage(TokenizerStage[Tokens | None]):
         self.cosine_names = [f"cosine_{n + 1}" for n in range(teachers)] if teachers > 1 else []  # of each teacher
         self.window = usage_window(model.config.num_codes, config.batch_size * model.config.grid_size**2)
 
-    def _features(self, images: Tensor) -> Tensor:
-        with self.autocast():
-            return self.model.semantic_features(images)
+    def prepare(self, check_stop: Callable[[], None]) -> None:
+        """Compute the teacher's features of all fixed crops, unless they are too many."""
+        if self.fixed is None or not self.fixed.pay(self.config):
+            return
+        size = 4 * self.fixed.count * self.model.config.grid_size**2 * self.head.mean.numel()
+        if size > MAX_FEATURES:
+            if distributed.rank() == 0:
+                print(
+                    f"semhitok: the teacher's features of {self.fixed.count} fixed crops would take "
+                    f"{size / 2**30:.1f} GiB, more than {MAX_FEATURES >> 30}: the teacher computes them in every step",
+                    file=sys.stderr,
+                )
+            return
+        made_by = self.teacher_identity()
+        self.known_features = self.fixed.find("features", made_by)
+        if self.known_features is None:
+            self.known_features = self.fixed.make("features", made_by, self.features, check_stop)
 
     def before_step(self, step: int, spare: Iterator[list[Batch]], seed: int) -> None:
         needed = self.config.init_tokens_per_code * self.model.config.num_codes
         if step == 0:
-            (features,) = gather_tokens(spare, needed, lambda x: (self._features(x).flatten(0, 2),))
+            (features,) = gather_tokens(spare, needed, lambda x: (self.features(x).flatten(0, 2),))
             self.head.set_statistics(features)
             distributed.check_equal(torch.cat([self.head.mean, self.head.std]), "statistics of the features")
         if step == self.config.continuous_steps:
-            (z,) = gather_tokens(spare, needed, lambda x: (self.network(self._features(x), False)[1].flatten(0, 2),))
+            (z,) = gather_tokens(spare, needed, lambda x: (self.network(self.features(x), False)[1].flatten(0, 2),))
             generator = keyed_generator(seed, self.name, "kmeans")
             self.quantizer.initialize(z, self.config.kmeans_iterations, generator=generator)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Figures, Tokens | None]:
         config = self.config
-        features = self._features(batch.images)
+        features = self.features(batch)
         quantise = step >= config.continuous_steps
         with self.autocast():
             predicted, z, codes, commitment = self.network(features, quantise)
@@ -127,7 +143,7 @@ class SemanticStage(TokenizerStage[Tokens | None]):
         """Cosine distance to the teachers' features and usage of the codes, on held-out images."""
 
         def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-            features = self._features(images)
+            features = self.features(Batch(images, 0, len(images)))
             with self.autocast():
                 predicted, _, codes, _ = self.network(features, True)
             assert codes is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from semhitok.data.batch import Batch
 from semhitok.models.vit import Trunk
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import parallel
+from semhitok.training.fixed import FixedCrops, fingerprint
 from semhitok.training.parts import Figures, Part
 
 
@@ -65,6 +67,9 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run_config.precision == "bf16")
 
+    def prepare(self, check_stop: Callable[[], None]) -> None:
+        """Compute what the steps look up, once, after a state was loaded. `check_stop` raises if a signal came."""
+
     def before_step(self, step: int, spare: Iterator[list[OnDevice]], seed: int) -> None:
         """Initialise from spare batches what has to be initialised before this step."""
 
@@ -100,11 +105,17 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
 class TokenizerStage(Stage[Batch, Batch, Output]):
     """A stage that trains a part of a tokenizer on images. The rest has no gradients.
 
+    Attributes:
+        fixed: tables of the run's fixed crops; None where crops are not fixed.
+        known_features: the table of the teacher's features, fp32 [count, h, w, C], while there is one.
+
     Raises:
         ValueError: `continuous_steps` of the stage's configuration are not less than its steps.
     """
 
     run_config: TrainConfig
+    fixed: FixedCrops | None = None
+    known_features: Tensor | None = None
 
     def __init__(self, model: SemHiTok, run_config: TrainConfig) -> None:
         config = run_config.stage_configs[self.name]
@@ -125,6 +136,19 @@ class TokenizerStage(Stage[Batch, Batch, Output]):
 
     def to_device(self, loaded: Sequence[Batch], key: tuple[object, ...] = ()) -> list[Batch]:
         return [batch.to(self.device, key) for batch in loaded]
+
+    def features(self, batch: Batch) -> Tensor:
+        """The frozen teacher's features [B, h, w, C] of images, looked up where they are known."""
+        if self.known_features is not None and batch.crops is not None:
+            return self.known_features[batch.crops].to(self.device)
+        with self.autocast():
+            return self.model.semantic_features(batch.images)
+
+    def teacher_identity(self) -> list[Any]:
+        """What the features depend on besides the images, as JSON."""
+        config, teacher = self.model.config, self.model.teacher
+        settings = {**dataclasses.asdict(config.teacher), "grid": config.grid_size}
+        return [settings, self.run_config.precision, fingerprint(teacher) if teacher is not None else None]
 
     @abstractmethod
     def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:

@@ -158,6 +158,72 @@ def test_small_images_are_enlarged_to_a_crop(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Fixed crops
+
+FIXED = DataConfig(crop_scale=None, fixed=True)
+
+
+def by_number(paths, size):
+    """All fixed crops, made by hand."""
+    plain = torch.stack([resize_crop(read_image(path), size) for path in paths])
+    return torch.cat([plain, plain.flip(-1)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_fixed_crops_are_those_of_evaluation_under_their_numbers(pictures, workers, flip):
+    config = DataConfig(crop_scale=None, fixed=True, flip=flip, workers=workers)
+    data = TrainingImages([pictures], 24, config, 3)
+    expected = by_number(list_images([pictures]), 24)
+    assert data.fixed_count == (12 if flip else 6)
+    seen = []
+    for images in (data, data.other(0x5EED)):
+        batches = images.batches(6, 3)
+        for _ in range(12):
+            parts = next(batches)
+            numbers = torch.cat([part.crops for part in parts])
+            assert torch.equal(torch.cat([part.images for part in parts]), expected[numbers])
+            assert sorted((numbers % 6).tolist()) == list(range(6))  # every image once an epoch
+            seen += numbers.tolist()
+        batches.close()
+    assert set(seen) == set(range(data.fixed_count))
+    assert parts[0].to(torch.device("cpu"), (1,)).crops is parts[0].crops
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (3, 2)])
+def test_all_fixed_crops_in_equal_batches_whatever_the_processes(pictures, processes, workers):
+    config = DataConfig(crop_scale=None, fixed=True, workers=workers)
+    expected = by_number(list_images([pictures]), 24)
+    ranks = [TrainingImages([pictures], 24, config, 3, rank=r, world_size=processes) for r in range(processes)]
+    rounds = list(zip(*(data.fixed_batches(5) for data in ranks), strict=True))
+    batches = [batch for round_ in rounds for batch in round_]
+    numbers = torch.cat([batch.crops for batch in batches]).tolist()
+    assert numbers[:12] == list(range(12)) and set(numbers[12:]) == {11}
+    assert len(rounds) == -(-12 // (5 * processes))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected[torch.tensor(numbers)])
+
+
+def test_the_number_of_a_replaced_crop_is_that_of_its_replacement(pictures, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    good = list_images([pictures])[:2]
+    data = RandomCrops([tmp_path / "bad.png", *good], 16, FIXED, 0)
+    samples = [data.sample(n) for n in range(9)]
+    assert {sample.number % 3 for sample in samples} == {1, 2}
+    assert sum(sample.replaced for sample in samples) == 3
+    expected = by_number([good[0], *good], 16)
+    assert all(torch.equal(sample.crop, expected[sample.number]) for sample in samples)
+
+
+def test_fixed_crops_need_files_and_no_scale(pictures, shards):
+    with pytest.raises(ValueError, match=r"crop_scale: expected null with fixed crops, got \[0.6, 1.0\]"):
+        TrainingImages([pictures], 16, DataConfig(fixed=True), 0)
+    with pytest.raises(ValueError, match="fixed: expected image files, got shards"):
+        TrainingImages([shards], 16, FIXED, 0)
+    (batch,) = next(TrainingImages([pictures], 16, DataConfig(), 0).batches(2, 2))
+    assert batch.crops is None
+
+
+# ------------------------------------------------------------------------------------------------
 # Files
 
 
