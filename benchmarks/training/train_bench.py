@@ -158,6 +158,7 @@ class Observer:
         if reconstruction is not None:
             model.decoder.maps = clock.timed("pixel decoder", model.decoder.maps)
             clock.watch("LPIPS", reconstruction.perceptual)
+            clock.watch("SqueezeNet distance", reconstruction.squeezenet)
             clock.watch("critic", reconstruction.critic)
 
     def accumulate(self, accumulate: Any, forward: str, items: Any, loss: Any) -> Any:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok.models.lpips import perceptual_loss
+from semhitok.models.squeezenet import SqueezeNetDistance
 
 PairFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -191,6 +192,12 @@ def load_lpips(device: torch.device | str) -> PairFunction:
     return lambda images, targets: network(images * 2 - 1, targets * 2 - 1).flatten().double()
 
 
+def load_squeezenet(device: torch.device | str) -> PairFunction:
+    """`SqueezeNetDistance` of each image pair, float64 [B]; errors as there."""
+    network = SqueezeNetDistance().to(device)
+    return lambda images, targets: network(images, targets).double()
+
+
 @dataclass(frozen=True)
 class Metric:
     """A figure that evaluations report: one row of `METRICS`.
@@ -224,6 +231,7 @@ METRICS = {
         Metric("psnr", psnr, "PSNR dB", 3, quick=True),
         Metric("ssim", ssim, "SSIM", 4, quick=True),
         Metric("lpips", None, "LPIPS", 4, lower_is_better=True, load=load_lpips),
+        Metric("squeezenet", None, "SqueezeNet distance", 4, lower_is_better=True, load=load_squeezenet),
         Metric("gmsd", gmsd, "GMSD", 4, lower_is_better=True),
         Metric("sliced_wasserstein", None, "sliced Wasserstein", 3, lower_is_better=True),
         Metric("bits_per_pixel", None, "bits per pixel", 4, lower_is_better=True),

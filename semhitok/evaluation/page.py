@@ -40,7 +40,7 @@ def html(report: dict[str, Any]) -> str:
         _table(table_rows(report)),
         *(f"<p>{_text(warning)}</p>" for warning in report["warnings"]),
     ]
-    for name in ("psnr", "lpips"):
+    for name in ("psnr", "lpips", "squeezenet"):
         if name in report["images"][0]:
             parts += _examples(report["images"], METRICS[name])
     protocol = {key: value for key, value in report["protocol"].items() if not isinstance(value, dict)}
@@ -56,7 +56,7 @@ def _examples(images: list[dict[str, Any]], metric: Metric) -> list[str]:
     parts = []
     titled = {"Best": ranked[:_SHOWN], "Median": ranked[middle : middle + _SHOWN], "Worst": ranked[-_SHOWN:]}
     for title, shown in titled.items():
-        parts.append(f"<h2>{title} by {metric.heading.partition(' ')[0]}: original, reconstruction</h2>")
+        parts.append(f"<h2>{title} by {metric.heading.removesuffix(' dB')}: original, reconstruction</h2>")
         for image in shown:
             file = quote(f"{image['name']}.png")
             parts.append(f'<p><img src="reference/{file}" alt="original"> <img src="reconstructions/{file}" alt="">')

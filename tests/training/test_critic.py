@@ -8,6 +8,7 @@ from torch import nn
 
 from semhitok.config import CriticConfig, ReconstructionConfig
 from semhitok.models.lpips import perceptual_loss
+from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.training import critic as critics
 from semhitok.training.critic import (
     DinoCritic,
@@ -516,3 +517,21 @@ def test_lpips_joins_the_loss_and_stays_in_eval_mode(lpips_network, monkeypatch)
         assert torch.equal(loss(predicted, images, Fixed(), 0, never)[0], value)
     value.backward()
     assert figures["lpips"] > 0 and predicted.grad.abs().sum() > 0
+
+
+# ---- the SqueezeNet distance ----
+
+
+def test_the_squeezenet_distance_joins_the_loss():
+    loss = small_loss({"weight": 0.0}, squeezenet=0.5).train()
+    predicted, images = pictures(2, seed=1).requires_grad_(), pictures(2)
+    value, figures = loss(predicted, images, Fixed(), 0, never)
+    torch.testing.assert_close(value.detach(), figures["l1"] + figures["l2"] + 0.5 * figures["squeezenet"])
+    torch.testing.assert_close(figures["squeezenet"], SqueezeNetDistance()(predicted, images).mean().detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(predicted, images, Fixed(), 0, never)[0], value)
+    value.backward()
+    assert figures["squeezenet"] > 0 and predicted.grad.abs().sum() > 0
+    assert not list(loss.parameters()) and not loss.counters()
+    assert small_loss({"weight": 0.0}, squeezenet=0.0).squeezenet is None
+    assert small_loss({"weight": 0.0}).squeezenet is None

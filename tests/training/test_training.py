@@ -239,6 +239,17 @@ def test_a_run_refuses_other_settings_and_other_images(pictures, finished, tmp_p
         train(small_config(), [tmp_path], finished)
 
 
+def test_a_run_from_before_the_squeezenet_distance_resumes(pictures, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    description = json.loads((out / "config.json").read_text())
+    for stage in ("pixel", "decoder"):
+        del description["train"][stage]["loss"]["squeezenet"]
+    (out / "config.json").write_text(json.dumps(description))
+    train(small_config(), [pictures], out)
+    with pytest.raises(ValueError, match=r"train\.pixel\.loss\.squeezenet was None, now 0\.5"):
+        train(small_config("pixel.loss.squeezenet=0.5"), [pictures], out)
+
+
 @pytest.mark.parametrize("kind", ["truncated", "text", "other stage", "empty"])
 def test_a_damaged_state_is_a_clear_error(pictures, finished, tmp_path, kind):
     (tmp_path / "semantic").mkdir()

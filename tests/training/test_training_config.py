@@ -45,6 +45,7 @@ def test_the_command_line_changes_what_a_file_says(capsys, tmp_path):
         ("pixel: {stepps: 1}", "unknown key 'stepps'"),
         ("pixel: [1]", "config.pixel: expected an object"),
         ("pixel: {steps: many}", "config.pixel.steps: expected int, got 'many'"),
+        ("pixel: {loss: {squeezenet: much}}", "config.pixel.loss.squeezenet: expected float, got 'much'"),
         ("pixel: {steps: 0}", "steps: expected a positive integer, got 0"),
         ("stages: [pixel, semantic]", "stages: expected some of semantic, pixel, decoder, in this order"),
         ("stages: pixel", "config.stages: expected a list"),
