@@ -267,13 +267,12 @@ class ReconstructionConfig:
     l1, l2: mean absolute and mean squared error of pixels in [0, 1].
     lpips: the learnt perceptual distance (extra `train`), with VGG backbone.
     squeezenet: `SqueezeNetDistance`, another perceptual distance, whose weights are installed with the extra `demo`.
-        None, too, leaves it out, so that runs from before there was this setting resume.
     """
 
     l1: float = 1.0
     l2: float = 1.0
     lpips: float = 1.0
-    squeezenet: float | None = None
+    squeezenet: float = 0.0
     critic: CriticConfig = field(default_factory=CriticConfig)
 
 

@@ -95,7 +95,7 @@ class ReconstructionLoss(nn.Module):
             if self.perceptual is not None:
                 terms["lpips"] = self.perceptual(x * 2 - 1, target * 2 - 1).mean()
                 loss = loss + config.lpips * terms["lpips"]
-            if self.squeezenet is not None and config.squeezenet:
+            if self.squeezenet is not None:
                 terms["squeezenet"] = self.squeezenet(x, target).mean()
                 loss = loss + config.squeezenet * terms["squeezenet"]
             figures: Figures = {}

@@ -223,7 +223,7 @@ def test_a_run_from_before_the_setting_resumes(pictures, finished, tmp_path):
     description = json.loads(path.read_text())
     del description["train"]["data"]["fixed"]
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"train\.data\.fixed was None, now True"):
+    with pytest.raises(ValueError, match=r"train\.data\.fixed was False, now True"):
         train(small_config(*FIXED), [pictures], tmp_path)
     with pytest.raises(ValueError, match=r"train\.pixel\.steps was 40, now 41"):  # but nothing about the setting
         train(small_config("pixel.steps=41"), [pictures], tmp_path)

@@ -246,7 +246,7 @@ def test_a_run_from_before_the_squeezenet_distance_resumes(pictures, finished, t
         del description["train"][stage]["loss"]["squeezenet"]
     (out / "config.json").write_text(json.dumps(description))
     train(small_config(), [pictures], out)
-    with pytest.raises(ValueError, match=r"train\.pixel\.loss\.squeezenet was None, now 0\.5"):
+    with pytest.raises(ValueError, match=r"train\.pixel\.loss\.squeezenet was 0\.0, now 0\.5"):
         train(small_config("pixel.loss.squeezenet=0.5"), [pictures], out)
 
 
