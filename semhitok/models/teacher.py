@@ -102,7 +102,8 @@ def timm_network(role: str, name: str, *, load: bool, checkpoint: str | None, im
         OSError: its weights are not available.
     """
     timm = require("timm", "models")
-    importlib.import_module("semhitok.models.small_vit")  # registers its model with timm
+    for module in ("lite0", "small_vit"):  # they register their networks with timm
+        importlib.import_module(f"semhitok.models.{module}")
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": checkpoint}
     create = partial(timm.create_model, name, pretrained=load, num_classes=0, global_pool="", **options)
