@@ -84,7 +84,8 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
         Reconstructions, uint8 too, and rows by name: codes [B, h, w]; the shares [B] of flat and semantic ids that come
         back when the reconstruction is encoded; semantic_cosine [B], of the semantic decoder's features and the
         teacher's standardised ones, with several teachers the mean of each one's cosine, weighted with the shares; with
-        `pool`, the means over the grid of the teachers' features, z_sem, q_sem ++ q_pix and q_sem, [B, C] each.
+        `pool`, the semantic ids [B, h * w] and the means over the grid of the teachers' features, z_sem,
+        q_sem ++ q_pix, q_sem and the semantic decoder's features, [B, C] each.
     """
     x = images.float() / 255
     teacher = tokenizer.semantic_features(x)
@@ -106,7 +107,9 @@ def tokenizer_rows(tokenizer: SemHiTok, images: Tensor, pool: bool) -> tuple[Ten
     if pool:
         both = torch.cat([q.semantic, q.pixel], dim=-1)
         vectors = {"teacher": teacher, "z_sem": z_sem, "q_sem ++ q_pix": both, "q_sem": q.semantic}
+        vectors["semantic decoder"] = predicted
         rows |= {_POOLED + name: vector.float().mean((1, 2)) for name, vector in vectors.items()}
+        rows[_POOLED + "semantic ids"] = semantic.flatten(1)
     return reconstructions, rows
 
 
@@ -115,7 +118,7 @@ class Measured(NamedTuple):
 
     figures: dict[str, float]  # of the set, {name: value}
     images: dict[str, list[float]]  # of each image, {name: [value]}, in order
-    pooled: dict[str, Tensor]  # features to be probed, {name: [N, C]}
+    pooled: dict[str, Tensor]  # features to be probed, {name: [N, C]}, or ids, int64 [N, T]
 
 
 def measure(

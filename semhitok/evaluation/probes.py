@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -82,15 +83,40 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
     """
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(f"features: expected [{len(labels)}, D], as many as labels, got {list(features.shape)}")
+    return _accuracies(features.double().cpu().numpy(), labels)
+
+
+def probe_ids(ids: Tensor, labels: Sequence[str]) -> dict[str, float]:
+    """`probe` of which ids an image has: its features are the square roots of how often each id occurs in it.
+
+    They are sparse, and scaled without being centred, so memory does not grow with the number of codes.
+
+    Args:
+        ids: int64 [N, T], those of N images.
+        labels: N of them.
+
+    Returns, raises: as `probe`.
+    """
+    if ids.ndim != 2 or len(ids) != len(labels):
+        raise ValueError(f"ids: expected [{len(labels)}, T], as many as labels, got {list(ids.shape)}")
+    numpy, sparse = require("numpy"), require("scipy.sparse", "eval")
+    found, columns = ids.cpu().unique(return_inverse=True)
+    rows = numpy.arange(len(ids)).repeat(ids.shape[1])
+    counts = (numpy.ones(ids.numel()), (rows, columns.flatten().numpy()))
+    return _accuracies(sparse.csr_matrix(counts, shape=(len(ids), len(found))).sqrt(), labels)
+
+
+def _accuracies(x: Any, labels: Sequence[str]) -> dict[str, float]:
+    """Of both probes, from a matrix of features [N, D], NumPy's or a sparse one."""
     check_labels(labels)
-    numpy = require("numpy")
+    numpy, sparse = require("numpy"), require("scipy.sparse", "eval")
     modules = ("linear_model", "neighbors", "model_selection", "preprocessing")
     linear_model, neighbors, selection, preprocessing = (require(f"sklearn.{name}", "eval") for name in modules)
-    x, y = features.double().cpu().numpy(), numpy.array(labels)
+    y = numpy.array(labels)
     folds = selection.StratifiedKFold(folds_of(labels), shuffle=True, random_state=0)
     right = {"linear": 0, "knn": 0}
     for train, test in folds.split(x, y):
-        scale = preprocessing.StandardScaler().fit(x[train])
+        scale = preprocessing.StandardScaler(with_mean=not sparse.issparse(x)).fit(x[train])
         seen, unseen = scale.transform(x[train]), scale.transform(x[test])
         classifiers = {
             "linear": linear_model.LogisticRegression(max_iter=1000),

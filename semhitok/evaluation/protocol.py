@@ -30,7 +30,7 @@ from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import SMALLEST, sliced_wasserstein
 from semhitok.evaluation.named_images import check_same_names, named_images
 from semhitok.evaluation.page import html
-from semhitok.evaluation.probes import folds_of, probe, read_labels
+from semhitok.evaluation.probes import folds_of, probe, probe_ids, read_labels
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -156,7 +156,8 @@ class _Evaluation:
             figures = measured.figures | {"sliced_wasserstein": self._sliced_wasserstein()}
             for name, rows in measured.pooled.items():
                 assert self.labels is not None
-                figures |= {f"{kind}[{name}]": share for kind, share in probe(rows, self.labels).items()}
+                found = (probe if rows.is_floating_point() else probe_ids)(rows, self.labels)
+                figures |= {f"{kind}[{name}]": share for kind, share in found.items()}
             if "bits_per_pixel" in subject:
                 figures["bits_per_pixel"] = subject["bits_per_pixel"]
             keys, columns = ["name", *measured.images], [self.names, *measured.images.values()]

@@ -13,8 +13,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import torch_fidelity.feature_extractor_inceptionv3 as inception
 from evaluation_processes import evaluate_checkpoint, fail, figures_of_pairs, in_processes, pairs, smooth, write_figures
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from semhitok.cli import main
@@ -29,7 +34,7 @@ from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import METRICS, Metric, psnr, quick_functions
 from semhitok.evaluation.named_images import named_images
-from semhitok.evaluation.probes import probe, read_labels
+from semhitok.evaluation.probes import probe, probe_ids, read_labels
 from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -40,6 +45,7 @@ TINY = {
     "semantic_decoder": {"width": 24, "depth": 1, "heads": 2},
     "encoder": {"width": 24, "depth": 1, "heads": 2}, "decoder": {"width": 24, "depth": 1, "heads": 2},
 }  # fmt: skip
+PROBED = ("teacher", "z_sem", "q_sem ++ q_pix", "q_sem", "semantic decoder", "semantic ids")
 COUNT = 37  # two whole batches and a part
 
 
@@ -459,9 +465,34 @@ def test_probes_find_labels_that_are_there_and_none_that_are_not():
         probe(features, labels[1:])
 
 
+def test_the_probe_of_ids_sees_which_occur_not_their_numbers():
+    generator = torch.Generator().manual_seed(0)
+    labels = [str(n % 4) for n in range(120)]
+    chances = torch.rand(4, 50, generator=generator).pow(4)
+    chosen = [torch.multinomial(chances[int(label)], 16, True, generator=generator) for label in labels]
+    numbers = torch.randperm(10**6, generator=generator)[:50] * 10**9  # a dense matrix of as many would not fit
+    ids = numbers[torch.stack(chosen)]
+    found = probe_ids(ids, labels)
+    assert found["linear"] > 0.9 and found["knn"] > 0.8
+    assert probe_ids(ids[:, torch.randperm(16, generator=generator)], labels) == found  # places do not count
+
+    features = F.one_hot(torch.stack(chosen), 50).sum(1).double().sqrt().numpy()
+    features = features[:, features.any(0)]
+    model = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(max_iter=1000))
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    assert found["linear"] == pytest.approx(
+        np.mean(cross_val_predict(model, features, labels, cv=folds) == np.array(labels))
+    )
+
+    shuffled = [labels[n] for n in torch.randperm(120, generator=generator)]
+    assert all(abs(share - 0.25) < 0.15 for share in probe_ids(ids, shuffled).values())
+    with pytest.raises(ValueError, match=r"ids: expected \[119, T\]"):
+        probe_ids(ids, labels[1:])
+
+
 def test_probes_are_reported_with_their_split(evaluated):
     report = report_of(evaluated)
-    expected = {f"{kind}[{x}]" for kind in ("linear", "knn") for x in ("teacher", "z_sem", "q_sem ++ q_pix", "q_sem")}
+    expected = {f"{kind}[{x}]" for kind in ("linear", "knn") for x in PROBED}
     assert expected <= set(report["figures"])
     assert all(0 <= report["figures"][name] <= 1 for name in expected)
     assert report["protocol"]["probes"] == {
