@@ -259,7 +259,7 @@ def test_semantic_cosine_is_1_where_the_decoder_knows_the_features(tokenizer, mo
         _, rows = tokenizer_rows(tokenizer, images, pool=True)
     assert rows["semantic_cosine"].tolist() == pytest.approx([1] * 4, abs=1e-6)
     widths = {name: row.shape[1] for name, row in rows.items() if name.startswith("pooled ")}
-    assert list(widths.values()) == [64, 8, 16, 8]
+    assert list(widths.values()) == [64, 8, 16, 8, 64, 16]  # the last two: features of the decoder, ids
 
 
 def test_rounding_is_to_the_nearest_halves_to_even_and_refuses_nan():
