@@ -1,4 +1,4 @@
-"""The designs that `run.py` and `photographs.py` compare: equal networks and one training loop, with different codebooks and stages.
+"""The designs that are compared: equal networks and one training loop, with different codebooks and stages.
 
 | kind        | id of a patch                                          | trained                              |
 |-------------|--------------------------------------------------------|--------------------------------------|
@@ -48,6 +48,9 @@ class Sizes(NamedTuple):
         return ViTConfig(self.width, depth, self.width // 32)
 
 
+SIZES = Sizes()
+
+
 class Arm(NamedTuple):
     """A row of the table: K and m codes; the semantic branch reads `feed`, the frozen teacher's features or images."""
 
@@ -75,7 +78,7 @@ class Codes(nn.Module):
     each semantic code (joint, staged, ragged), or a single one for all patches.
     """
 
-    def __init__(self, arm: Arm, dim: int = Sizes().dim) -> None:
+    def __init__(self, arm: Arm, dim: int = SIZES.dim) -> None:
         super().__init__()
         self.arm, self.vocabulary, self.dim = arm, arm.K * arm.m, dim
         shared = {"flat": (1, self.vocabulary), "shared": (1, self.vocabulary), "independent": (1, arm.m)}
@@ -182,7 +185,7 @@ def nearest_pair(
 class Network(nn.Module):
     """Both branches and the codes of an arm. Every arm has all networks, whether it uses them or not."""
 
-    def __init__(self, arm: Arm, teacher: Teacher, sizes: Sizes = Sizes()) -> None:
+    def __init__(self, arm: Arm, teacher: Teacher, sizes: Sizes = SIZES) -> None:
         super().__init__()
         self.arm = arm
         self.vit = copy.deepcopy(teacher) if arm.feed == "image" else None

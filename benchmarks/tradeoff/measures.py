@@ -1,4 +1,4 @@
-"""What `run.py` and `photographs.py` measure of a trained design: fidelity, use of the ids, and probes of what they say of the content."""
+"""Measures of a trained design: fidelity, use of the ids, and probes of what they say of the content."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ PAIRS = len(shapes.SHAPES) * len(shapes.COLOURS)
 
 @dataclass
 class Data:
-    """By set ("train", "probe", "test"): uint8 images [N, 3, 64, 64], the teacher's features [N, 8, 8, C] in bf16 or fp16, and
-    labels: [N, 9, 4] of pictures, [N] of photographs, or None."""
+    """By set ("train", "probe", "test").
+
+    images: uint8 [N, 3, 64, 64].
+    features: the teacher's, [N, 8, 8, C] in bf16 or fp16.
+    labels: [N, 9, 4] of pictures, class numbers [N] of photographs, or None.
+    """
 
     images: dict[str, Tensor]
     features: dict[str, Tensor]

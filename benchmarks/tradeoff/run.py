@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import BATCH, GRID, Arm, Network, Sizes, fit, stages
+from benchmarks.tradeoff.arms import BATCH, GRID, SIZES, Arm, Network, Sizes, fit, stages
 from benchmarks.tradeoff.measures import Data, measure, understanding
 from semhitok._files import write_atomic
 from semhitok.config import DataConfig
@@ -120,7 +120,7 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
 class Trainer:
     """Trains arms; a semantic branch that several arms share is trained once for each seed."""
 
-    def __init__(self, data: Data, teacher: Teacher, steps: int, batch: int, sizes: Sizes = Sizes()) -> None:
+    def __init__(self, data: Data, teacher: Teacher, steps: int, batch: int, sizes: Sizes = SIZES) -> None:
         self.data, self.teacher, self.steps, self.batch, self.sizes = data, teacher, steps, batch, sizes
         self.shared: dict[tuple[Any, ...], tuple[Network, float]] = {}
 

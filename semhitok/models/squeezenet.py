@@ -61,7 +61,7 @@ class SqueezeNetDistance(nn.Module):
         return torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in pairs]).sum(0)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images as `forward` takes -> features of unit length, [B, C, h, w] for each depth: conv1, fire3, fire5 to fire9."""
+        """Of images as for `forward`: unit length, [B, C, h, w] for each depth: conv1, fire3 and fire5 to fire9."""
         run = self.convolutions
         x = run["conv1"](images.to(self._mean.dtype) * 255 - self._mean, stride=2)
         depths = [x]
