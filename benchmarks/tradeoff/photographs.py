@@ -16,8 +16,8 @@ on TEST; probes learn from TRAIN. Columns that `run.py` does not have:
     SqN-FD          the Fréchet distance on SqueezeNet's last features; it is not rFID
 
 The row "continuous teacher" has the probes of the mean of its features under "all". Features are computed once and kept
-in DIR in fp16; as in `run.py`, so are results. An interrupted run continues. Exit status 1 if a check at the end misses,
-which is a result, and 2 on an error.
+in DIR in fp16; as in `run.py`, so are results. An interrupted run continues. Exit status: 1 if a check at the end
+misses, which is a result; 2 on an error.
 """
 
 from __future__ import annotations
