@@ -1,4 +1,4 @@
-"""The designs that `run.py` compares: equal networks and one training loop, with different codebooks and stages.
+"""The designs that are compared: equal networks and one training loop, with different codebooks and stages.
 
 | kind        | id of a patch                                          | trained                              |
 |-------------|--------------------------------------------------------|--------------------------------------|
@@ -31,12 +31,24 @@ from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
 from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, straight_through
 
-DIM = 16  # of semantic and of pixel codes
 PATCH, GRID = 8, 8
 BATCH = 250  # images at a time where nothing is trained
-NETWORK = ViTConfig(96, 2, 3)
 RESTART = 100  # a code is restarted once it has missed this many times its share of the tokens
 DECAY = 0.97
+
+
+class Sizes(NamedTuple):
+    """Of the networks and codes of all arms: dimension of semantic and of pixel codes, channels and blocks."""
+
+    dim: int = 16
+    width: int = 96  # a multiple of 32, the width of an attention head
+    depth: int = 2
+
+    def network(self, depth: int) -> ViTConfig:
+        return ViTConfig(self.width, depth, self.width // 32)
+
+
+SIZES = Sizes()
 
 
 class Arm(NamedTuple):
@@ -66,20 +78,20 @@ class Codes(nn.Module):
     each semantic code (joint, staged, ragged), or a single one for all patches.
     """
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Arm, dim: int = SIZES.dim) -> None:
         super().__init__()
-        self.arm, self.vocabulary = arm, arm.K * arm.m
+        self.arm, self.vocabulary, self.dim = arm, arm.K * arm.m, dim
         shared = {"flat": (1, self.vocabulary), "shared": (1, self.vocabulary), "independent": (1, arm.m)}
         self.pixel = self.semantic = None
         if arm.kind != "semantic":
             groups, each = shared.get(arm.kind, (arm.K, arm.m))
-            self.pixel = HierarchicalQuantizer(groups, each, DIM, DIM, decay=DECAY, adaptive=arm.kind == "ragged")
+            self.pixel = HierarchicalQuantizer(groups, each, dim, dim, decay=DECAY, adaptive=arm.kind == "ragged")
         if arm.kind != "flat":
-            self.semantic = SemanticQuantizer(self.vocabulary if arm.kind == "shared" else arm.K, DIM, decay=DECAY)
+            self.semantic = SemanticQuantizer(self.vocabulary if arm.kind == "shared" else arm.K, dim, decay=DECAY)
         self.scale = (1.0, 1.0)  # of the two halves of a pair (shared)
 
     def search(self, z_sem: Tensor, z_pix: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [..., 16] -> ids [...] of their semantic and of their pixel code vectors.
+        """Tokens [..., dim] -> ids [...] of their semantic and of their pixel code vectors.
 
         The pixel ids are 0 without z_pix, and if the arm has no pixel codes.
         """
@@ -105,7 +117,7 @@ class Codes(nn.Module):
 
     def vectors(self, i: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """q_sem and q_pix of what `search` returned; zeros for codes that the arm does not have."""
-        zeros = torch.zeros(*i.shape, DIM)
+        zeros = torch.zeros(*i.shape, self.dim)
         q_sem = zeros if self.semantic is None else self.semantic.codebook[i]
         return q_sem, zeros if self.pixel is None else self.pixel.pix_codebook.flatten(0, -2)[p]
 
@@ -114,7 +126,7 @@ class Codes(nn.Module):
         if self.arm.kind in ("flat", "shared"):
             return None
         if self.pixel is None:
-            return torch.zeros(*i.shape, DIM)
+            return torch.zeros(*i.shape, self.dim)
         return self.pixel.group_means(p)
 
     def initialize_semantic(self, z_sem: Tensor, generator: Generator) -> None:
@@ -123,16 +135,16 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def initialize_pixel(self, z_sem: Tensor, z_pix: Tensor, generator: Generator) -> None:
-        """k-means on tokens [N, 16]; for pairs, on both halves at once."""
+        """k-means on tokens [N, dim]; for pairs, on both halves at once."""
         if self.arm.kind == "shared":
             self.scale = tuple((0.5 / z.var(0).sum()).sqrt().item() for z in (z_sem, z_pix))
-            both = HierarchicalQuantizer(1, self.vocabulary, 1, 2 * DIM)
+            both = HierarchicalQuantizer(1, self.vocabulary, 1, 2 * self.dim)
             group = torch.zeros(len(z_pix), dtype=torch.int64)
             tokens = torch.cat([z_sem * self.scale[0], z_pix * self.scale[1]], -1)
             both.initialize(tokens, group, generator=generator)
             centres = both.pix_codebook[0]
-            self.semantic.codebook.copy_(F.normalize(centres[:, :DIM], dim=-1))
-            self.pixel.pix_codebook.copy_(centres[None, :, DIM:] / self.scale[1])
+            self.semantic.codebook.copy_(F.normalize(centres[:, : self.dim], dim=-1))
+            self.pixel.pix_codebook.copy_(centres[None, :, self.dim :] / self.scale[1])
             return
         i, _ = self.search(z_sem, None)
         if self.pixel is not None:
@@ -156,8 +168,8 @@ class Codes(nn.Module):
         if shared:  # both halves of a pair move to the same token
             dead = (self.semantic.misses >= RESTART * self.vocabulary).nonzero().squeeze(1)
             pick = torch.randint(i.numel(), (len(dead),), generator=draw)
-            self.semantic.codebook[dead] = z_sem.reshape(-1, DIM)[pick]
-            self.pixel.pix_codebook[0, dead] = z_pix.reshape(-1, DIM)[pick]
+            self.semantic.codebook[dead] = z_sem.reshape(-1, self.dim)[pick]
+            self.pixel.pix_codebook[0, dead] = z_pix.reshape(-1, self.dim)[pick]
             self.pixel.weights[0, dead] = 1
             self.semantic.misses[dead] = 0
 
@@ -173,15 +185,15 @@ def nearest_pair(
 class Network(nn.Module):
     """Both branches and the codes of an arm. Every arm has all networks, whether it uses them or not."""
 
-    def __init__(self, arm: Arm, teacher: Teacher) -> None:
+    def __init__(self, arm: Arm, teacher: Teacher, sizes: Sizes = SIZES) -> None:
         super().__init__()
         self.arm = arm
         self.vit = copy.deepcopy(teacher) if arm.feed == "image" else None
-        self.head = SemanticHead([teacher.width], DIM)
-        self.semantic_decoder = SemanticDecoder(ViTConfig(96, 1, 3), DIM, teacher.width, GRID**2)
-        self.encoder = PixelEncoder(NETWORK, PATCH, GRID, DIM)
-        self.decoder = PixelDecoder(NETWORK, PATCH, GRID, 2 * DIM)
-        self.codes = Codes(arm)
+        self.head = SemanticHead([teacher.width], sizes.dim)
+        self.semantic_decoder = SemanticDecoder(sizes.network(1), sizes.dim, teacher.width, GRID**2)
+        self.encoder = PixelEncoder(sizes.network(sizes.depth), PATCH, GRID, sizes.dim)
+        self.decoder = PixelDecoder(sizes.network(sizes.depth), PATCH, GRID, 2 * sizes.dim)
+        self.codes = Codes(arm, sizes.dim)
 
     def modules_of(self, parts: set[str], training: bool = False) -> list[nn.Module]:
         """The modules of branches, besides the frozen teacher; those that only training needs if `training`."""
@@ -193,7 +205,7 @@ class Network(nn.Module):
         return [module for module in found if module is not None]
 
     def z_sem(self, images: Tensor, features: Tensor) -> Tensor:
-        """z_sem [B, 8, 8, 16] from the teacher's features, or from images [B, 3, 64, 64] by the arm's own encoder."""
+        """z_sem [B, 8, 8, dim] from the teacher's features, or from images [B, 3, 64, 64] by the arm's own encoder."""
         if self.vit is not None:
             features = self.vit.vit.forward_intermediates(
                 (images - self.vit.mean) / self.vit.std, indices=[self.vit.block], intermediates_only=True
@@ -217,7 +229,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def decode(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
-        """Images [N, 3, 64, 64] in 0..1 from code vectors [N, 8, 8, 16]."""
+        """Images [N, 3, 64, 64] in 0..1 from code vectors [N, 8, 8, dim]."""
         with torch.autocast("cpu", torch.bfloat16):
             images = [self.decoder(q) for q in torch.cat([q_sem, q_pix], dim=-1).split(BATCH)]
         return torch.cat(images).float().clamp(0, 1)

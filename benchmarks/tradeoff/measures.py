@@ -1,9 +1,10 @@
-"""What `run.py` measures of a trained design: fidelity, use of the ids, and probes of what they say of the content."""
+"""Measures of a trained design: fidelity, use of the ids, and probes of what they say of the content."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,18 @@ from benchmarks.tradeoff.arms import BATCH, GRID, PATCH, Network, stages
 from semhitok.demo.scenes import cell_of_patches
 from semhitok.evaluation.metrics import psnr, ssim
 
+PATCHES_OF = 4_000  # images that the mean patch of an id is learnt from, at most
 PAIRS = len(shapes.SHAPES) * len(shapes.COLOURS)
 
 
 @dataclass
 class Data:
-    """By set ("train", "probe", "test"): uint8 images [N, 3, 64, 64], the teacher's features [N, 8, 8, C] in bf16, and
-    labels [N, 9, 4], or None for photographs."""
+    """By set ("train", "probe", "test").
+
+    images: uint8 [N, 3, 64, 64].
+    features: the teacher's, [N, 8, 8, C] in bf16 or fp16.
+    labels: [N, 9, 4] of pictures, class numbers [N] of photographs, or None.
+    """
 
     images: dict[str, Tensor]
     features: dict[str, Tensor]
@@ -29,20 +35,38 @@ class Data:
 
 def measure(net: Network, data: Data, seed: int, probe_steps: int) -> dict[str, float]:
     """Figures of a trained arm, under the keys of COLUMNS, without those that do not apply to its design."""
-    arm, codes = net.arm, net.codes
+    codes = net.codes
     found = {name: net.encode(data.images[name], data.features[name]) for name in ("probe", "test")}
-    images = {name: data.images[name].float() / 255 for name in found}
+    figures, _ = fidelity(net, data.images, found)
+    if data.labels is not None:
+        # Zeros for a half that the design lacks tell a probe nothing, and all probes have as many inputs.
+        vectors = {name: torch.cat(codes.vectors(*pair), dim=-1) for name, pair in found.items()}
+        figures |= understanding(vectors, data.labels, seed, probe_steps)
+        figures["by_id"] = probe_ids({n: codes.ids(*pair) for n, pair in found.items()}, data.labels, codes.vocabulary)
+    return figures
+
+
+def fidelity(
+    net: Network, images: dict[str, Tensor], found: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, float], Tensor]:
+    """Figures of reconstruction and of the use of ids, and the reconstructed test images [N, 3, 64, 64] in 0..1.
+
+    images: uint8, by set ("probe", "test"); found: what `Network.encode` returned for them.
+    """
+    arm, codes = net.arm, net.codes
+    ids = {name: codes.ids(*pair) for name, pair in found.items()}
+    few = {"probe": slice(PATCHES_OF), "test": slice(None)}
+    images = {name: images[name][some].float() / 255 for name, some in few.items()}
     q_sem, q_pix = codes.vectors(*found["test"])
     decoded = net.decode(q_sem, q_pix)
     figures = {"psnr": psnr(decoded, images["test"]).mean().item(), "ssim": ssim(decoded, images["test"]).mean().item()}
     alone = codes.without_pixels(*found["test"])
     if alone is not None:
         figures["semantic_psnr"] = psnr(net.decode(q_sem, alone), images["test"]).mean().item()
-    ids = {name: codes.ids(*pair) for name, pair in found.items()}
     patches = {name: F.pixel_unshuffle(x, PATCH).permute(0, 2, 3, 1).flatten(0, 2) for name, x in images.items()}
-    figures["variance_id"] = explained(patches, ids)
+    figures["variance_id"] = explained(patches, {name: ids[name][some] for name, some in few.items()})
     if arm.kind != "flat":
-        figures["variance_semantic"] = explained(patches, {name: i for name, (i, _) in found.items()})
+        figures["variance_semantic"] = explained(patches, {n: found[n][0][some] for n, some in few.items()})
     counts = torch.bincount(torch.cat([ids["probe"].flatten(), ids["test"].flatten()]), minlength=codes.vocabulary)
     share = counts.double() / counts.sum()
     figures["used"] = (counts > 0).double().mean().item()
@@ -52,12 +76,7 @@ def measure(net: Network, data: Data, seed: int, probe_steps: int) -> dict[str, 
     figures["parameters"] = sum(p.numel() for module in needed for p in module.parameters()) / 1e6
     figures["codebook"] = 0 if codes.semantic is None else codes.semantic.codebook.numel()
     figures["codebook"] += 0 if codes.pixel is None else codes.pixel.pix_codebook.numel()
-    if data.labels is not None:
-        # Zeros for a half that the design lacks tell a probe nothing, and all probes have as many inputs.
-        vectors = {name: torch.cat(codes.vectors(*pair), dim=-1) for name, pair in found.items()}
-        figures |= understanding(vectors, data.labels, seed, probe_steps)
-        figures["by_id"] = probe_ids(ids, data.labels, codes.vocabulary)
-    return figures
+    return figures, decoded
 
 
 def explained(patches: dict[str, Tensor], ids: dict[str, Tensor]) -> float:
@@ -90,17 +109,25 @@ def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: i
     return figures | {"pair_ap": pair_probe(tokens, {name: pairs(labels[name]) for name in tokens}, seed, steps)}
 
 
-def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Accuracy of logistic regression from x [n, D] to classes y [n]."""
+def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, decay: float = 1e-4) -> float:
+    """Accuracy of logistic regression from x [n, D], standardised, to classes y [n]; the L2 term is decay |W|^2."""
     shift, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     x, test_x = (x - shift) / scale, (test_x - shift) / scale
     layer = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, line_search_fn="strong_wolfe")
+    return logistic(layer, x, y, test_x, test_y, decay)
+
+
+def logistic(layer: Any, x: Any, y: Tensor, test_x: Any, test_y: Tensor, decay: float, history: int = 100) -> float:
+    """Fit a layer with a `weight` that gives logits of x, by L-BFGS on cross entropy + decay |weight|^2; its accuracy.
+
+    history: of L-BFGS; it holds twice as many copies of the parameters.
+    """
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, history_size=history, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + 1e-4 * layer.weight.square().sum()
+        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
         loss.backward()
         return loss
 

@@ -31,6 +31,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import BATCH, GRID, Arm, Network, fit, stages
+from benchmarks.tradeoff.arms import BATCH, GRID, SIZES, Arm, Network, Sizes, fit, stages
 from benchmarks.tradeoff.measures import Data, measure, understanding
 from semhitok._files import write_atomic
 from semhitok.config import DataConfig
@@ -99,7 +100,7 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
     began = time.perf_counter()
     sets = {"train": (0, settings.pictures), "probe": (1, settings.probe), "test": (2, settings.test)}
     made = {name: shapes.pictures(seed, 0, count) for name, (seed, count) in sets.items()}
-    _say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
+    say(f"data: {sum(count for _, count in sets.values())} pictures, {time.perf_counter() - began:.0f} s")
     teacher = Teacher(train_teacher(config, out, lambda: shapes.lesson(made["train"])), GRID)
     images = {name: pictures.images for name, pictures in made.items()}
     labels = {name: pictures.labels for name, pictures in made.items()}
@@ -119,14 +120,14 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
 class Trainer:
     """Trains arms; a semantic branch that several arms share is trained once for each seed."""
 
-    def __init__(self, data: Data, teacher: Teacher, settings: Settings) -> None:
-        self.data, self.teacher, self.settings = data, teacher, settings
+    def __init__(self, data: Data, teacher: Teacher, steps: int, batch: int, sizes: Sizes = SIZES) -> None:
+        self.data, self.teacher, self.steps, self.batch, self.sizes = data, teacher, steps, batch, sizes
         self.shared: dict[tuple[Any, ...], tuple[Network, float]] = {}
 
     def train(self, arm: Arm, seed: int) -> tuple[Network, float]:
         """The trained network of an arm, and the seconds of its training."""
         torch.manual_seed(seed)
-        net, seconds = Network(arm, self.teacher), 0.0
+        net, seconds = Network(arm, self.teacher, self.sizes), 0.0
         for parts in stages(arm):
             if parts != {"semantic"}:
                 seconds += self._fit(net, parts, seed)
@@ -134,7 +135,7 @@ class Trainer:
             key = (arm.K, arm.feed, seed)
             if key not in self.shared:
                 torch.manual_seed(seed)
-                branch = Network(Arm("semantic", arm.K, 1, arm.feed), self.teacher)
+                branch = Network(Arm("semantic", arm.K, 1, arm.feed), self.teacher, self.sizes)
                 self.shared[key] = branch, self._fit(branch, parts, seed)
             branch, spent = self.shared[key]
             for name in ("vit", "head", "semantic_decoder"):
@@ -145,7 +146,7 @@ class Trainer:
 
     def _fit(self, net: Network, parts: set[str], seed: int) -> float:
         images, features = self.data.images["train"], self.data.features["train"]
-        return fit(net, parts, images, features, self.settings.steps, self.settings.batch, seed)
+        return fit(net, parts, images, features, self.steps, self.batch, seed)
 
 
 # ---- the table, its checks and the plot ----
@@ -172,10 +173,10 @@ def _number(key: str, values: list[float]) -> str:
 Results = dict[str, list[dict[str, float]]]  # title of a row -> its figures by seed
 
 
-def table(results: Results) -> str:
+def table(results: Results, columns: dict[str, str] = COLUMNS) -> str:
     """A line for each arm: the mean of each column over its seeds, and half of the confidence interval."""
-    keys = [k for k in COLUMNS if any(k in r for rows in results.values() for r in rows)]
-    lines = [["", *(COLUMNS[k] for k in keys)]]
+    keys = [k for k in columns if any(k in r for rows in results.values() for r in rows)]
+    lines = [["", *(columns[k] for k in keys)]]
     lines += [[title, *(_number(k, [r[k] for r in rows if k in r]) for k in keys)] for title, rows in results.items()]
     first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [[title.ljust(first), *map(str.rjust, cells, widths)] for title, *cells in lines]
@@ -205,84 +206,112 @@ def checks(results: Results, K: int, m: int, quick: bool) -> list[tuple[bool, st
     return [(got >= bar, f"{what}: {got:.3f}, asked {bar:.3f}") for what, got, bar in asked]
 
 
-def draw(results: Results, path: Path) -> None:
-    """PSNR against the shape probe and against pair AP."""
+def draw(results: Results, path: Path, measures: dict[str, str]) -> None:
+    """PSNR against two other columns; `measures`: their keys and labels."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for axis, key in zip(axes, ("shape", "pair_ap"), strict=True):
+    for axis, key in zip(axes, measures, strict=True):
         for n, (title, rows) in enumerate((t, r) for t, r in results.items() if "psnr" in r[0]):
             x, y = ([row[k] for row in rows] for k in ("psnr", key))
             error = [None if len(rows) < 2 else interval(values) for values in (x, y)]
             marker = "os^Dv<>P"[n % 8]
             axis.errorbar(mean(x), mean(y), error[1], error[0], marker=marker, linestyle="", label=title)
-        if TEACHER_ROW in results:
+        if key in results.get(TEACHER_ROW, [{}])[0]:
             axis.axhline(results[TEACHER_ROW][0][key], linestyle="--", color="grey", label=TEACHER_ROW)
-        axis.set(xlabel="reconstruction: PSNR, dB", ylabel=f"understanding: {COLUMNS[key]}")
+        axis.set(xlabel="reconstruction: PSNR, dB", ylabel=f"understanding: {measures[key]}")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tradeoff"))
+def conclude(found: list[tuple[bool, str]]) -> int:
+    """Print checks and return the exit status: 1 if one misses."""
+    for good, what in found:
+        print(f"{'ok  ' if good else 'MISS'}  {what}")
+    return 0 if all(good for good, _ in found) else 1
+
+
+def spent(began: float) -> str:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return f"{time.perf_counter() - began:.0f} s, peak memory {peak:.0f} MiB, {torch.get_num_threads()} threads"
+
+
+def kept(out: Path, key: dict[str, Any], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures that belong to a key in the results of `out`; computed and kept there if they are missing."""
+    path = out / "results" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_text())["figures"]
+    figures = compute()
+    write_atomic(path, json.dumps({**key, "figures": figures}, indent=1).encode())
+    say(f"{key['title']}, seed {key['seed']}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
+    return figures
+
+
+def parser_of(description: str | None, sizes: tuple[int, int]) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, short training, fewer sizes")
-    parser.add_argument("--photographs", action="store_true", help="measure reconstruction of photographs instead")
     seeds = "seeds of the trainings of each arm (default: 0 1 2; with --quick 0)"
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help=seeds)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(256, 8), metavar=("K", "m"))
+    parser.add_argument("--sizes", type=int, nargs=2, default=sizes, metavar=("K", "m"))
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its choice)")
     field = "another value of a field of Settings; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="NAME=N", help=field)
-    args = parser.parse_args()
+    return parser
+
+
+def prepare(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: Any) -> None:
+    """Check and apply the options of `parser_of`; `settings` is changed."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = Settings(**asdict(QUICK if args.quick else Settings()) | {"photographs": args.photographs})
     for assignment in args.set:
         name, _, value = assignment.partition("=")
         if name not in asdict(settings) or not value.isdigit():
             parser.error(f"--set: expected one of {', '.join(asdict(settings))} = a number, got {assignment}")
         setattr(settings, name, int(value))
+    if args.sizes[1] < 2:
+        parser.error(f"--sizes: expected m of at least 2, got {args.sizes[1]}")
+    args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    (args.out / "results").mkdir(parents=True, exist_ok=True)
+
+
+def main() -> int:
+    parser = parser_of(__doc__, (256, 8))
+    parser.add_argument("--out", type=Path, default=Path("tradeoff"))
+    parser.add_argument("--photographs", action="store_true", help="measure reconstruction of photographs instead")
+    args = parser.parse_args()
+    settings = Settings(**asdict(QUICK if args.quick else Settings()) | {"photographs": args.photographs})
+    prepare(parser, args, settings)
     (K, m), began = args.sizes, time.perf_counter()
-    if m < 2:
-        parser.error(f"--sizes: expected m of at least 2, got {m}")
-    kept = args.out / "results"
-    kept.mkdir(parents=True, exist_ok=True)
     inputs: list[tuple[Data, Trainer]] = []  # made when the first result is missing
 
     def result(title: str, seed: int, arm: Arm | None) -> dict[str, float]:
-        key = {"title": title, "seed": seed, **asdict(settings)}
-        path = kept / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-        if path.exists():
-            return json.loads(path.read_text())["figures"]
-        if not inputs:
-            data, teacher = load(settings, args.out)
-            inputs.append((data, Trainer(data, teacher, settings)))
-        data, trainer = inputs[0]
-        if arm is None:
-            figures = understanding(data.features, data.labels, seed, settings.probe_steps)
-        else:
+        def compute() -> dict[str, float]:
+            if not inputs:
+                data, teacher = load(settings, args.out)
+                inputs.append((data, Trainer(data, teacher, settings.steps, settings.batch)))
+            data, trainer = inputs[0]
+            if arm is None:
+                return understanding(data.features, data.labels, seed, settings.probe_steps)
             net, seconds = trainer.train(arm, seed)
-            figures = {**measure(net, data, seed, settings.probe_steps), "seconds": seconds}
-        write_atomic(path, json.dumps({**key, "figures": figures}, indent=1).encode())
-        _say(f"{title}, seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}")
-        return figures
+            return {**measure(net, data, seed, settings.probe_steps), "seconds": seconds}
+
+        return kept(args.out, {"title": title, "seed": seed, **asdict(settings)}, compute)
 
     results: Results = {}
-    for seed in args.seeds or ([0] if args.quick else [0, 1, 2]):
+    for seed in args.seeds:
         rows = [(arm.title, arm) for arm in arms(K, m, args.quick)]
         for title, arm in rows if args.photographs else [(TEACHER_ROW, None), *rows]:
             results.setdefault(title, []).append(result(title, seed, arm))
     text = table(results)
     (args.out / "table.txt").write_text(text + "\n")
     print(text)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"\n{time.perf_counter() - began:.0f} s, peak memory {peak:.0f} MiB, {torch.get_num_threads()} threads")
+    print(f"\n{spent(began)}")
     rates = []
     for name, kind in (("ragged", "ragged"), ("fixed", "staged")):
         bits, psnr = (mean_of(results, Arm(kind, K, m), key) for key in ("bits", "psnr"))
@@ -290,11 +319,8 @@ def main() -> int:
     print(f"rate and distortion: {'; '.join(rates)}")
     if args.photographs:
         return 0
-    draw(results, args.out / "tradeoff.png")
-    found = checks(results, K, m, args.quick)
-    for good, what in found:
-        print(f"{'ok  ' if good else 'MISS'}  {what}")
-    return 0 if all(good for good, _ in found) else 1
+    draw(results, args.out / "tradeoff.png", {key: COLUMNS[key] for key in ("shape", "pair_ap")})
+    return conclude(checks(results, K, m, args.quick))
 
 
 if __name__ == "__main__":

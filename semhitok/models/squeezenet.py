@@ -57,11 +57,11 @@ class SqueezeNetDistance(nn.Module):
             raise ValueError(f"images: expected [B, 3, H, W] of at least 3 x 3 pixels, got {list(images.shape)}")
         if targets.shape != images.shape:
             raise ValueError(f"targets: expected {list(images.shape)} as images, got {list(targets.shape)}")
-        pairs = zip(self._features(images), self._features(targets), strict=True)
+        pairs = zip(self.features(images), self.features(targets), strict=True)
         return torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in pairs]).sum(0)
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """Of unit length, [B, C, h, w] for each depth: conv1, fire3 and fire5 to fire9."""
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Of images as for `forward`: unit length, [B, C, h, w] for each depth: conv1, fire3 and fire5 to fire9."""
         run = self.convolutions
         x = run["conv1"](images.to(self._mean.dtype) * 255 - self._mean, stride=2)
         depths = [x]

@@ -18,10 +18,12 @@ import semhitok
 from benchmarks.tradeoff import measures as tradeoff_measures
 from benchmarks.tradeoff import run as tradeoff
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import DIM, Arm, Codes, Network, fit, nearest_pair
+from benchmarks.tradeoff.arms import SIZES, Arm, Codes, Network, fit, nearest_pair
 from semhitok.config import TeacherConfig
 from semhitok.demo.scenes import cell_of_patches
 from semhitok.models.teacher import Teacher
+
+DIM = SIZES.dim
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
