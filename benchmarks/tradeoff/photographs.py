@@ -217,8 +217,9 @@ def write_csv(results: run.Results, seeds: list[int], path: Path) -> None:
 
 def main() -> int:
     parser = run.parser_of(__doc__, (1024, 16))
-    for name in ("train", "test"):
-        parser.add_argument(f"--{name}", required=True, help="folder or tar files of images CLASS/NAME.jpg")
+    images = "folder or tar files of images CLASS/NAME.jpg"
+    parser.add_argument("--train", required=True, help=images)
+    parser.add_argument("--test", required=True, help=images)
     parser.add_argument("--out", type=Path, required=True)
     name = f"a timm network, with random weights as random:NAME (default: {DEFAULT_TEACHER})"
     parser.add_argument("--teacher", default=DEFAULT_TEACHER, metavar="NAME", help=name)

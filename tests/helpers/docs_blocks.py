@@ -205,13 +205,28 @@ def look_up(program: str, arguments: list[str]) -> None:
             script = arguments[1].replace(".", "/") + ".py"
         assert (ROOT / script).is_file(), f"{script}: no such script"
         if script.endswith(".py"):
-            nodes = ast.walk(ast.parse((ROOT / script).read_text()))
-            known = {n.value for n in nodes if isinstance(n, ast.Constant)}
+            known = constants(ROOT / script)
             assert set(options) <= known, f"{script}: expected its options, got {set(options) - known}"
     else:
         assert [program, *arguments] == ["source", ".venv/bin/activate"] or program == "tensorboard", (
             f"expected a command that this test knows, got {program!r}"
         )
+
+
+def constants(script: Path) -> set[object]:
+    """The constants of a script, and of the modules of benchmarks that it imports, which may define its options."""
+    found: set[object] = set()
+    seen, left = {script}, [script]
+    while left:
+        for node in ast.walk(ast.parse(left.pop().read_text())):
+            if isinstance(node, ast.Constant):
+                found.add(node.value)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+                package = ROOT / node.module.replace(".", "/")
+                modules = {package.with_suffix(".py"), *(package / f"{alias.name}.py" for alias in node.names)}
+                left += [module for module in modules - seen if module.is_file()]
+                seen |= modules
+    return found
 
 
 def go_through(text: str, name: str) -> None:
