@@ -141,8 +141,8 @@ class DataConfig:
         None takes crops of exactly image_size pixels, not resized.
     flip: mirror half of the crops.
     fixed: every image gives the same crop each time, mirrored or not: resized and cropped at the centre, as evaluation
-        does. Needs image files and crop_scale None. What the frozen networks of a stage make of the crops is then
-        computed once, before its first step, and kept in the run's folder.
+        does. Needs image files and crop_scale None. The outputs of a stage's frozen networks are then computed once,
+        before its first step, and kept in the run's folder.
     workers: processes that read and decode, for each training process; 0 reads in the training process itself.
     shuffle_buffer: samples of a shard stream that are shuffled together; image files are all shuffled together.
     """

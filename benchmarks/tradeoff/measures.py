@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,25 +108,17 @@ def understanding(vectors: dict[str, Tensor], labels: dict[str, Tensor], seed: i
     return figures | {"pair_ap": pair_probe(tokens, {name: pairs(labels[name]) for name in tokens}, seed, steps)}
 
 
-def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, decay: float = 1e-4) -> float:
-    """Accuracy of logistic regression from x [n, D], standardised, to classes y [n]; the L2 term is decay |W|^2."""
+def linear_probe(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Accuracy of logistic regression from x [n, D] to classes y [n]."""
     shift, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     x, test_x = (x - shift) / scale, (test_x - shift) / scale
     layer = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.zeros_(layer.weight)
-    return logistic(layer, x, y, test_x, test_y, decay)
-
-
-def logistic(layer: Any, x: Any, y: Tensor, test_x: Any, test_y: Tensor, decay: float, history: int = 100) -> float:
-    """Fit a layer with a `weight` that gives logits of x, by L-BFGS on cross entropy + decay |weight|^2; its accuracy.
-
-    history: of L-BFGS; it holds twice as many copies of the parameters.
-    """
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, history_size=history, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss = F.cross_entropy(layer(x), y) + 1e-4 * layer.weight.square().sum()
         loss.backward()
         return loss
 

@@ -258,7 +258,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
             inputs.append((data, run.Trainer(data, teacher, settings.steps, settings.batch, sizes), squeezenet))
         data, trainer, squeezenet = inputs[0]
         if arm is None:
-            return probes("all", *(mean_features(data.features[part]) for part in ("probe", "test")), labels)
+            return probes("all", *(mean_features(data.features[part]).numpy() for part in ("probe", "test")), labels)
         net, seconds = trainer.train(arm, seed)
         return {**measure(net, data, squeezenet), "seconds": seconds}
 

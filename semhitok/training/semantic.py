@@ -3,8 +3,8 @@
 loss = cosine_weight (1 - cos(decoder(q), t)) + l1_weight |decoder(q) - t| + commitment
 
 with t the teacher's standardised features and q the nearest of K unit codes. With several teachers, cosine and L1 are
-computed for each and averaged with their shares. The codes follow their tokens by a moving
-average; unused ones are restarted. The first steps run without quantisation, then k-means sets the codebook.
+computed for each and averaged with their shares. The codes follow their tokens by a moving average; unused ones are
+restarted. The first steps run without quantisation, then k-means sets the codebook.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SemanticStage(TokenizerStage[Tokens | None]):
 
     def prepare(self, check_stop: Callable[[], None]) -> None:
         """Compute the teacher's features of all fixed crops, unless they are too many."""
-        if self.fixed is None or not self.fixed.pay(self.config):
+        if self.fixed is None or not self.fixed.worthwhile(self.config):
             return
         size = 4 * self.fixed.count * self.model.config.grid_size**2 * self.head.mean.numel()
         if size > MAX_FEATURES:

@@ -138,7 +138,7 @@ class TokenizerStage(Stage[Batch, Batch, Output]):
         return [batch.to(self.device, key) for batch in loaded]
 
     def features(self, batch: Batch) -> Tensor:
-        """The frozen teacher's features [B, h, w, C] of images, looked up where they are known."""
+        """The frozen teachers' features [B, h, w, C] of images, looked up where they are known."""
         if self.known_features is not None and batch.crops is not None:
             return self.known_features[batch.crops].to(self.device)
         with self.autocast():
@@ -146,9 +146,10 @@ class TokenizerStage(Stage[Batch, Batch, Output]):
 
     def teacher_identity(self) -> list[Any]:
         """What the features depend on besides the images, as JSON."""
-        config, teacher = self.model.config, self.model.teacher
-        settings = {**dataclasses.asdict(config.teacher), "grid": config.grid_size}
-        return [settings, self.run_config.precision, fingerprint(teacher) if teacher is not None else None]
+        config, model = self.model.config, self.model
+        settings = [dataclasses.asdict(teacher) for teacher in config.teachers]
+        teachers = [teacher for teacher in (model.teacher, *model.more_teachers) if teacher is not None]
+        return [settings, config.grid_size, self.run_config.precision, fingerprint(*teachers)]
 
     @abstractmethod
     def evaluate(self, batches: Iterator[tuple[Tensor, int]]) -> Evaluation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 import semhitok.quantizer
 import semhitok.reference
 from benchmarks import exact, exactness, quantize_bench
-from benchmarks.training import quantizer_share, train_memory
+from benchmarks.training import fixed_crops, quantizer_share, train_memory
 from semhitok import _C
 
 ROOT = Path(quantize_bench.__file__).parents[1]
@@ -352,3 +353,22 @@ def test_train_bench_times_what_the_loop_does() -> None:
     assert sum(shares) == pytest.approx(200, abs=2)
     for section in ("teacher", "quantizer", "LPIPS", "critic's backward", "codebook updates", "data"):
         assert any(line[: len(section.split())] == section.split() for line in lines), section
+
+
+def test_fixed_crops_prints_both_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in (fixed_crops.SemanticStage, fixed_crops.PixelStage):
+        for name in ("prepare", "backward", "after_step"):
+            monkeypatch.setattr(stage, name, getattr(stage, name))  # restored afterwards
+    monkeypatch.setattr(fixed_crops, "PICTURES", 8)
+    small = ("data.fixed=true", "tracker=none", "model.num_codes=8", "semantic.steps=12", "semantic.continuous_steps=2")
+    small += ("pixel.steps=12", "pixel.continuous_steps=2", "semantic.init_tokens_per_code=8")
+    monkeypatch.setattr(fixed_crops, "SETTINGS", small)
+    threads = torch.get_num_threads()
+    try:
+        assert fixed_crops.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    _, *rows = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"(\d+) x \1 +(semantic|pixel)((?: +\d+\.\d){3})", row) for row in rows]
+    assert [m and (m[1], m[2]) for m in found] == [(g, s) for g in ("16", "8") for s in ("semantic", "pixel")]
+    assert all(m is not None and float(rate) > 0 for m in found for rate in m[3].split()[:2])

@@ -95,14 +95,14 @@ def test_later_stages_train_the_same_bits_with_and_without(pictures, finished, t
     config.start_from = str(finished / "checkpoint")
     train(config, [pictures], tmp_path / "with")
     assert seen == [GROUP, GROUP]  # the decoder stage reads the codes that the pixel stage has written
-    monkeypatch.setattr(FixedCrops, "pay", lambda self, config: False)
+    monkeypatch.setattr(FixedCrops, "worthwhile", lambda self, config: False)
     train(config, [pictures], tmp_path / "without")
     assert not (tmp_path / "without" / "fixed").exists()
     assert checkpoint_bytes(tmp_path / "with") == checkpoint_bytes(tmp_path / "without")
 
 
 def test_the_semantic_stage_learns_the_same_with_and_without(pictures, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(FixedCrops, "pay", lambda self, config: False)
+    monkeypatch.setattr(FixedCrops, "worthwhile", lambda self, config: False)
     train(small_config(*FIXED, "stages=[semantic]"), [pictures], tmp_path)
     assert losses(finished, "semantic") == pytest.approx(losses(tmp_path, "semantic"), rel=1e-4)
 

@@ -27,15 +27,20 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def start(settings):
+    """The semantic stage, images and their features, from which its statistics are."""
+    torch.manual_seed(0)
+    stage = SemanticStage(SemHiTok(settings.model), settings)
+    images = torch.rand(4, 3, 32, 32)
+    features = stage.model.semantic_features(images)
+    stage.head.set_statistics(features.flatten(0, 2))
+    return stage, images, features
+
+
 @pytest.mark.parametrize("shares", [(1, 3), (7, 1)])
 def test_loss_and_gradient_are_those_of_a_reference_in_fp64(shares):
     settings = config("semantic.cosine_weight=0.7", "semantic.l1_weight=0.4", shares=shares)
-    torch.manual_seed(0)
-    model = SemHiTok(settings.model)
-    stage = SemanticStage(model, settings)
-    images = torch.rand(4, 3, 32, 32)
-    features = model.semantic_features(images)
-    model.semantic_head.set_statistics(features.flatten(0, 2))
+    stage, images, features = start(settings)
     predicted = torch.randn(features.shape, requires_grad=True)
     z = torch.zeros(4, 4, 4, 16)
     stage.network = lambda *_: (predicted, z, None, z.new_zeros(()))
@@ -58,21 +63,24 @@ def test_loss_and_gradient_are_those_of_a_reference_in_fp64(shares):
     torch.testing.assert_close(predicted.grad.double(), reference.grad, rtol=1e-4, atol=1e-9)
 
 
+def test_tables_of_features_belong_to_all_teachers():
+    stage, _, _ = start(config())
+    before = stage.teacher_identity()
+    assert before == stage.teacher_identity()
+    next(stage.model.more_teachers[0].parameters()).data += 1
+    assert stage.teacher_identity() != before
+
+
 def test_one_teacher_gives_the_plain_loss_to_the_bit():
     settings = small_config("model.teacher.share=0.3")
-    torch.manual_seed(0)
-    model = SemHiTok(settings.model)
-    stage = SemanticStage(model, settings)
-    images = torch.rand(4, 3, 32, 32)
-    features = model.semantic_features(images)
-    model.semantic_head.set_statistics(features.flatten(0, 2))
+    stage, images, features = start(settings)
     predicted = torch.randn(4, 4, 4, 24, requires_grad=True)
     z = torch.zeros(4, 4, 4, 16)
     stage.network = lambda *_: (predicted, z, None, z.new_zeros(()))
     loss, figures, _ = stage.loss(Batch(images, 0, 4), 0)
     assert list(figures) == ["cosine", "l1", "commitment"]
     (gradient,) = torch.autograd.grad(loss, predicted)
-    target = model.semantic_head.standardize(features)
+    target = stage.head.standardize(features)
     cosine = 1 - torch.nn.functional.cosine_similarity(predicted, target, dim=-1).mean()
     plain = cosine + torch.nn.functional.l1_loss(predicted, target)
     assert torch.equal(loss, plain)
