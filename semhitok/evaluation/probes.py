@@ -116,7 +116,7 @@ def classify(x: Any, y: Any, test_x: Any, C: float = 1.0) -> dict[str, Any]:
     """The classes of test_x by both probes that are fitted to rows x of classes y.
 
     Args:
-        x, test_x: features [n, D] and [N, D], arrays of NumPy or sparse matrices, which are not centred.
+        x, test_x: features [n, D] and [N, D], NumPy arrays, or sparse matrices, which are scaled but not centred.
         y: classes [n].
         C: of the linear probe, which minimises the sum of the cross entropy + |W|^2 / (2 C).
 
