@@ -36,6 +36,7 @@ from semhitok.mllm.sources import Records
 from semhitok.mllm.training import train as train_mllm
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
+from semhitok.training.stage import emulates_bf16
 
 SIZE, PATCH = 64, 8  # pixels: 8 x 8 ids
 SPLITS = ("random", "comp")
@@ -43,6 +44,11 @@ HELD_OUT = 480  # pictures of a split
 TEACHER_STEPS, TEACHER_BATCH, READER_STEPS = 400, 64, 400
 SAMPLINGS = [Sampling(temperature=0.7, top_k=30, guidance=scale) for scale in (1.0, 1.5)]
 BATCH = 120  # prompts at a time
+
+
+def precision() -> str:
+    """Of both trainings: bf16, where the CPU has instructions for it."""
+    return "fp32" if emulates_bf16(torch.device("cpu")) else "bf16"
 
 
 def tokenizer_config() -> TrainConfig:
@@ -57,7 +63,7 @@ def tokenizer_config() -> TrainConfig:
             "decoder": {"width": 128, "depth": 2, "heads": 2},
         },
         "data": {"crop_scale": None},
-        "precision": "bf16",
+        "precision": precision(),
         "tracker": "none",
         "semantic": {
             "steps": 250, "batch_size": 32, "optimizer": {"lr": 1e-3, "warmup_share": 0.05}, "continuous_steps": 50,
@@ -78,7 +84,8 @@ def model_config() -> MLLMTrainConfig:
     config = mllm_config("mllm-tiny")
     for setting in (
         "data.length=256", "data.caption_drop=0.1", "tracker=none", "joint.steps=1600", "joint.batch_size=16",
-        "head=hierarchical", "joint.optimizer.lr=2.0e-3", "joint.optimizer.min_lr=2.0e-5", "joint.checkpoint_every=200",
+        f"precision={precision()}", "head=hierarchical", "joint.optimizer.lr=2.0e-3", "joint.optimizer.min_lr=2.0e-5",
+        "joint.checkpoint_every=200",
     ):  # fmt: skip
         override(config, setting)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,13 @@ Output = TypeVar("Output")  # what the step needs later of a micro-batch's forwa
 Evaluation = tuple[dict[str, float], Tensor | None]  # held-out figures, equal on all processes; pictures [n, 3, H, W]
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether the device has no instructions for bf16: on such CPUs bf16 is many times slower than fp32."""
+    if device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Stage(ABC, Generic[Loaded, OnDevice, Output]):
     """A stage of training: its parts are trained, the rest of the model stays as it is.
 
@@ -61,6 +69,9 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
 
     def setup(self) -> None:
         """Get ready to train: wrap the parts for the processes there are, and create their optimisers."""
+        if self.run_config.precision == "bf16" and emulates_bf16(self.device) and distributed.rank() == 0:
+            message = "this CPU has no instructions for bf16; precision=fp32 is many times faster"
+            print(f"semhitok: warning: {message}", file=sys.stderr)
         for part in self.parts:
             part.setup(self.run_config.shard)
 

@@ -405,3 +405,14 @@ def test_training_on_a_gpu_follows_the_cpu(pictures, finished, tmp_path, more):
         assert gpu == pytest.approx(cpu, rel=0.3 if more else 0.05)
     model = SemHiTok.from_pretrained(tmp_path / "checkpoint")
     assert model.encode(torch.rand(1, 3, 32, 32)).max() < 64
+
+
+@pytest.mark.parametrize(
+    ("cpu", "precision", "warns"), [("old", "bf16", True), ("old", "fp32", False), ("new", "bf16", False)]
+)
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(pictures, tmp_path, capsys, monkeypatch, cpu, precision, warns):
+    monkeypatch.setattr("semhitok.training.stage.emulates_bf16", lambda device: cpu == "old")
+    settings = "stages=[semantic]", "semantic.steps=2", "semantic.continuous_steps=1"
+    config = small_config(*settings, f"precision={precision}")
+    train(config, [pictures], tmp_path)
+    assert ("precision=fp32 is many times faster" in capsys.readouterr().err) == warns
