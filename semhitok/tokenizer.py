@@ -30,6 +30,7 @@ from semhitok.vocabulary import Vocabulary, codebook_hash
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
+PACKAGED = Path(__file__).with_name("pretrained")  # checkpoints that come with this package, by name
 TEACHERS = ("teacher.", "more_teachers.")  # the weights of teachers in a state dict begin so
 
 
@@ -183,10 +184,11 @@ class SemHiTok(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, teacher: bool = True, revision: str | None = None
     ) -> SemHiTok:
-        """Load a checkpoint folder, or a repository of the Hugging Face Hub, in eval mode.
+        """Load a checkpoint folder, a repository of the Hugging Face Hub, or a packaged tokenizer, in eval mode.
 
         Args:
-            source: folder with config.json and model.safetensors, or "owner/name".
+            source: folder with config.json and model.safetensors, "owner/name", or the name of a tokenizer that comes
+                with this package: "semhitok-toy".
             teacher: False loads a tokenizer that can decode, but not encode.
             revision: of the Hub repository.
 
@@ -197,7 +199,9 @@ class SemHiTok(nn.Module):
         safetensors = require("safetensors")
         require("safetensors.torch")
         folder = Path(source)
-        if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.exists():
+        if not folder.exists() and (PACKAGED / folder.name).is_dir() and folder.name == str(source):
+            folder = PACKAGED / folder
+        elif not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.exists():
             folder = _fetch(str(source), revision)
         config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in (config_path, weights_path):

@@ -1,5 +1,6 @@
 """Presets, the tokenizer's contract, checkpoints, and the golden ids."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -274,6 +275,29 @@ def test_a_tokenizer_with_a_convolutional_teacher_is_saved_with_it(tmp_path):
     again, x = SemHiTok.from_pretrained(tmp_path), images()
     assert torch.equal(again.encode(x), tokenizer.encode(x))
     assert torch.equal(again.semantic_features(x), tokenizer.semantic_features(x))
+
+
+def test_a_tokenizer_saved_in_half_precision_is_the_rounded_one(tokenizer, tmp_path):
+    half = copy.deepcopy(tokenizer).half()
+    half.save_pretrained(tmp_path)
+    loaded = SemHiTok.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.encode(images()), half.float().encode(images()))
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {x.dtype for x in stored.values() if x.is_floating_point()} == {torch.float16}
+
+
+def test_packaged_tokenizers_are_found_by_name(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("semhitok.tokenizer.PACKAGED", tmp_path / "packaged")
+    tokenizer.save_pretrained(tmp_path / "packaged" / "some-toy")
+    assert torch.equal(SemHiTok.from_pretrained("some-toy").encode(images()), tokenizer.encode(images()))
+    monkeypatch.chdir(tmp_path / "packaged")  # a folder of that name goes first
+    (tmp_path / "packaged" / "some-toy" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r'some-toy/config.json: .*expected "format": "semhitok"'):
+        SemHiTok.from_pretrained("some-toy")
+    for nothing in ("other-toy", "", ".", ".."):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            SemHiTok.from_pretrained(nothing)
 
 
 # Parameters, teacher included, counted once when the presets were fixed: a change of size must be meant.

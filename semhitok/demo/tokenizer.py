@@ -1,4 +1,4 @@
-"""The demo of the tokenizer: train it on photographs, encode and decode them; figures and a table."""
+"""The demo of the tokenizer: fine-tune the toy on photographs, encode and decode them; figures and a table."""
 
 from __future__ import annotations
 
@@ -14,22 +14,38 @@ from torch import Tensor
 from semhitok import ops
 from semhitok._files import write_json
 from semhitok._optional import require
-from semhitok.config import TrainConfig
+from semhitok.config import TrainConfig, override, train_config
 from semhitok.corpus.ids_file import save_codes
 from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
 from semhitok.demo.photographs import write_photographs
 from semhitok.evaluation import plots
 from semhitok.evaluation.metrics import psnr, ssim
+from semhitok.models import lite0
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
 from semhitok.usage import CodeUsage
 
 BATCH = 32
+SIDE = 192  # of the shorter side of photographs in pixels: a crop of 64 shows a part of a thing, not of its surface
+UNSEEN = ("chelsea", "coffee", "flower", "motorcycle")
+CLASSIFIED = 128  # side in pixels at which crops are classified
+
+
+def demo_config() -> TrainConfig:
+    """The toy's pixel branch is trained further on the demo's photographs; its semantic branch stays as it is."""
+    config = train_config("semhitok-toy")
+    for setting in (
+        "start_from=semhitok-toy", "stages=[pixel]", "data.fixed=false", "data.flip=true",
+        "pixel.steps=1000", "pixel.continuous_steps=50", "pixel.optimizer.lr=3.0e-4", "pixel.ema_decay=0.99",
+        "pixel.checkpoint_every=100", "evaluation.every=250",
+    ):  # fmt: skip
+        override(config, setting)
+    return config
 
 
 def demo(config: TrainConfig, out: Path) -> str:
     """Train on the demo's photographs, or resume, evaluate and draw. Returns the table of figures."""
-    folders = write_photographs(out / "photographs")
+    folders = write_photographs(out / "photographs", side=SIDE, held_out=1 / 3, unseen=UNSEEN)
     seconds = train(config, [folders["train"]], out, held_out=[folders["held_out"]])
     image_tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
     size = config.model.image_size
@@ -59,16 +75,18 @@ def demo(config: TrainConfig, out: Path) -> str:
     metrics["bits_per_pixel"] = config.model.bits_per_pixel
     metrics["tokens_per_second"] = everything.numel() / seconds_encoding
     metrics["seconds"] = seconds | {"total": sum(seconds.values())}
-    metrics["teacher"] = "stand-in: a fixed Vision Transformer with random weights"
+    crops = torch.cat([tiles(x, size) for part in ("unseen", "held_out") for x in photographs[part]])
+    classes = code_classes(image_tokenizer, crops, torch.cat(codes["unseen"] + codes["held_out"]))
+    metrics["code_classes"] = {str(code): shares for code, shares in classes.items()}
     write_json(out / "metrics.json", metrics)
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
-    photograph = photographs["unseen"][0]
-    row = (photograph, codes["unseen"][0], photograph.shape[2] // size)
-    plots.semantic_map(image_tokenizer, [row], out / "semantic_map.png")
-    crops = torch.cat([tiles(x, size) for x in photographs["held_out"]])
-    plots.patches_of_codes(image_tokenizer, crops, torch.cat(codes["held_out"]), out / "shared_codes.png")
-    _draw_curves(out)
+    rows = [(x, c, x.shape[2] // size) for x, c in zip(photographs["unseen"], codes["unseen"], strict=True)]
+    plots.semantic_map(image_tokenizer, rows, out / "semantic_map.png")
+    labels = {code: next(iter(shares)) for code, shares in classes.items()}
+    crops = torch.cat([tiles(x, size) for part in photographs.values() for x in part])
+    plots.patches_of_codes(image_tokenizer, crops, everything, out / "shared_codes.png", margin=14, names=labels)
+    _draw_curves(config, out)
     return _table(metrics, config, out)
 
 
@@ -88,6 +106,41 @@ def fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float
     """Mean PSNR and SSIM of photographs; each counts the same, whatever its size."""
     pairs = list(zip(pictures, originals, strict=True))
     return {f.__name__: sum(f(x[None], y[None]).item() for x, y in pairs) / len(pairs) for f in (psnr, ssim)}
+
+
+def code_classes(
+    image_tokenizer: SemHiTok, crops: Tensor, codes: Tensor, count: int = 12
+) -> dict[int, dict[str, float]]:
+    """What the crops show that the most frequent semantic codes come from.
+
+    A crop's class is the one of ImageNet-1k that EfficientNet-Lite0, the demo's teacher, finds most likely.
+
+    Args:
+        crops: [T, 3, H, W] in [0, 1].
+        codes: their ids [T, h, w].
+        count: of semantic codes.
+
+    Returns:
+        For each of these codes, the most frequent first, up to three classes and the share of its patches in each.
+    """
+    timm = require("timm", "models")
+    classifier = timm.create_model(lite0.NAME, pretrained=True).eval()
+    info = require("timm.data", "models").ImageNetInfo()
+    found = []
+    for some in crops.split(BATCH):
+        large = F.interpolate(some, (CLASSIFIED, CLASSIFIED), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.inference_mode():
+            found.append(classifier((large - 0.5) / 0.5).argmax(1))
+    classes = torch.cat(found)[:, None, None].expand_as(codes)
+    semantic = image_tokenizer.quantizer.split(codes)[0]
+    frequent = torch.bincount(semantic.flatten()).argsort(descending=True, stable=True)[:count]
+    classes_of: dict[int, dict[str, float]] = {}
+    for code in frequent.tolist():
+        shares = torch.bincount(classes[semantic == code]).double()
+        shares /= shares.sum()
+        best = [n for n in shares.argsort(descending=True, stable=True)[:3].tolist() if shares[n] > 0]
+        classes_of[code] = {info.index_to_description(n).split(",")[0]: shares[n].item() for n in best}
+    return classes_of
 
 
 def _usage(config: TrainConfig, codes: Tensor) -> dict[str, dict[str, float]]:
@@ -129,9 +182,8 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
 
 def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
     references = metrics["references"]
-    lines = ["", f"semhitok-tiny on photographs (teacher: {metrics['teacher']})"]
-    lines += ["", f"{'':34}  PSNR dB   SSIM  semantic part only, dB"]
-    for part, label in (("held_out", "held-out parts of 14 photographs"), ("unseen", "an unseen photograph")):
+    lines = ["", f"{'':34}  PSNR dB   SSIM  semantic part only, dB"]
+    for part, label in (("held_out", "held-out parts of photographs"), ("unseen", "unseen photographs")):
         row = metrics[part]
         lines.append(f"{label:34}  {row['psnr']:7.2f}  {row['ssim']:5.3f}  {row['semantic_only_psnr']:22.2f}")
         for name, title in (("block_mean", "block mean"), ("kmeans_patches", "k-means patch codebook")):
@@ -145,13 +197,14 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
         for view, size in sizes.items():
             row = codes[view]
             lines.append(f"{'  ' + view:34}  {row['usage']:7.3f}  {row['perplexity']:10.1f}  {size}")
-    seconds = metrics["seconds"]
+    lines += ["", f"{'frequent semantic codes':34}  ImageNet classes of the crops they come from"]
+    for code, shares in metrics["code_classes"].items():
+        lines.append(f"  {code:32}  {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
     lines += [
         "",
         f"{'bits per pixel':34}  {metrics['bits_per_pixel']:7.3f}",
         f"{'tokens per second, encoding':34}  {metrics['tokens_per_second']:7.0f}",
-        f"{'seconds, semantic stage':34}  {seconds['semantic']:7.1f}",
-        f"{'seconds, pixel stage':34}  {seconds['pixel']:7.1f}",
+        *(f"{f'seconds, {stage} stage':34}  {metrics['seconds'][stage]:7.1f}" for stage in config.stages),
         "",
         f"pictures, ids, checkpoint and metrics.json: {out}/",
     ]
@@ -175,11 +228,11 @@ def _draw_reconstructions(rows: list[tuple[Tensor, Tensor, Tensor]], out: Path) 
     plots.save(figure, out / "reconstructions.png")
 
 
-def _draw_curves(out: Path) -> None:
-    """Losses and usage of the codes in both stages."""
+def _draw_curves(config: TrainConfig, out: Path) -> None:
+    """Losses and usage of the codes in all stages."""
     plt = plots.pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6))
-    for row, stage in zip(axes, ("semantic", "pixel"), strict=True):
+    figure, axes = plt.subplots(len(config.stages), 2, figsize=(10, 3 * len(config.stages)), squeeze=False)
+    for row, stage in zip(axes, config.stages, strict=True):
         records = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         for axis, keys in (
             (row[0], ("cosine", "l1", "l2", "codebook", "commitment")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,22 @@ def semantic_map(tokenizer: SemHiTok, rows: Sequence[tuple[Tensor, Tensor, int]]
 
 
 def patches_of_codes(
-    tokenizer: SemHiTok, images: Tensor, codes: Tensor, path: Path, *, fit: Tensor | None = None
+    tokenizer: SemHiTok,
+    images: Tensor,
+    codes: Tensor,
+    path: Path,
+    *,
+    fit: Tensor | None = None,
+    margin: int = 8,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Patches that share a semantic id, in a row for each id; the colour of a frame stands for the sub-code.
 
     The images [N, 3, size, size], float in [0, 1] or uint8, have flat ids [N, h, w]. With `fit` [N, h, w], how near
-    each token is to its semantic code, the nearest patches are shown; without, random ones.
+    each token is to its semantic code, the nearest patches are shown; without, random ones. A patch is shown with
+    `margin` pixels around it. `names` are written beside the ids, and only ids that have one are shown.
     """
-    rows, columns, context = 10, 24, 8
+    rows, columns = 10, 24 * 8 // max(margin, 8)
     config = tokenizer.config
     p, device = config.patch_size, tokenizer.quantizer.pix_codebook.device
     semantic, sub = (ids.cpu() for ids in tokenizer.quantizer.split(codes.to(device)))
@@ -80,6 +88,8 @@ def patches_of_codes(
     order = counts.argsort(descending=True, stable=True)
     columns = min(columns, int(counts.max()))
     order = order[counts[order] >= columns]
+    if names is not None:
+        order = torch.tensor([n for n in order.tolist() if n in names])
     # Evenly spaced by frequency, so that rare ids are shown too.
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
     scale = 1.0 if images.is_floating_point() else 255.0
@@ -96,11 +106,12 @@ def patches_of_codes(
             pick = fit[semantic == code].argsort(descending=True, stable=True)
         places = sorted(found[pick[:columns]].tolist(), key=lambda at: int(sub[tuple(at)]))
         for axis, (n, y, x) in zip(row, places, strict=True):
-            axis.imshow(picture(crop_around(images[n : n + 1] / scale, y, x, p, margin=context)[0]))
+            axis.imshow(picture(crop_around(images[n : n + 1] / scale, y, x, p, margin=margin)[0]))
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=palette(int(sub[n, y, x]) % 20), linewidth=2)
-        row[0].set_ylabel(str(code), rotation=0, ha="right", va="center")
+        label = f"{names[code]}  {code}" if names is not None else str(code)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     which = "that share a semantic id" if fit is None else "nearest to a semantic code"
     figure.suptitle(f"patches (centres) {which}, a row a code; the frame's colour is the sub-code")
     save(figure, path)
