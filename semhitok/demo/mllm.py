@@ -13,7 +13,7 @@ import contextlib
 import json
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def demo(
         drawn = {}
         for split, data in held.items():
             metrics[split], drawn[split] = _evaluate(assistant, reader, data, codes[split])
-            _draw_figure(assistant, data, codes[split], drawn[split], out / f"{split}.png")
+            draw_figure(assistant, data.images, codes[split], data.captions, drawn[split], out / f"{split}.png")
     captions, seconds = metrics[SPLITS[0]]["captions"], _seconds(seconds_of)
     best = metrics[SPLITS[0]]["images"][f"guidance {SAMPLINGS[-1].guidance:g}"]
     short = {
@@ -186,6 +186,45 @@ def write_pictures(images: Tensor, folder: Path) -> Path:
             pil.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="PNG", compress_level=1)
             partial.replace(path)
     return folder
+
+
+def draw_figure(
+    assistant: Assistant,
+    images: Tensor,
+    codes: Tensor,
+    captions: Sequence[str],
+    drawn: Tensor,
+    path: Path,
+    count: int = 8,
+) -> None:
+    """Draw uint8 pictures [N, 3, S, S] with the model's captions, their reconstructions, and `drawn` from `captions`.
+
+    Args:
+        assistant: the model with its image tokenizer.
+        images: the pictures, of which the first `count` are drawn.
+        codes: their flat ids [N, h, w].
+        captions: the captions that the model drew.
+        drawn: its pictures [N, 3, S, S] of them, in [0, 1].
+        path: the PNG to write.
+        count: columns, at most.
+    """
+    plt = plots.pyplot()
+    count = min(count, len(codes))
+    written = _describe(assistant, codes[:count])
+    figure, axes = plt.subplots(3, count, figsize=(2 * count, 7), layout="constrained")
+    rows = (
+        ("picture, and the model's caption", images[:count].float() / 255, written),
+        ("its reconstruction", decode(assistant.image_tokenizer, codes[:count]), [""] * count),
+        ("from this caption", drawn[:count], captions[:count]),
+    )
+    for line, (name, pictures, texts) in zip(axes, rows, strict=True):
+        for axis, image, text in zip(line, pictures, texts, strict=True):
+            axis.imshow(plots.picture(image))
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(textwrap.fill(text, 22), fontsize=7)
+        line[0].set_ylabel(name, fontsize=8)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 # ---- the parts ----
@@ -277,26 +316,3 @@ def _evaluate(
         "images": {name: score(reader.read(x), data.labels) for name, x in drawn.items()},
     }
     return scores, drawn[f"guidance {SAMPLINGS[-1].guidance:g}"]
-
-
-def _draw_figure(
-    assistant: Assistant, data: scenes.Pictures, codes: Tensor, drawn: Tensor, path: Path, count: int = 8
-) -> None:
-    """Pictures with the model's captions, their reconstructions, and the model's pictures of captions."""
-    plt = plots.pyplot()
-    count = min(count, len(codes))
-    captions = _describe(assistant, codes[:count])
-    figure, axes = plt.subplots(3, count, figsize=(2 * count, 7), layout="constrained")
-    rows = (
-        ("picture, and the model's caption", data.images[:count].float() / 255, captions),
-        ("its reconstruction", decode(assistant.image_tokenizer, codes[:count]), [""] * count),
-        ("from this caption", drawn[:count], data.captions[:count]),
-    )
-    for line, (name, images, texts) in zip(axes, rows, strict=True):
-        for axis, image, text in zip(line, images, texts, strict=True):
-            axis.imshow(plots.picture(image))
-            axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(textwrap.fill(text, 22), fontsize=7)
-        line[0].set_ylabel(name, fontsize=8)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)

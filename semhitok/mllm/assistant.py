@@ -6,6 +6,7 @@ formatted as in training (`semhitok.mllm.prompts`).
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, TextStreamer
 
 from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
 from semhitok.mllm import prompts
 from semhitok.mllm.generate import GREEDY, Generators, Sampling, generate, generate_images
+from semhitok.mllm.loss import IGNORE
 from semhitok.mllm.model import UnifiedMLLM, UnifiedMLLMConfig
 from semhitok.tokenizer import SemHiTok
 
@@ -143,6 +146,53 @@ class Assistant:
         """
         row = prompts.prompt(self.text_tokenizer, self.model.vocabulary, messages, images)
         return self._write([row], max_new_tokens, sampling, seed, callback)[0]
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, answers: Sequence[str], images: Sequence[Tensor], *, question: str = "", batch_size: int = 50
+    ) -> Tensor:
+        """How likely each answer is for each image: fp32 [images, answers], in nats, on the CPU.
+
+        log p(answer | image, question) is the sum over the ids of the answer and the one that ends it, as in training.
+        An image goes through the model once; its keys and values are repeated for `batch_size` answers at a time.
+
+        Args:
+            answers: texts.
+            images: as returned by `read`, `encode` or `image_ids`.
+            question: about every image; an empty one asks for a caption.
+            batch_size: answers that the model reads at once.
+
+        Raises:
+            ValueError: no images, no answers or an empty one, or one that goes beyond the model's positions.
+        """
+        if not len(images) or not len(answers):
+            raise ValueError(f"images, answers: expected one or more of both, got {len(images)} and {len(answers)}")
+        own = self.text_tokenizer, self.model.vocabulary
+        asked = [torch.tensor(prompts.understanding(*own, image, question)) for image in images]
+        learnt = []
+        for answer in answers:
+            parts = prompts.understanding_parts(*own, images[0], question, answer)
+            learnt.append(torch.tensor([i for ids, is_learnt in parts if is_learnt for i in ids]))
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        longest = max(map(len, asked)) + max(map(len, learnt))
+        if positions is not None and longest > positions:
+            raise ValueError(f"answers: expected at most {positions} ids with the question, got {longest}")
+        order = sorted(range(len(answers)), key=lambda n: len(learnt[n]))  # similar lengths together
+        found, device = torch.empty(len(images), len(answers)), self.model.device
+        for row, ids in enumerate(asked):
+            seen = self.model(ids[None, :-1].to(device), use_cache=True, logits_to_keep=1).past_key_values
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                # From the last id of the question on, which predicts the first of the answer.
+                labels = pad_sequence([torch.cat([ids[-1:], learnt[n]]) for n in batch], True, IGNORE).to(device)
+                cache = copy.deepcopy(seen)
+                cache.batch_repeat_interleave(len(batch))
+                places = torch.arange(len(ids) - 1, len(ids) - 1 + labels.shape[1], device=device)[None]
+                losses = self.model(
+                    labels.clamp_min(0), labels=labels, past_key_values=cache, position_ids=places, reduce=False
+                ).loss
+                found[row, batch] = -losses.view(len(batch), -1).sum(1).float().cpu()
+        return found
 
     def _write(
         self, rows: list[list[int]], limit: int, sampling: Sampling, seed: int, callback: Callback | None = None

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from mllm_runs import small_tokenizer
 from mllm_small import CAPTIONS, assert_refused, save, small_assistant
 
-from semhitok.mllm import Sampling, UnifiedMLLM, generate, prompts
+from semhitok.mllm import Sampling, UnifiedMLLM, generate, join, pack, prompts
 from semhitok.mllm.assistant import Assistant, Chat, Job, draw_files, file_stem, grid
 from semhitok.mllm.generate import GREEDY, Draw, Grammar
 
@@ -74,6 +74,40 @@ def test_answers_are_what_the_model_writes_after_the_prompt(assistant, photos):
     assert assistant.answer(questions, images, **hot) != assistant.answer(questions, images, seed=5, **hot)
     with pytest.raises(ValueError, match="images: expected 2, one for each question, got 3"):
         assistant.answer(questions[:2], images)
+
+
+@pytest.mark.parametrize(("head", "resolution_id"), [("flat", False), ("hierarchical", True)])
+@pytest.mark.parametrize("question", ["", "what colour is it ?"])
+def test_likelihoods_are_sums_of_the_losses_of_training(photos, head, resolution_id, question):
+    assistant = small_assistant(head=head, resolution_id=resolution_id)
+    images = assistant.read(photos)
+    answers = ["it is red .", "blue", "a small green cross at top left", "an unknown word", "blue"]
+    expected = torch.empty(len(images), len(answers))
+    for row, image in enumerate(images):
+        for column, answer in enumerate(answers):
+            own = assistant.text_tokenizer, assistant.model.vocabulary
+            packed = pack([join(*prompts.understanding_parts(*own, image, question, answer))], 40)
+            with torch.no_grad():
+                losses = assistant.model(**packed._asdict(), reduce=False).loss
+            expected[row, column] = -losses.sum()
+    for batch_size in (1, 3, 50):
+        found = assistant.log_likelihood(answers, images, question=question, batch_size=batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert found.std(0).min() > 1e-3  # images matter
+    torch.testing.assert_close(found[:, 1], found[:, 4])
+
+
+def test_likelihoods_of_nothing_are_refused(assistant, photos):
+    images = assistant.read(photos[:1])
+    for answers, some in (([], images), (["blue"], [])):
+        with pytest.raises(ValueError, match="expected one or more of both"):
+            assistant.log_likelihood(answers, some)
+    with pytest.raises(ValueError, match="expected an answer with content"):
+        assistant.log_likelihood(["blue", " "], images)
+    longest = assistant.model.config.text_config.max_position_embeddings - 6
+    assert assistant.log_likelihood(["blue " * (longest - 1)], images).isfinite().all()
+    with pytest.raises(ValueError, match="expected at most 64 ids with the question, got 65"):
+        assistant.log_likelihood(["blue " * longest], images)
 
 
 def test_answers_end_where_positions_end(assistant, photos):
