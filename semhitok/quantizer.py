@@ -67,10 +67,10 @@ class SemanticQuantizer(nn.Module):
         self.usage = CodeUsage(num_codes, 1)
 
     def forward(self, z: Tensor) -> SemanticOutput:
-        """Unit vectors z [..., Ds] -> quantised vectors, codes, and the mean over tokens of |z - sg(q)|^2."""
+        """Unit vectors z [..., Ds] -> quantised vectors, codes, and the mean over all elements of (z - sg(q))^2."""
         _, codes = ops.nearest_code(z, self.codebook, "ip")
         q = F.embedding(codes, self.codebook)
-        return SemanticOutput(straight_through(z, q), codes, _commitment(z, q))
+        return SemanticOutput(straight_through(z, q), codes, F.mse_loss(z, q))
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, *, generator: Generator | None = None) -> None:
@@ -225,7 +225,7 @@ class HierarchicalQuantizer(nn.Module):
         z_pix = z_pix.float()
         commitment = F.mse_loss(z_pix, q_pix)
         if z_sem.requires_grad:
-            commitment = commitment + _commitment(z_sem.float(), q_sem)
+            commitment = commitment + F.mse_loss(z_sem.float(), q_sem)
             q_sem = straight_through(z_sem.float(), q_sem)
         return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, commitment)
 
@@ -357,11 +357,6 @@ class HierarchicalQuantizer(nn.Module):
             self.weights.view(-1)[dead] = 1
             self.misses.view(-1)[dead] = 0
         return len(dead) + (0 if z_sem is None else self.semantic.restart(z_sem, window, generator=generator))
-
-
-def _commitment(z: Tensor, q: Tensor) -> Tensor:
-    """The mean over tokens of |z - sg(q)|^2, of z and q [..., Ds]."""
-    return (z - q).square().sum(-1).mean()
 
 
 def _gathered(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
