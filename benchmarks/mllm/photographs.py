@@ -35,6 +35,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -186,12 +187,11 @@ def split(count: int, test: int) -> tuple[Tensor, Tensor]:
 
 
 def kept(path: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that belong to a key, from a file; computed and kept there if it is missing or of another key."""
+    """Tensors from a file of this key; computed and kept there if it is missing, damaged or of another key."""
     safetensors = require("safetensors", "models")
-    if path.exists():
-        with safetensors.safe_open(path, "pt") as file:
-            if file.metadata() == {"key": key}:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with suppress(FileNotFoundError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        if file.metadata() == {"key": key}:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     found = {name: x.contiguous() for name, x in compute().items()}
     write_atomic(path, require("safetensors.torch", "models").save(found, {"key": key}))
     return found

@@ -36,7 +36,7 @@ from semhitok.mllm.sources import Records
 from semhitok.mllm.training import train as train_mllm
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import train
-from semhitok.training.stage import emulates_bf16
+from semhitok.training.stage import bf16_is_slow
 
 SIZE, PATCH = 64, 8  # pixels: 8 x 8 ids
 SPLITS = ("random", "comp")
@@ -47,8 +47,8 @@ BATCH = 120  # prompts at a time
 
 
 def precision() -> str:
-    """Of both trainings: bf16, where the CPU has instructions for it."""
-    return "fp32" if emulates_bf16(torch.device("cpu")) else "bf16"
+    """Of both trainings: bf16, unless it is slow on this CPU."""
+    return "fp32" if bf16_is_slow(torch.device("cpu")) else "bf16"
 
 
 def tokenizer_config() -> TrainConfig:

@@ -30,7 +30,7 @@ from semhitok._optional import require
 from semhitok.config import TeacherConfig
 from semhitok.demo import scenes
 from semhitok.models.teacher import vision_transformer
-from semhitok.training.stage import emulates_bf16
+from semhitok.training.stage import bf16_is_slow
 
 NAME = "vit_shapes_patch8_64"  # see `semhitok.models.small_vit`
 SIZE = 64  # side length of pictures in pixels
@@ -207,14 +207,14 @@ def _train(config: ContrastiveConfig, data: Lesson) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(config.seed)
     started = time.perf_counter()
     bar = require("tqdm", "models").tqdm(total=config.steps, desc="teacher", unit="step", disable=None)
-    slow_bf16 = emulates_bf16(torch.device("cpu"))
+    use_bf16 = not bf16_is_slow(torch.device("cpu"))
     vit.train()
     for step in range(config.steps):
         if step * config.batch_size // len(words) != (step - 1) * config.batch_size // len(words) or step == 0:
             order = torch.randperm(len(words), generator=draw)
         pick = order[(step * config.batch_size + torch.arange(config.batch_size)) % len(words)]
         images = (data.images[pick].float() / 255 - mean) / std
-        with torch.autocast("cpu", torch.bfloat16, enabled=not slow_bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
             tokens = vit.forward_features(images.contiguous(memory_format=torch.channels_last))
             embedding, of_words, of_regions = head(tokens, data.regions[pick])
             texts = text(words[pick])

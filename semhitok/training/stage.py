@@ -34,8 +34,8 @@ Output = TypeVar("Output")  # what the step needs later of a micro-batch's forwa
 Evaluation = tuple[dict[str, float], Tensor | None]  # held-out figures, equal on all processes; pictures [n, 3, H, W]
 
 
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether the device has no instructions for bf16: on such CPUs bf16 is many times slower than fp32."""
+def bf16_is_slow(device: torch.device) -> bool:
+    """Whether bf16 takes many times as long as fp32: on CPUs for which oneDNN has no bf16 kernels, such as AVX2's."""
     if device.type != "cpu":
         return False
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -69,9 +69,10 @@ class Stage(ABC, Generic[Loaded, OnDevice, Output]):
 
     def setup(self) -> None:
         """Get ready to train: wrap the parts for the processes there are, and create their optimisers."""
-        if self.run_config.precision == "bf16" and emulates_bf16(self.device) and distributed.rank() == 0:
-            message = "this CPU has no instructions for bf16; precision=fp32 is many times faster"
-            print(f"semhitok: warning: {message}", file=sys.stderr)
+        config = self.run_config
+        first = self.name == config.stages[0] and distributed.rank() == 0
+        if first and config.precision == "bf16" and bf16_is_slow(self.device):
+            print("semhitok: warning: on this CPU, precision=fp32 is many times faster than bf16", file=sys.stderr)
         for part in self.parts:
             part.setup(self.run_config.shard)
 

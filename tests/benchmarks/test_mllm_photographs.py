@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,25 +207,26 @@ def test_tensors_are_kept_by_their_key(tmp_path: Path) -> None:
 
     path = tmp_path / "x.safetensors"
     assert [photographs.kept(path, key, compute)["x"][1].item() for key in "aab"] == [1, 1, 2]
+    path.write_bytes(path.read_bytes()[:-1])  # damaged
+    assert photographs.kept(path, "b", compute)["x"][1].item() == 3
 
 
 # ---- the script ----
 
 
-def start(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["photographs.py", *map(str, arguments)])
-    return photographs.main()
-
-
 def test_a_tiny_run_prints_its_table_and_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., int],
+    refusal: Callable[..., str],
 ) -> None:
     pytest.importorskip("matplotlib")
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     out = tmp_path / "out"
     command = ["--data", as_tar(write_set(tmp_path / "set")), "--tokenizer", tmp_path / "tokenizer", "--out", out]
     command += ["--quick", "--set", "batch=8", "--set", "words=60"]
-    assert start(monkeypatch, *command, "--set", "steps=6") == 0
+    assert call(photographs.main, *command, "--set", "steps=6") == 0
     first = capsys.readouterr()
     assert first.out.startswith((out / "table.txt").read_text())
     assert "skip" not in first.err and "20 photographs to learn from, 4 held out" in first.err
@@ -240,15 +241,14 @@ def test_a_tiny_run_prints_its_table_and_continues(
     monkeypatch.setattr(photographs, "encode", lambda *_: calls.append("encode"))
     monkeypatch.setattr(photographs, "log_likelihoods", lambda *_: calls.append("score"))
     (out / "table.txt").unlink()
-    start(monkeypatch, *command, "--set", "steps=6")
+    call(photographs.main, *command, "--set", "steps=6")
     again = capsys.readouterr()
     assert calls == [] and "joint: step" not in again.err
     assert again.out.splitlines()[:-1] == first.out.splitlines()[:-1]
     assert json.loads((out / "metrics.json").read_text())["rows"] == metrics["rows"]
     # The folder belongs to these settings.
-    with pytest.raises(SystemExit) as found:
-        start(monkeypatch, *command, "--set", "steps=7")
-    assert found.value.code == 2 and "holds another run: train.joint.steps" in capsys.readouterr().err
+    refused = refusal(photographs.main, *command, "--set", "steps=7")
+    assert "holds another run: train.joint.steps" in refused
 
 
 @pytest.mark.parametrize(
@@ -262,14 +262,8 @@ def test_a_tiny_run_prints_its_table_and_continues(
     ],
 )
 def test_wrong_arguments_are_named(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     small_tokenizer().save_pretrained(tmp_path / "tokenizer")
     given = ["--data", "no_photographs", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out"]
-    with pytest.raises(SystemExit) as found:
-        start(monkeypatch, *given, *arguments)
-    assert found.value.code == 2 and message in capsys.readouterr().err
+    assert message in refusal(photographs.main, *given, *arguments)

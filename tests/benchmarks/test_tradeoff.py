@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,13 +229,6 @@ def test_a_tiny_run_prints_its_table_and_continues(tmp_path: Path) -> None:
     [(["--set", "step=3"], "--set: expected one of pictures, probe"), (["--sizes", "8", "1"], "--sizes: expected m")],
 )
 def test_wrong_settings_are_named(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit):
-        tradeoff.main()
-    assert message in capsys.readouterr().err
+    assert message in refusal(tradeoff.main, "--out", tmp_path, *arguments)

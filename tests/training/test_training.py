@@ -407,12 +407,9 @@ def test_training_on_a_gpu_follows_the_cpu(pictures, finished, tmp_path, more):
     assert model.encode(torch.rand(1, 3, 32, 32)).max() < 64
 
 
-@pytest.mark.parametrize(
-    ("cpu", "precision", "warns"), [("old", "bf16", True), ("old", "fp32", False), ("new", "bf16", False)]
-)
-def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(pictures, tmp_path, capsys, monkeypatch, cpu, precision, warns):
-    monkeypatch.setattr("semhitok.training.stage.emulates_bf16", lambda device: cpu == "old")
-    settings = "stages=[semantic]", "semantic.steps=2", "semantic.continuous_steps=1"
-    config = small_config(*settings, f"precision={precision}")
-    train(config, [pictures], tmp_path)
-    assert ("precision=fp32 is many times faster" in capsys.readouterr().err) == warns
+@pytest.mark.parametrize(("slow", "precision", "warnings"), [(True, "bf16", 1), (True, "fp32", 0), (False, "bf16", 0)])
+def test_bf16_where_it_is_slow_is_warned_of_once(pictures, tmp_path, capsys, monkeypatch, slow, precision, warnings):
+    monkeypatch.setattr("semhitok.training.stage.bf16_is_slow", lambda device: slow)
+    steps = ("semantic.steps=2", "semantic.continuous_steps=1", "pixel.steps=2", "pixel.continuous_steps=1")
+    train(small_config(*steps, f"precision={precision}"), [pictures], tmp_path)
+    assert capsys.readouterr().err.count("precision=fp32 is many times faster") == warnings
