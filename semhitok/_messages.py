@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from semhitok._optional import require
+
+MINUTE = 60.0  # seconds between lines of progress
 
 
 def message(error: BaseException) -> str:
@@ -24,8 +27,16 @@ def printable(text: str) -> str:
 
 
 def progress(items: Iterable[Any] | None, label: str, total: int | None = None) -> Any:
-    """A tqdm bar on stderr, over `items` or updated by the caller; shown on a terminal, by the first process."""
+    """A tqdm bar on stderr, over `items` or updated by the caller, shown by the first process.
+
+    Without a terminal to show a bar there is a line every minute.
+    """
     from semhitok import distributed  # imports torch
 
-    hidden = None if distributed.rank() == 0 else True  # None: shown if stderr is a terminal
-    return require("tqdm").tqdm(items, desc=label, total=total, disable=hidden, leave=False)
+    if sys.stderr.isatty():
+        style: dict[str, Any] = {"leave": False}
+    else:
+        known = total is not None or hasattr(items, "__len__")
+        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n" if known else "{desc}: {n_fmt}, {elapsed} so far\n"
+        style = {"mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE, "bar_format": line}
+    return require("tqdm").tqdm(items, desc=label, total=total, disable=distributed.rank() != 0, **style)

@@ -282,6 +282,7 @@ class PixelStageConfig(StageConfig):
 
     continuous_steps: number of first steps without pixel quantisation, after which k-means inside each semantic group
         sets the sub-codebooks.
+    init_tokens_per_code: tokens gathered for that k-means, per sub-code; 0 keeps the sub-codebooks of `start_from`.
     restart_window: a sub-code is restarted after its group received this many tokens without using it; with adaptive
         sizes, this many for each sub-code of the group.
     decay: of the moving averages that the sub-codes are.

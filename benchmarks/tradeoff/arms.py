@@ -25,16 +25,23 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from semhitok import ops
+from semhitok._messages import progress
 from semhitok.config import ViTConfig
 from semhitok.models.pixel import PixelDecoder, PixelEncoder
 from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
 from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer, straight_through
+from semhitok.training.stage import bf16_is_slow
 
 PATCH, GRID = 8, 8
 BATCH = 250  # images at a time where nothing is trained
 RESTART = 100  # a code is restarted once it has missed this many times its share of the tokens
 DECAY = 0.97
+
+
+def bf16() -> torch.autocast:
+    """Autocast to bf16 on CPUs that compute in it; others would take many times as long."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=not bf16_is_slow(torch.device("cpu")))
 
 
 class Sizes(NamedTuple):
@@ -43,6 +50,8 @@ class Sizes(NamedTuple):
     dim: int = 16
     width: int = 96  # a multiple of 32, the width of an attention head
     depth: int = 2
+    semantic_depth: int = 1  # blocks of the semantic decoder
+    commitment: int = 16  # weight of the semantic codes' commitment, the mean over elements
 
     def network(self, depth: int) -> ViTConfig:
         return ViTConfig(self.width, depth, self.width // 32)
@@ -187,10 +196,10 @@ class Network(nn.Module):
 
     def __init__(self, arm: Arm, teacher: Teacher, sizes: Sizes = SIZES) -> None:
         super().__init__()
-        self.arm = arm
+        self.arm, self.commitment = arm, sizes.commitment
         self.vit = copy.deepcopy(teacher) if arm.feed == "image" else None
         self.head = SemanticHead([teacher.width], sizes.dim)
-        self.semantic_decoder = SemanticDecoder(sizes.network(1), sizes.dim, teacher.width, GRID**2)
+        self.semantic_decoder = SemanticDecoder(sizes.network(sizes.semantic_depth), sizes.dim, teacher.width, GRID**2)
         self.encoder = PixelEncoder(sizes.network(sizes.depth), PATCH, GRID, sizes.dim)
         self.decoder = PixelDecoder(sizes.network(sizes.depth), PATCH, GRID, 2 * sizes.dim)
         self.codes = Codes(arm, sizes.dim)
@@ -220,7 +229,7 @@ class Network(nn.Module):
         """uint8 images and their features -> what `Codes.search` returns."""
         found = []
         for some, their_features in zip(images.split(BATCH), features.split(BATCH), strict=True):
-            with torch.autocast("cpu", torch.bfloat16):
+            with bf16():
                 x = some.float() / 255
                 z_sem, z_pix = self.z_sem(x, their_features), self.encoder(x)
             found.append(self.codes.search(z_sem.float(), z_pix.float()))
@@ -230,7 +239,7 @@ class Network(nn.Module):
     @torch.no_grad()
     def decode(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
         """Images [N, 3, 64, 64] in 0..1 from code vectors [N, 8, 8, dim]."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16():
             images = [self.decoder(q) for q in torch.cat([q_sem, q_pix], dim=-1).split(BATCH)]
         return torch.cat(images).float().clamp(0, 1)
 
@@ -244,9 +253,9 @@ def stages(arm: Arm) -> list[set[str]]:
 def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: int, batch: int, seed: int) -> float:
     """Train `parts` of the network on uint8 images [N, 3, 64, 64] and the teacher's features [N, 8, 8, C].
 
-    The semantic loss is cosine + L1 to the standardised features + commitment. The pixel loss is L1 + 5 L2 + 0.25
-    commitment, with a tenth of the images decoded from the semantic id alone. The first fifth of the steps runs without
-    quantisation.
+    The semantic loss is cosine + L1 to the standardised features + commitment, with the weight of `Sizes`. The pixel
+    loss is L1 + 5 L2 + 0.25 commitment, with a tenth of the images decoded from the semantic id alone. The first fifth
+    of the steps runs without quantisation.
 
     Returns:
         the seconds that it took.
@@ -263,7 +272,7 @@ def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: 
     quantised_from = steps // 5
     if semantic:
         net.head.set_statistics(features[:500].float().flatten(0, 2))
-    for step in range(steps):
+    for step in progress(range(steps), f"train {' and '.join(sorted(parts))} codes"):
         if step == quantised_from:
             _initialize(net, parts, images, features, drawing)
         pick = torch.randint(len(images), (batch,), generator=drawing)
@@ -271,7 +280,7 @@ def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: 
         x, target = images[pick].float() / 255, features[pick].float()
         quantise = step >= quantised_from
         loss = torch.zeros(())
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16():
             with torch.set_grad_enabled(semantic):
                 z_sem = net.z_sem(x, target)
             z_pix = net.encoder(x).float() if with_pixels else torch.zeros_like(z_sem)
@@ -282,7 +291,7 @@ def fit(net: Network, parts: set[str], images: Tensor, features: Tensor, steps: 
                 c_sem, c_pix = codes.vectors(i, p)
                 if codes.semantic is not None:
                     q_sem = straight_through(z_sem, c_sem)
-                    loss = loss + (semantic and (z_sem - c_sem).square().sum(-1).mean())
+                    loss = loss + (semantic and net.commitment * F.mse_loss(z_sem, c_sem))
                 if with_pixels and quantise:
                     q_pix = straight_through(z_pix, c_pix)
                     loss = loss + 0.25 * F.mse_loss(z_pix, c_pix)
@@ -313,7 +322,7 @@ def _initialize(net: Network, parts: set[str], images: Tensor, features: Tensor,
     sem, pix = [], []
     for some in pick.split(BATCH):
         x = images[some].float() / 255
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16():
             sem.append(net.z_sem(x, features[some]).float().flatten(0, 2))
             if "pixel" in parts:
                 pix.append(net.encoder(x).float().flatten(0, 2))

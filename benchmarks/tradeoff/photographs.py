@@ -73,6 +73,8 @@ class Settings:
     dim: int = 32  # of semantic and of pixel codes
     width: int = 192  # of the pixel encoder and decoder and the semantic decoder; a multiple of 32
     depth: int = 3  # blocks of the pixel encoder and decoder
+    semantic_depth: int = 0  # blocks of the semantic decoder
+    commitment: int = 1  # weight of the semantic codes' commitment
 
 
 QUICK = Settings(train=8_000, test=2_000, steps=500)
@@ -254,7 +256,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
             stored = partial(stored_features, teacher=teacher, folder=args.out / "features")
             features = {part: stored(images[part], name=part) for part in ("train", "test")}
             data = Data(images, features | {"probe": features["train"]}, labels)
-            sizes = Sizes(settings.dim, settings.width, settings.depth)
+            sizes = Sizes(settings.dim, settings.width, settings.depth, settings.semantic_depth, settings.commitment)
             inputs.append((data, run.Trainer(data, teacher, settings.steps, settings.batch, sizes), squeezenet))
         data, trainer, squeezenet = inputs[0]
         if arm is None:

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks.tradeoff import shapes
-from benchmarks.tradeoff.arms import BATCH, GRID, SIZES, Arm, Network, Sizes, fit, stages
+from benchmarks.tradeoff.arms import BATCH, GRID, SIZES, Arm, Network, Sizes, bf16, fit, stages
 from benchmarks.tradeoff.measures import Data, measure, understanding
 from semhitok._files import write_atomic
 from semhitok.config import DataConfig
@@ -111,7 +111,7 @@ def load(settings: Settings, out: Path) -> tuple[Data, Teacher]:
             crops = RandomCrops(paths, shapes.SIZE, DataConfig(crop_scale=None), seed)
             images[name] = torch.stack([(crops[n] * 255).round().byte() for n in range(count)])
     features = {}
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16():
         for name, uint8 in images.items():
             features[name] = torch.cat([teacher(x.float() / 255).bfloat16() for x in uint8.split(BATCH)])
     return Data(images, features, None if settings.photographs else labels), teacher

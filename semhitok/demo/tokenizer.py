@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semhitok import ops
+from semhitok import clustering, ops
 from semhitok._files import write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig, override, train_config
 from semhitok.corpus.ids_file import save_codes
-from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
+from semhitok.data.images import list_images, read_image, resize_crop, tiles, untile, whole_tiles
 from semhitok.demo.photographs import write_photographs
 from semhitok.evaluation import plots
 from semhitok.evaluation.metrics import psnr, ssim
@@ -28,7 +28,9 @@ from semhitok.usage import CodeUsage
 BATCH = 32
 SIDE = 192  # of the shorter side of photographs in pixels: a crop of 64 shows a part of a thing, not of its surface
 UNSEEN = ("chelsea", "coffee", "flower", "motorcycle")
-CLASSIFIED = 128  # side in pixels at which crops are classified
+CLASSIFIED = 224  # side in pixels at which photographs are classified
+MARGIN = 14  # pixels shown around a patch
+KMEANS_ITERATIONS = 1  # there are not many more patches than centres
 
 
 def demo_config() -> TrainConfig:
@@ -36,8 +38,8 @@ def demo_config() -> TrainConfig:
     config = train_config("semhitok-toy")
     for setting in (
         "start_from=semhitok-toy", "stages=[pixel]", "data.fixed=false", "data.flip=true",
-        "pixel.steps=1000", "pixel.continuous_steps=50", "pixel.optimizer.lr=3.0e-4", "pixel.ema_decay=0.99",
-        "pixel.checkpoint_every=100", "evaluation.every=250",
+        "pixel.steps=300", "pixel.continuous_steps=0", "pixel.init_tokens_per_code=0", "pixel.optimizer.lr=3.0e-4",
+        "pixel.ema_decay=0.99", "pixel.checkpoint_every=100", "evaluation.every=100",
     ):  # fmt: skip
         override(config, setting)
     return config
@@ -75,17 +77,20 @@ def demo(config: TrainConfig, out: Path) -> str:
     metrics["bits_per_pixel"] = config.model.bits_per_pixel
     metrics["tokens_per_second"] = everything.numel() / seconds_encoding
     metrics["seconds"] = seconds | {"total": sum(seconds.values())}
-    crops = torch.cat([tiles(x, size) for part in ("unseen", "held_out") for x in photographs[part]])
-    classes = code_classes(image_tokenizer, crops, torch.cat(codes["unseen"] + codes["held_out"]))
+    whole = _whole(photographs)
+    ids = [seamless(image_tokenizer, x) for x in whole]
+    classes = code_classes(image_tokenizer, whole, ids)
     metrics["code_classes"] = {str(code): shares for code, shares in classes.items()}
     write_json(out / "metrics.json", metrics)
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
-    rows = [(x, c, x.shape[2] // size) for x, c in zip(photographs["unseen"], codes["unseen"], strict=True)]
-    plots.semantic_map(image_tokenizer, rows, out / "semantic_map.png")
+    plots.semantic_map(
+        image_tokenizer, [(x, i[None], 1) for x, i in zip(whole[:4], ids, strict=False)], out / "semantic_map.png"
+    )
     labels = {code: next(iter(shares)) for code, shares in classes.items()}
-    crops = torch.cat([tiles(x, size) for part in photographs.values() for x in part])
-    plots.patches_of_codes(image_tokenizer, crops, everything, out / "shared_codes.png", margin=14, names=labels)
+    framed = torch.cat([_framed(x, size, MARGIN) for x in whole])
+    grid = torch.cat([tiles(i[None], config.model.grid_size)[:, 0] for i in ids])
+    plots.patches_of_codes(image_tokenizer, framed, grid, out / "shared_codes.png", margin=MARGIN, names=labels)
     _draw_curves(config, out)
     return _table(metrics, config, out)
 
@@ -108,16 +113,49 @@ def fidelity(pictures: list[Tensor], originals: list[Tensor]) -> dict[str, float
     return {f.__name__: sum(f(x[None], y[None]).item() for x, y in pairs) / len(pairs) for f in (psnr, ssim)}
 
 
-def code_classes(
-    image_tokenizer: SemHiTok, crops: Tensor, codes: Tensor, count: int = 12
-) -> dict[int, dict[str, float]]:
-    """What the crops show that the most frequent semantic codes come from.
+def seamless(image_tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
+    """A photograph [3, H, W], whole tiles -> the ids [H / p, W / p], each from the tile in whose middle it lies.
 
-    A crop's class is the one of ImageNet-1k that EfficientNet-Lite0, the demo's teacher, finds most likely.
+    The tiles overlap by half, so that there are no seams.
+    """
+    size, grid = image_tokenizer.config.image_size, image_tokenizer.config.grid_size
+    ids = torch.empty([length * grid // size for length in photograph.shape[1:]], dtype=torch.int64)
+    parts, columns = _windows(photograph, size, size // 2), photograph.shape[2] * 2 // size - 1
+    for n, codes in enumerate(torch.cat([image_tokenizer.encode(x) for x in parts.split(BATCH)])):
+        row, column = divmod(n, columns)
+        # The next tiles overwrite the lower and the right quarter.
+        top, left = (0 if place == 0 else grid // 4 for place in (row, column))
+        y, x = row * grid // 2, column * grid // 2
+        ids[y + top : y + grid, x + left : x + grid] = codes[top:, left:]
+    return ids
+
+
+def _windows(photograph: Tensor, size: int, step: int) -> Tensor:
+    """All windows [T, 3, size, size] of a photograph [3, H, W], row by row."""
+    return photograph.unfold(1, size, step).unfold(2, size, step).permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+
+def _framed(photograph: Tensor, size: int, margin: int) -> Tensor:
+    """The tiles of a photograph with `margin` pixels around each; beyond the photograph its border is repeated."""
+    return _windows(F.pad(photograph[None], [margin] * 4, mode="replicate")[0], size + 2 * margin, size)
+
+
+def _whole(photographs: dict[str, list[Tensor]]) -> list[Tensor]:
+    """All photographs, the unseen ones first; the others put together from their parts."""
+    pairs = zip(photographs["train"], photographs["held_out"], strict=True)
+    return [*photographs["unseen"], *(torch.cat(pair, dim=2) for pair in pairs)]
+
+
+def code_classes(
+    image_tokenizer: SemHiTok, photographs: list[Tensor], ids: list[Tensor], count: int = 12
+) -> dict[int, dict[str, float]]:
+    """What the photographs show that the most frequent semantic codes come from.
+
+    A photograph's class is the one of ImageNet-1k that EfficientNet-Lite0, the demo's teacher, finds most likely.
 
     Args:
-        crops: [T, 3, H, W] in [0, 1].
-        codes: their ids [T, h, w].
+        photographs: each [3, H, W] in [0, 1].
+        ids: of each, [h, w].
         count: of semantic codes.
 
     Returns:
@@ -126,17 +164,16 @@ def code_classes(
     timm = require("timm", "models")
     classifier = timm.create_model(lite0.NAME, pretrained=True).eval()
     info = require("timm.data", "models").ImageNetInfo()
-    found = []
-    for some in crops.split(BATCH):
-        large = F.interpolate(some, (CLASSIFIED, CLASSIFIED), mode="bicubic", antialias=True).clamp(0, 1)
+    classes, semantic = [], []
+    for photograph, codes in zip(photographs, ids, strict=True):
         with torch.inference_mode():
-            found.append(classifier((large - 0.5) / 0.5).argmax(1))
-    classes = torch.cat(found)[:, None, None].expand_as(codes)
-    semantic = image_tokenizer.quantizer.split(codes)[0]
-    frequent = torch.bincount(semantic.flatten()).argsort(descending=True, stable=True)[:count]
+            found = int(classifier((resize_crop(photograph, CLASSIFIED)[None] - 0.5) / 0.5).argmax())
+        semantic.append(image_tokenizer.quantizer.split(codes)[0].flatten())
+        classes.append(torch.full_like(semantic[-1], found))
+    code_of, class_of = torch.cat(semantic), torch.cat(classes)
     classes_of: dict[int, dict[str, float]] = {}
-    for code in frequent.tolist():
-        shares = torch.bincount(classes[semantic == code]).double()
+    for code in torch.bincount(code_of).argsort(descending=True, stable=True)[:count].tolist():
+        shares = torch.bincount(class_of[code_of == code]).double()
         shares /= shares.sum()
         best = [n for n in shares.argsort(descending=True, stable=True)[:3].tolist() if shares[n] > 0]
         classes_of[code] = {info.index_to_description(n).split(",")[0]: shares[n].item() for n in best}
@@ -153,18 +190,17 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
     """The fidelity of trivial codings of the same patches of the same photographs.
 
     block_mean: every patch becomes its mean colour, in full precision. kmeans_patches: every patch becomes the nearest
-    of K * m patches, a k-means codebook of raw pixels, with the same number of bits as the tokenizer.
+    of K * m patches, a k-means codebook of raw pixels, with the same number of bits as the tokenizer. Its centres are
+    fitted to patches at all places of the photographs to train on, as the tokenizer sees them in random crops.
     """
-    cluster = require("sklearn.cluster", "demo")
     p, total = config.model.patch_size, config.model.vocabulary_size
 
     def patches(image: Tensor) -> Tensor:
         return F.pixel_unshuffle(image, p).permute(1, 2, 0)
 
-    train = torch.cat([patches(x).flatten(0, 1) for x in photographs["train"]])
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))[: 32 * total]
-    kmeans = cluster.MiniBatchKMeans(total, batch_size=4096, n_init=1, max_iter=20, random_state=config.seed)
-    codebook = torch.from_numpy(kmeans.fit(train[chosen].numpy()).cluster_centers_).float()
+    train = torch.cat([F.unfold(x[None], p)[0].T for x in photographs["train"]]).contiguous()
+    generator = torch.Generator().manual_seed(config.seed)
+    codebook = clustering.kmeans(train, total, KMEANS_ITERATIONS, generator=generator)
 
     def block_mean(image: Tensor) -> Tensor:
         return F.avg_pool2d(image, p).repeat_interleave(p, 1).repeat_interleave(p, 2)
@@ -197,7 +233,7 @@ def _table(metrics: dict[str, Any], config: TrainConfig, out: Path) -> str:
         for view, size in sizes.items():
             row = codes[view]
             lines.append(f"{'  ' + view:34}  {row['usage']:7.3f}  {row['perplexity']:10.1f}  {size}")
-    lines += ["", f"{'frequent semantic codes':34}  ImageNet classes of the crops they come from"]
+    lines += ["", f"{'frequent semantic codes':34}  ImageNet classes of the photographs they come from"]
     for code, shares in metrics["code_classes"].items():
         lines.append(f"  {code:32}  {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
     lines += [

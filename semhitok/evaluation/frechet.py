@@ -102,7 +102,12 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
+    try:
+        values, vectors = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:
+        # Divide and conquer may not converge for many equal eigenvalues, as few images have. QR does, more slowly.
+        linalg = require("scipy.linalg", "eval")
+        values, vectors = map(torch.from_numpy, linalg.eigh(covariance.numpy(), driver="ev"))
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 

@@ -38,7 +38,7 @@ class PixelStage(ReconstructionStage):
         self.window = usage_window(model.config.vocabulary_size, self.config.batch_size * model.config.grid_size**2)
 
     def before_step(self, step: int, spare: Iterator[list[Batch]], seed: int) -> None:
-        if step == self.config.continuous_steps:
+        if step == self.config.continuous_steps and self.config.init_tokens_per_code:
             needed = self.config.init_tokens_per_code * self.model.config.vocabulary_size
 
             def tokens(batch: Batch) -> tuple[Tensor, Tensor]:

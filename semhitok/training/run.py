@@ -113,6 +113,8 @@ def _frozen(model: SemHiTok, stage: str) -> str:
 def _model(config: TrainConfig, device: torch.device) -> SemHiTok:
     torch.manual_seed(config.seed)
     if config.start_from is None:
+        if "pixel" in config.stages and not config.pixel.init_tokens_per_code:
+            raise ValueError("pixel.init_tokens_per_code: expected more than 0, or start_from a tokenizer, got 0")
         if config.stages[0] != "semantic":
             raise ValueError(f"stages: expected semantic first, or start_from a tokenizer, got {config.stages}")
         return SemHiTok(config.model).to(device).train()

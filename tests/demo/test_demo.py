@@ -4,18 +4,20 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from semhitok.corpus.ids_file import load_codes
-from semhitok.data.images import list_images, read_image, tiles, untile
+from semhitok.data.images import list_images, read_image, tiles, untile, whole_tiles
 from semhitok.demo.photographs import write_photographs
-from semhitok.demo.tokenizer import fidelity
+from semhitok.demo.tokenizer import SIDE, UNSEEN, fidelity, seamless
 from semhitok.tokenizer import SemHiTok
 
-SETTINGS = ("semantic.steps=20", "semantic.continuous_steps=5", "pixel.steps=20", "pixel.continuous_steps=5")
+SETTINGS = ("pixel.steps=20",)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,10 @@ def test_metrics_have_the_promised_keys_and_sane_values(demo):
         for reference in ("block_mean", "kmeans_patches"):
             other = metrics["references"][reference][part]
             assert 15 < other["psnr"] < 60 and 0.3 < other["ssim"] < 1
-    for view, size in (("semantic", 256), ("flat", 2048), ("group", 8)):
+    for view, size in (("semantic", 2048), ("flat", 196_608), ("group", 96)):
         assert 0 < metrics[view]["usage"] <= 1 and 1 <= metrics[view]["perplexity"] <= size
-    assert metrics["seconds"]["semantic"] > 0 and metrics["seconds"]["pixel"] > 0
-    assert metrics["bits_per_pixel"] == 11 / 16
-    assert "random weights" in metrics["teacher"]
+    assert metrics["seconds"]["pixel"] > 0
+    assert metrics["bits_per_pixel"] == pytest.approx(math.log2(196_608) / 16)
 
 
 def test_the_table_prints_the_figures_of_the_file(demo):
@@ -50,7 +51,50 @@ def test_the_table_prints_the_figures_of_the_file(demo):
         assert f"{metrics[part]['psnr']:.2f}" in table and f"{metrics[part]['ssim']:.3f}" in table
     for view in ("semantic", "flat", "group"):
         assert f"{metrics[view]['usage']:.3f}" in table
-    assert "stand-in" in table
+    for code, shares in metrics["code_classes"].items():
+        assert f"  {code} " in table and all(f"{name} {share:.0%}" in table for name, share in shares.items())
+
+
+def test_frequent_codes_have_the_classes_of_their_photographs(demo):
+    out = demo[0]
+    tokenizer = SemHiTok.from_pretrained(out / "checkpoint")
+    photographs = {
+        part: [whole_tiles(read_image(p), 64) for p in list_images([out / "photographs" / part])]
+        for part in ("unseen", "train", "held_out")
+    }
+    whole = [*photographs["unseen"], *map(lambda *x: torch.cat(x, 2), photographs["train"], photographs["held_out"])]
+    counts = torch.bincount(torch.cat([tokenizer.quantizer.split(seamless(tokenizer, x))[0].flatten() for x in whole]))
+    listed = json.loads((out / "metrics.json").read_text())["code_classes"]
+    assert [counts[int(code)].item() for code in listed] == counts.sort(descending=True).values[:12].tolist()
+    for shares in listed.values():
+        assert 1 <= len(shares) <= 3 and list(shares.values()) == sorted(shares.values(), reverse=True)
+        assert 0 < sum(shares.values()) < 1 + 1e-9
+    assert any("cat" in name for shares in listed.values() for name in shares)
+
+
+def test_seamless_ids_come_from_the_tile_in_whose_middle_they_lie():
+    class Places:
+        """Encodes each patch of 4 pixels as its place in the tile, for tiles of 16 pixels."""
+
+        config = SimpleNamespace(image_size=16, grid_size=4)
+
+        @staticmethod
+        def encode(images):
+            return torch.arange(16).view(1, 4, 4).expand(len(images), 4, 4)
+
+    rows = torch.tensor([0, 1, 2, 1, 2, 1, 2, 3])  # 32 pixels, three tiles: all of the first but its last quarter, ...
+    assert torch.equal(seamless(Places, torch.rand(3, 32, 16)), 4 * rows[:, None] + torch.arange(4))
+    assert torch.equal(seamless(Places, torch.rand(3, 16, 32)), 4 * torch.arange(4)[:, None] + rows)
+
+
+def test_the_semantic_branch_is_that_of_the_toy(demo):
+    toy, tuned = SemHiTok.from_pretrained("semhitok-toy"), SemHiTok.from_pretrained(demo[0] / "checkpoint")
+    for part in ("semantic_head", "semantic_decoder", "quantizer.semantic"):
+        for (name, a), b in zip(
+            toy.get_submodule(part).state_dict().items(), tuned.get_submodule(part).state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), f"{part}.{name}"
+    assert not torch.equal(toy.quantizer.pix_codebook, tuned.quantizer.pix_codebook)
 
 
 def test_pictures_ids_and_checkpoint_are_there(demo):
@@ -63,7 +107,7 @@ def test_pictures_ids_and_checkpoint_are_there(demo):
     unseen = load_codes(out / "unseen_ids.safetensors")
     tokenizer.vocabulary.check_hash(unseen.codebook_hash)
     photograph = read_image(out / "photographs" / "unseen" / "chelsea.png")
-    assert torch.equal(unseen.codes[:4], tokenizer.encode(tiles(photograph[:, :256, :448], 64)[:4]))
+    assert torch.equal(unseen.codes[:4], tokenizer.encode(tiles(photograph[:, :192, :256], 64)[:4]))
 
 
 def test_running_it_again_goes_on_and_changes_no_result(demo):
@@ -78,16 +122,23 @@ def test_running_it_again_goes_on_and_changes_no_result(demo):
     assert again == metrics
 
 
-def test_held_out_pixels_are_not_in_training(tmp_path):
-    folders = write_photographs(tmp_path)
-    train = {p.name: read_image(p) for p in list_images([folders["train"]])}
-    held_out = {p.name: read_image(p) for p in list_images([folders["held_out"]])}
-    assert len(train) == 14 and train.keys() == held_out.keys()
-    assert "chelsea.png" not in train and "motorcycle_right.png" not in train
+@pytest.mark.parametrize("options, unseen, share", [
+    ({}, {"chelsea"}, 0.25),
+    ({"side": SIDE, "held_out": 1 / 3, "unseen": UNSEEN}, set(UNSEEN), 1 / 3),
+])  # fmt: skip
+def test_held_out_pixels_are_not_in_training(tmp_path, options, unseen, share):
+    folders = write_photographs(tmp_path, **options)
+    train, held_out, whole = (
+        {p.name: read_image(p) for p in list_images([folders[part]])} for part in ("train", "held_out", "unseen")
+    )
+    assert len(train) == 15 - len(unseen) and train.keys() == held_out.keys()
+    assert {Path(name).stem for name in whole} == unseen and not train.keys() & whole.keys()
     for name, image in train.items():
         rest = held_out[name]
         assert image.shape[1] == rest.shape[1]
-        assert abs(image.shape[2] / (image.shape[2] + rest.shape[2]) - 0.75) < 0.01
+        assert abs(rest.shape[2] / (image.shape[2] + rest.shape[2]) - share) < 0.01
+    if "side" in options:
+        assert all(min(image.shape[1:]) == SIDE for image in whole.values())
 
 
 def test_tiles_and_back():

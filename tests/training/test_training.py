@@ -310,9 +310,24 @@ def test_the_decoder_stage_changes_the_decoder_alone(pictures, finished, tmp_pat
     assert not torch.equal(before.reconstruct(images), after.reconstruct(images))
 
 
+def test_a_finished_tokenizer_is_trained_further_from_its_own_codes(pictures, finished, tmp_path):
+    """Codes that get no tokens stay as they are; k-means would set all of them."""
+    settings = ("stages=[pixel]", "pixel.steps=2", "pixel.continuous_steps=0", "pixel.restart_window=100000")
+    book = SemHiTok.from_pretrained(finished / "checkpoint").quantizer.pix_codebook.flatten(0, 1)
+    for tokens, share in ((0, 0.0), (1, 0.9)):
+        config = small_config(*settings, f"pixel.init_tokens_per_code={tokens}")
+        config.start_from = str(finished / "checkpoint")
+        train(config, [pictures], tmp_path / str(tokens))
+        after = SemHiTok.from_pretrained(tmp_path / str(tokens) / "checkpoint").quantizer.pix_codebook.flatten(0, 1)
+        changed = (after != book).any(-1).float().mean().item()
+        assert changed > share if share else 0 < changed < 0.9
+
+
 def test_later_stages_need_earlier_ones(pictures, finished, tmp_path):
     with pytest.raises(ValueError, match="stages: expected semantic first, or start_from"):
         train(small_config("stages=[pixel]"), [pictures], tmp_path / "a")
+    with pytest.raises(ValueError, match=r"pixel\.init_tokens_per_code: expected more than 0, or start_from"):
+        train(small_config("pixel.init_tokens_per_code=0"), [pictures], tmp_path / "d")
     config = small_config("stages=[pixel]", "model.num_codes=8")
     config.start_from = str(finished / "checkpoint")
     with pytest.raises(ValueError, match=r"start_from: .* is another model: model\.num_codes was 16, now 8"):
