@@ -277,6 +277,18 @@ def test_a_tokenizer_with_a_convolutional_teacher_is_saved_with_it(tmp_path):
     assert torch.equal(again.semantic_features(x), tokenizer.semantic_features(x))
 
 
+def test_a_convolutional_teacher_is_resampled_under_bf16_too():
+    config = small_config()
+    config.teacher = TeacherConfig("test_resnet", pretrained=False, image_size=32, block=-1)
+    torch.manual_seed(0)
+    teacher = Teacher(config.teacher, config.grid_size)
+    expected = teacher(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = teacher(images())
+    assert got.dtype == torch.float32 and not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
 def test_a_tokenizer_saved_in_half_precision_is_the_rounded_one(tokenizer, tmp_path):
     half = copy.deepcopy(tokenizer).half()
     half.save_pretrained(tmp_path)
