@@ -80,7 +80,8 @@ class Teacher(nn.Module):
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         inputs = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
-        maps = self.vit.forward_intermediates(inputs, indices=[self.block], **MAPS)[0].float()  # bf16 cannot be resampled
+        maps = self.vit.forward_intermediates(inputs, indices=[self.block], **MAPS)[0]
+        maps = maps.float()  # on a CPU, bf16 cannot be resampled
         if maps.shape[-1] != self.grid_size:
             maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)
         return maps.permute(0, 2, 3, 1)
