@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,10 +34,26 @@ def progress(items: Iterable[Any] | None, label: str, total: int | None = None) 
     """
     from semhitok import distributed  # imports torch
 
+    tqdm: Any = require("tqdm").tqdm
+    hidden = distributed.rank() != 0
     if sys.stderr.isatty():
-        style: dict[str, Any] = {"leave": False}
-    else:
-        known = total is not None or hasattr(items, "__len__")
-        line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n" if known else "{desc}: {n_fmt}, {elapsed} so far\n"
-        style = {"mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE, "bar_format": line}
-    return require("tqdm").tqdm(items, desc=label, total=total, disable=distributed.rank() != 0, **style)
+        return tqdm(items, desc=label, total=total, disable=hidden, leave=False)
+
+    class Lines(tqdm):  # type: ignore[misc]
+        """A bar as lines, which messages leave where they are."""
+
+        shown = time.monotonic()
+
+        def clear(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def display(self, *_: Any, **__: Any) -> None:
+            now = time.monotonic()
+            if now - self.shown >= MINUTE:
+                self.shown = now
+                print(self, file=self.fp, flush=True)
+
+    known = total is not None or hasattr(items, "__len__")
+    line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left" if known else "{desc}: {n_fmt}, {elapsed} so far"
+    rare = {"mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE}
+    return Lines(items, desc=label, total=total, disable=hidden, bar_format=line, **rare)

@@ -1,5 +1,6 @@
 """Progress without a terminal."""
 
+import sys
 import time
 
 import pytest
@@ -19,6 +20,13 @@ def test_long_work_prints_lines(monkeypatch, capsys, known):
     for line in shown:
         assert line.startswith("count: ") and ("of 10, " in line and line.endswith("left")) == known
     assert len(set(shown)) > 1
+
+
+def test_messages_stay_alone(capsys):
+    bar = progress(range(10), "count")
+    for n in bar:
+        bar.write(f"message {n}", file=sys.stderr)
+    assert capsys.readouterr().err.split("\n") == [*(f"message {n}" for n in range(10)), ""]
 
 
 def test_short_work_prints_nothing(capsys):

@@ -36,7 +36,7 @@ class PlainSemantic:
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = (z @ self.codebook.T).argmax(-1)
         q = self.codebook[codes]
-        return straight_through(z, q), codes, (z - q).square().sum(-1).mean()
+        return straight_through(z, q), codes, F.mse_loss(z, q)
 
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor) -> None:
