@@ -39,7 +39,7 @@ def progress(items: Iterable[Any] | None, label: str, total: int | None = None) 
     if sys.stderr.isatty():
         return tqdm(items, desc=label, total=total, disable=hidden, leave=False)
 
-    class Lines(tqdm):  # type: ignore[misc]
+    class Lines(tqdm):
         """A bar as lines, which messages leave where they are."""
 
         shown = time.monotonic()
