@@ -40,7 +40,7 @@ def progress(items: Iterable[Any] | None, label: str, total: int | None = None) 
         return tqdm(items, desc=label, total=total, disable=hidden, leave=False)
 
     class Lines(tqdm):
-        """A bar as lines, which messages leave where they are."""
+        """A bar that prints itself as a line now and then, and not anew with every message."""
 
         shown = time.monotonic()
 

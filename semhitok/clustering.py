@@ -55,23 +55,6 @@ def spherical_kmeans(x: Tensor, k: int, iterations: int, *, generator: Generator
     return centers
 
 
-def kmeans(x: Tensor, k: int, iterations: int, *, generator: Generator) -> Tensor:
-    """k centres [k, D] of x [N, D], by Euclidean distance.
-
-    Starts from k vectors of x; a centre that loses all its vectors stays where it is.
-
-    Raises:
-        ValueError: fewer vectors than centres.
-    """
-    if len(x) < k:
-        raise ValueError(f"x: expected at least as many vectors as codes ({k}), got {len(x)}")
-    centers = x[randperm(len(x), generator, x.device)[:k]]
-    for _ in range(iterations):
-        means, counts = segment_means(x, ops.nearest_code(x, centers, "l2")[1], k)
-        centers = torch.where((counts > 0).unsqueeze(-1), means, centers)
-    return centers
-
-
 def grouped_kmeans(
     codebook: Tensor, x: Tensor, group: Tensor, iterations: int, offsets: Tensor | None = None
 ) -> Tensor:

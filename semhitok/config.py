@@ -214,6 +214,11 @@ class SemanticStageConfig(StageConfig):
     commitment_weight: float = 1.0
     collapse_usage: float = 0.25
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_tokens_per_code < 1:
+            raise ValueError(f"init_tokens_per_code: expected a positive integer, got {self.init_tokens_per_code}")
+
 
 @dataclass
 class CriticConfig:
@@ -303,6 +308,11 @@ class PixelStageConfig(StageConfig):
     commitment_weight: float = 0.25
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.init_tokens_per_code >= 0:
+            raise ValueError(f"init_tokens_per_code: expected 0 or more, got {self.init_tokens_per_code}")
 
 
 @dataclass

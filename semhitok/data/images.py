@@ -167,13 +167,16 @@ def untile(parts: torch.Tensor, columns: int) -> torch.Tensor:
     return parts.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def crop_around(images: torch.Tensor, row: int, column: int, patch: int, *, margin: int) -> torch.Tensor:
+def crop_around(
+    images: torch.Tensor, row: int, column: int, patch: int, *, margin: int, border: int = 0
+) -> torch.Tensor:
     """A patch with `margin` pixels around it: [B, C, H, W] -> [B, C, patch + 2 * margin, patch + 2 * margin].
 
-    row, column: of the patch, in patches of `patch` pixels. Beyond the image its border is repeated.
+    row, column: of the patch, in patches of `patch` pixels; the first ones lie `border` pixels inside the images, at
+    most `margin`. Beyond the image its outermost pixels are repeated.
     """
     side, y, x = patch + 2 * margin, row * patch, column * patch
-    return F.pad(images, [margin] * 4, mode="replicate")[:, :, y : y + side, x : x + side]
+    return F.pad(images, [margin - border] * 4, mode="replicate")[:, :, y : y + side, x : x + side]
 
 
 def whole_tiles(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semhitok import clustering, ops
+from semhitok import ops
 from semhitok._files import write_json
 from semhitok._optional import require
 from semhitok.config import TrainConfig, override, train_config
@@ -19,6 +19,7 @@ from semhitok.corpus.ids_file import save_codes
 from semhitok.data.images import list_images, read_image, resize_crop, tiles, untile, whole_tiles
 from semhitok.demo.photographs import write_photographs
 from semhitok.evaluation import plots
+from semhitok.evaluation.analyze import patch_centres
 from semhitok.evaluation.metrics import psnr, ssim
 from semhitok.models import lite0
 from semhitok.tokenizer import SemHiTok
@@ -84,13 +85,14 @@ def demo(config: TrainConfig, out: Path) -> str:
     write_json(out / "metrics.json", metrics)
 
     _draw_reconstructions(pictures["unseen"] + pictures["held_out"][3::4], out)
-    plots.semantic_map(
-        image_tokenizer, [(x, i[None], 1) for x, i in zip(whole[:4], ids, strict=False)], out / "semantic_map.png"
-    )
+    rows = [(x, i[None], 1) for x, i in zip(photographs["unseen"], ids, strict=False)]
+    plots.semantic_map(image_tokenizer, rows, out / "semantic_map.png")
     labels = {code: next(iter(shares)) for code, shares in classes.items()}
-    framed = torch.cat([_framed(x, size, MARGIN) for x in whole])
+    # Each tile with the pixels around it that its patches are shown with.
+    padded = [F.pad(x[None], [MARGIN] * 4, mode="replicate")[0] for x in whole]
+    crops = torch.cat([_windows(x, size + 2 * MARGIN, size) for x in padded])
     grid = torch.cat([tiles(i[None], config.model.grid_size)[:, 0] for i in ids])
-    plots.patches_of_codes(image_tokenizer, framed, grid, out / "shared_codes.png", margin=MARGIN, names=labels)
+    plots.patches_of_codes(image_tokenizer, crops, grid, out / "shared_codes.png", margin=MARGIN, names=labels)
     _draw_curves(config, out)
     return _table(metrics, config, out)
 
@@ -131,13 +133,8 @@ def seamless(image_tokenizer: SemHiTok, photograph: Tensor) -> Tensor:
 
 
 def _windows(photograph: Tensor, size: int, step: int) -> Tensor:
-    """All windows [T, 3, size, size] of a photograph [3, H, W], row by row."""
+    """All windows [T, 3, size, size] of a photograph [3, H, W], one every `step` pixels, row by row."""
     return photograph.unfold(1, size, step).unfold(2, size, step).permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-
-def _framed(photograph: Tensor, size: int, margin: int) -> Tensor:
-    """The tiles of a photograph with `margin` pixels around each; beyond the photograph its border is repeated."""
-    return _windows(F.pad(photograph[None], [margin] * 4, mode="replicate")[0], size + 2 * margin, size)
 
 
 def _whole(photographs: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -159,7 +156,8 @@ def code_classes(
         count: of semantic codes.
 
     Returns:
-        For each of these codes, the most frequent first, up to three classes and the share of its patches in each.
+        For each of these codes, the most frequent first, up to three classes and the share of its patches in each;
+        shares below a hundredth are left out.
     """
     timm = require("timm", "models")
     classifier = timm.create_model(lite0.NAME, pretrained=True).eval()
@@ -175,7 +173,7 @@ def code_classes(
     for code in torch.bincount(code_of).argsort(descending=True, stable=True)[:count].tolist():
         shares = torch.bincount(class_of[code_of == code]).double()
         shares /= shares.sum()
-        best = [n for n in shares.argsort(descending=True, stable=True)[:3].tolist() if shares[n] > 0]
+        best = [n for n in shares.argsort(descending=True, stable=True)[:3].tolist() if shares[n] >= 0.01]
         classes_of[code] = {info.index_to_description(n).split(",")[0]: shares[n].item() for n in best}
     return classes_of
 
@@ -198,9 +196,9 @@ def _references(photographs: dict[str, list[Tensor]], config: TrainConfig) -> di
     def patches(image: Tensor) -> Tensor:
         return F.pixel_unshuffle(image, p).permute(1, 2, 0)
 
-    train = torch.cat([F.unfold(x[None], p)[0].T for x in photographs["train"]]).contiguous()
+    train = torch.cat([F.unfold(x[None] * 255, p)[0].T.round().byte() for x in photographs["train"]])
     generator = torch.Generator().manual_seed(config.seed)
-    codebook = clustering.kmeans(train, total, KMEANS_ITERATIONS, generator=generator)
+    codebook = patch_centres(train, total, KMEANS_ITERATIONS, generator) / 255
 
     def block_mean(image: Tensor) -> Tensor:
         return F.avg_pool2d(image, p).repeat_interleave(p, 1).repeat_interleave(p, 2)

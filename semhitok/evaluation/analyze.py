@@ -117,7 +117,7 @@ def explained_variance(
         x = tokens.patches[fit]
         mean = _sums(x, torch.zeros_like(fit), 1)[0] / len(fit)
         parents, parent = _by_id(x, semantic[fit], vocabulary.split(tokens.codes[test].unique())[0], mean)
-        centres = _kmeans(x, int(semantic[fit].unique().numel()), generator)
+        centres = patch_centres(x, int(semantic[fit].unique().numel()), _KMEANS_ITERATIONS, generator)
         guesses = {  # a table of patches, and a row of it for each patch of `test`
             "total": (mean, torch.zeros_like(test)),
             "semantic_id": _by_id(x, semantic[fit], semantic[test], mean),
@@ -171,10 +171,10 @@ def _nearest(patches: Tensor, centres: Tensor) -> Tensor:
     return torch.cat([ops.nearest_code(x.float() / 255, centres / 255, "l2")[1] for x in patches.split(_CHUNK)])
 
 
-def _kmeans(patches: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k centres of patches, initialised with k of them: fp32 [k, P]. A centre without patches does not move."""
+def patch_centres(patches: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """k-means of uint8 patches [N, P], which starts from k of them: fp32 [k, P]. A centre without patches stays."""
     centres = patches[torch.randperm(len(patches), generator=generator)[:k]].float()
-    for _ in range(_KMEANS_ITERATIONS):
+    for _ in range(iterations):
         ids = _nearest(patches, centres)
         sums, counts = _sums(patches, ids, k)
         centres = torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp_min(1).unsqueeze(1), centres)

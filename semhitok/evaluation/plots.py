@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok._optional import require
-from semhitok.data.images import untile
+from semhitok.data.images import crop_around, untile
 from semhitok.tokenizer import SemHiTok
 
 
@@ -76,10 +76,10 @@ def patches_of_codes(
 ) -> None:
     """Patches that share a semantic id, in a row for each id; the colour of a frame stands for the sub-code.
 
-    The images [N, 3, size, size], float in [0, 1] or uint8, have flat ids [N, h, w]. With `fit` [N, h, w], how near
-    each token is to its semantic code, the nearest patches are shown; without, random ones. A patch is shown with
-    `margin` pixels around it; beyond the image its border is repeated, unless the images are larger than their grids of
-    ids by `margin` on every side. `names` are written beside the ids, and only ids that have one are shown.
+    The images [N, 3, side, side], float in [0, 1] or uint8, have flat ids [N, h, w], which may leave out a border of up
+    to `margin` pixels. With `fit` [N, h, w], how near each token is to its semantic code, the nearest patches are
+    shown; without, random ones. A patch is shown with `margin` pixels around it. `names` are written beside the ids,
+    and only ids that have one are shown.
     """
     rows, columns = 10, 24 * 8 // max(margin, 8)
     config = tokenizer.config
@@ -94,7 +94,7 @@ def patches_of_codes(
     # Evenly spaced by frequency, so that rare ids are shown too.
     chosen = order[torch.linspace(0, len(order) - 1, min(rows, len(order))).long()]
     scale = 1.0 if images.is_floating_point() else 255.0
-    repeated = margin - (images.shape[3] - codes.shape[2] * p) // 2
+    border = (images.shape[3] - codes.shape[2] * p) // 2
     generator = torch.Generator().manual_seed(0)
     plt = pyplot()
     size = (12, 0.52 * len(chosen) + 0.4)
@@ -108,9 +108,8 @@ def patches_of_codes(
             pick = fit[semantic == code].argsort(descending=True, stable=True)
         places = sorted(found[pick[:columns]].tolist(), key=lambda at: int(sub[tuple(at)]))
         for axis, (n, y, x) in zip(row, places, strict=True):
-            image = F.pad(images[n, None] / scale, [repeated] * 4, mode="replicate")[0]
-            top, left, side = y * p, x * p, p + 2 * margin
-            axis.imshow(picture(image[:, top : top + side, left : left + side]))
+            image = images[n : n + 1] / scale
+            axis.imshow(picture(crop_around(image, y, x, p, margin=margin, border=border)[0]))
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=palette(int(sub[n, y, x]) % 20), linewidth=2)

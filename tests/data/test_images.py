@@ -239,6 +239,7 @@ def test_a_patch_with_its_surroundings():
     image = torch.arange(36.0).view(1, 1, 6, 6)
     assert torch.equal(crop_around(image, 1, 1, 2, margin=1), image[..., 1:5, 1:5])
     assert torch.equal(crop_around(image, 1, 2, 2, margin=0), image[..., 2:4, 4:6])
+    assert torch.equal(crop_around(image, 0, 1, 2, margin=1, border=1), image[..., 0:4, 2:6])
     corner = crop_around(image, 0, 0, 2, margin=2)[0, 0]
     assert corner.shape == (6, 6) and torch.equal(corner[2:, 2:], image[0, 0, :4, :4])
     assert (corner[:3, :3] == 0).all() and torch.equal(corner[0, 2:], image[0, 0, 0, :4])

@@ -131,6 +131,7 @@ def test_held_out_pixels_are_not_in_training(tmp_path, options, unseen, share):
     train, held_out, whole = (
         {p.name: read_image(p) for p in list_images([folders[part]])} for part in ("train", "held_out", "unseen")
     )
+    assert "motorcycle_right.png" not in train
     assert len(train) == 15 - len(unseen) and train.keys() == held_out.keys()
     assert {Path(name).stem for name in whole} == unseen and not train.keys() & whole.keys()
     for name, image in train.items():
