@@ -141,7 +141,7 @@ def sub_code_usage(bins: Sequence[dict[str, float]], path: Path) -> None:
     axis.plot(range(len(bins)), [b["usage_if_even"] for b in bins], "k_", markersize=30, label="if drawn at random")
     axis.set(xlabel="tokens of a semantic code", ylabel="share of its sub-codebook", ylim=(0, 1.05))
     axis.set_xticks(range(len(bins)), names, fontsize=7)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, markerscale=0.5, loc="upper left")
     save(figure, path)
 
 
