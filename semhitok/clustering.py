@@ -64,7 +64,10 @@ def grouped_kmeans(
     """
     grouping = Grouping.of(codebook, offsets)
     for _ in range(iterations):
-        _, place = ops.nearest_subcode(x, codebook, group, "l2", offsets)
+        if grouping.num_groups == 1:  # many times faster with thousands of codes
+            _, place = ops.nearest_code(x, codebook.view(-1, x.shape[-1]), "l2")
+        else:
+            _, place = ops.nearest_subcode(x, codebook, group, "l2", offsets)
         means, counts = segment_means(x, grouping.join(group, place), grouping.num_ids)
         used = (counts > 0).view(*codebook.shape[:-1], 1)
         codebook = torch.where(used, means.view_as(codebook), codebook)

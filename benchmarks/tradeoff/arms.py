@@ -112,9 +112,10 @@ class Codes(nn.Module):
             _, i = ops.nearest_code(z_sem, self.semantic.codebook, "ip")
         if self.pixel is None or z_pix is None:
             return i, torch.zeros_like(i)
-        group = self.group(i)
-        _, j = ops.nearest_subcode(z_pix, self.pixel.pix_codebook, group, "l2", self.pixel.offsets)
-        return i, self.pixel.join(group, j)
+        if self.pixel.num_codes == 1:
+            return i, ops.nearest_code(z_pix, self.pixel.pix_codebook[0], "l2")[1]
+        _, j = ops.nearest_subcode(z_pix, self.pixel.pix_codebook, i, "l2", self.pixel.offsets)
+        return i, self.pixel.join(i, j)
 
     def group(self, i: Tensor) -> Tensor:
         """The groups of pixel codes that belong to semantic ids."""

@@ -81,12 +81,15 @@ QUICK = Settings(train=8_000, test=2_000, steps=500)
 
 
 def arms(K: int, m: int, quick: bool) -> list[Arm]:
-    """Those of `run.py` that read the frozen teacher, without the vocabularies that a histogram cannot fill."""
+    """The arms of the table: those of `run.py` that read the frozen teacher; then K against m at K * m ids, fewer ids,
+    and semantic codes alone in the place of all ids."""
     main = [Arm("semantic", K, 1)]
     main += [Arm(kind, K, m) for kind in ("flat", "independent", "shared", "joint", "staged", "ragged")]
     if quick:
         return main
-    return [*main, *(Arm("staged", K * m // n, n) for n in (4 * m, m // 4) if n), Arm("semantic", K * m, 1)]
+    against = [Arm("staged", K * m // n, n) for n in (4 * m, m // 4) if n and K * m // n > 1]
+    fewer = [Arm("staged", K, n) for n in (m // 2, m // 8) if n > 1]
+    return [*main, *against, *fewer, Arm("flat", K, max(m // 8, 1)), Arm("semantic", K * m, 1)]
 
 
 # ---- data ----

@@ -179,6 +179,13 @@ def test_checks_miss_one_at_a_time() -> None:
         assert len(missed) == 1 and word in missed[0]
 
 
+@pytest.mark.parametrize(("K", "m"), [(1024, 16), (4, 2), (2, 3)])
+def test_full_table_has_each_arm_once_and_no_codebook_without_codes(K: int, m: int) -> None:
+    found = photographs.arms(K, m, False)
+    assert len({arm.title for arm in found}) == len(found)
+    assert found[:7] == photographs.arms(K, m, True) and all(arm.K > 0 and arm.m > 0 for arm in found)
+
+
 @pytest.mark.filterwarnings("ignore:.*images for features of dimension")
 def test_a_tiny_run_prints_its_table_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: Callable[..., int]
