@@ -59,20 +59,21 @@ PROBED = {
     "linear_semantic_ids": "lin sem ids", "knn_semantic_ids": "knn sem ids",
 }  # fmt: skip
 OF_RUN = {key: title for key, title in run.COLUMNS.items() if key not in ("shape", "colour", "by_id", "pair_ap")}
-COLUMNS = PROBED | {"squeezenet": "SqN", "squeezenet_frechet": "SqN-FD"} | OF_RUN
+OTHERS = {"squeezenet": "SqN", "squeezenet_frechet": "SqN-FD"} | OF_RUN
+COLUMNS = PROBED | OTHERS
 
 
 @dataclass
 class Settings:
     """What a result depends on besides its arm, seed, data and teacher. Only results of equal settings compare."""
 
-    train: int = 30_000  # photographs, at most
+    train: int = 20_000  # photographs, at most
     test: int = 4_000
-    steps: int = 4_000  # updates of a branch
+    steps: int = 1_000  # updates of a branch
     batch: int = 32  # photographs of an update
-    dim: int = 32  # of semantic and of pixel codes
-    width: int = 192  # of the pixel encoder and decoder and the semantic decoder; a multiple of 32
-    depth: int = 3  # blocks of the pixel encoder and decoder
+    dim: int = 64  # of semantic and of pixel codes
+    width: int = 128  # of the pixel encoder and decoder and the semantic decoder; a multiple of 32
+    depth: int = 2  # blocks of the pixel encoder and decoder
     semantic_depth: int = 0  # blocks of the semantic decoder
     commitment: int = 1  # weight of the semantic codes' commitment
 
@@ -273,7 +274,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
             title = run.TEACHER_ROW if arm is None else arm.title
             key = {"title": title, "seed": seed, **asdict(settings), "teacher": asdict(config), "data": of_data}
             results.setdefault(title, []).append(run.kept(args.out, key, partial(compute, arm, seed)))
-    text = run.table(results, COLUMNS)
+    text = f"{run.table(results, PROBED)}\n\n{run.table(results, OTHERS)}"
     (args.out / "table.txt").write_text(text + "\n")
     write_csv(results, args.seeds, args.out / "table.csv")
     measures = {"linear_all": "linear probe of mean code vectors", "linear_ids": "linear probe of which ids occur"}
