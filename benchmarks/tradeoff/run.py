@@ -174,7 +174,7 @@ Results = dict[str, list[dict[str, float]]]  # title of a row -> its figures by 
 
 
 def table(results: Results, columns: dict[str, str] = COLUMNS) -> str:
-    """A line for each arm with some of the columns: their means over its seeds, and half of the confidence intervals."""
+    """A line for each arm that has some of the columns: means over its seeds, and half of the confidence intervals."""
     results = {title: rows for title, rows in results.items() if any(k in r for r in rows for k in columns)}
     keys = [k for k in columns if any(k in r for rows in results.values() for r in rows)]
     lines = [["", *(columns[k] for k in keys)]]
