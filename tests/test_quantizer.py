@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from semhitok import clustering, distributed
-from semhitok.clustering import allocate, cut_cells, spherical_kmeans
+from semhitok.clustering import allocate, cut_cells, grouped_kmeans, spherical_kmeans
 from semhitok.ops import nearest_subcode
 from semhitok.quantizer import HierarchicalQuantizer, SemanticQuantizer
 
@@ -102,6 +102,16 @@ def test_spherical_kmeans_of_duplicates_leaves_no_zero_centre():
 def test_kmeans_needs_enough_vectors():
     with pytest.raises(ValueError, match=r"expected at least as many vectors as codes \(9\), got 8"):
         spherical_kmeans(unit(8, 4), 9, 1, generator=generator())
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 12])])
+def test_kmeans_of_a_single_group_gives_what_it_gives_beside_another_group(offsets):
+    x, group = torch.randn(600, 6, generator=generator()), torch.zeros(600, dtype=torch.int64)
+    start = x[None, :12]
+    expected = grouped_kmeans(torch.cat([start, start + 1]), x, group, 10)[0]
+    found = grouped_kmeans(start if offsets is None else start[0], x, group, 10, offsets)
+    torch.testing.assert_close(found.view(12, 6), expected)
+    assert (torch.cdist(x, expected).min(-1).values.mean() / torch.cdist(x, start[0]).min(-1).values.mean()) < 0.9
 
 
 def hierarchical(K=6, m=3, Ds=8, Dp=5):

@@ -82,8 +82,8 @@ QUICK = Settings(train=8_000, test=2_000, steps=500)
 
 
 def arms(K: int, m: int, quick: bool) -> list[Arm]:
-    """The arms of the table: those of `run.py` that read the frozen teacher; then K against m at K * m ids, fewer ids,
-    and semantic codes alone in the place of all ids."""
+    """The arms of the table: those of `run.py` that read the frozen teacher; then other K x m of the same product,
+    smaller m, a flat codebook of fewer codes, and K * m semantic codes alone."""
     main = [Arm("semantic", K, 1)]
     main += [Arm(kind, K, m) for kind in ("flat", "independent", "shared", "joint", "staged", "ragged")]
     if quick:
