@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semhitok.config import DataConfig
-from semhitok.data.images import read_image, resize_crop, to_uint8
+from semhitok.data.images import read_uint8, resize_crop
 from semhitok.data.stream import epoch_order, generator, warn_skipped
 
 _CACHE_BYTES = 2**29
@@ -97,7 +97,7 @@ class RandomCrops:
             if candidate in self.unreadable:
                 continue
             try:
-                image = to_uint8(read_image(self.paths[candidate]))
+                image = read_uint8(self.paths[candidate])
             except (ValueError, OSError) as error:
                 self.unreadable.add(candidate)
                 warn_skipped(str(error))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from semhitok._messages import message, printable, progress
-from semhitok.data.images import read_image, resize_crop, whole_tiles
+from semhitok.data.images import read_image, read_resized, whole_tiles
 
 
 class ImageReader:
@@ -46,9 +46,9 @@ class ImageReader:
                 yield names, torch.stack(images)
 
     def _read(self, path: Path) -> torch.Tensor:
-        image = read_image(path)
         if not self.tiles:
-            return resize_crop(image, self.size)
+            return read_resized(path, self.size)
+        image = read_image(path)
         if min(image.shape[1:]) < self.size:
             found = " x ".join(map(str, reversed(image.shape[1:])))
             raise ValueError(f"{path}: expected at least {self.size} pixels a side, got {found}")

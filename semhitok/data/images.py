@@ -4,84 +4,42 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from semhitok._files import write_atomic
 from semhitok._optional import require
+from semhitok.data.decode import Picture, max_pixels, naming
+from semhitok.data.formats import SUFFIXES as SUFFIXES
+from semhitok.data.listing import check_file
+from semhitok.data.listing import list_images as list_images
+from semhitok.data.listing import walk_images as walk_images
 
-# Formats that are read, whatever a file is called. Pillow reads more, some by running other programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# File names that count as images inside a folder or a shard.
-SUFFIXES = (
-    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
-    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
-MAX_PIXELS = 2**27  # 134 million, 1.5 GiB as float32 RGB
+_SMALL = 2**22  # pixels of an image that is resized at once
+_MAX_BYTES = 16  # of a file, for each pixel that is allowed
 _MAX_ASPECT = 4  # of the part that `resize_crop` resizes: the crop keeps only the middle anyway
-
-
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Image files among `paths`, each once, in the order given; those of a folder sorted by name.
-
-    A file that is given counts as an image whatever its name. Folders are searched recursively for names of common
-    image formats; hidden files and folders are ignored, and links to folders are not followed.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        OSError: a folder cannot be read.
-        ValueError: no image found at all.
-    """
-    given = [Path(path) for path in paths]
-    found: list[Path] = []
-    for path in given:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        found += walk_images(path) if path.is_dir() else [path]
-    if not found:
-        raise ValueError(f"{', '.join(map(str, given)) or 'paths'}: no images found")
-    return list(dict.fromkeys(found))
-
-
-def walk_images(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """The images of a folder as `list_images` finds and orders them, with the names of one folder in memory at a time.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in entries:
-        if not entry.is_dir():
-            if entry.name.lower().endswith(SUFFIXES):
-                yield Path(entry.path)
-        elif not entry.is_symlink():
-            yield from walk_images(entry.path)
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
     """Read an image file as it would be displayed, with its orientation applied and on a white background.
 
-    Formats are PNG, JPEG, WebP, TIFF, BMP, GIF and PPM. Grey and palette images become RGB; transparency is
-    composited on white; 16-bit grey is divided by 65535, 8-bit by 255; floating-point TIFF must lie in [0, 1]. Of an
-    animation or a multi-page file the first image is read. Colour profiles are not applied.
+    Formats are PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF and PPM, by the file's content. Grey and palette images become
+    RGB; transparency is composited on white; 16-bit grey is divided by 65535, 8-bit by 255; floating-point TIFF must
+    lie in [0, 1]. Of an animation or a multi-page file the first image is read. Colour profiles are not applied, and
+    damaged metadata does not matter.
 
     Returns:
         float32 [3, H, W] in [0, 1], RGB.
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: not an image, corrupt, truncated, of an unknown format, or of more than 2**27 pixels; one line that
-            names the file and the reason.
-        ImportError: Pillow or NumPy is not installed.
+        ValueError: not an image, corrupt, truncated, of an unknown format, or of more than `max_pixels()` pixels; one
+            line that names the file and the reason.
+        ImportError: Pillow or NumPy is not installed, or Pillow is too old for AVIF.
     """
-    with open(path, "rb") as file:
-        return _decode(file, os.fspath(path))
+    return decode_image(_content(path), os.fspath(path))
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
@@ -93,7 +51,53 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
     Raises:
         ValueError, ImportError: as `read_image` does.
     """
-    return _decode(io.BytesIO(data), name)
+    with naming(name):
+        return Picture(data).whole()
+
+
+def read_uint8(path: str | os.PathLike[str]) -> torch.Tensor:
+    """`to_uint8(read_image(path))` in a quarter of the memory: uint8 [3, H, W]. Raises what `read_image` does."""
+    return decode_uint8(_content(path), os.fspath(path))
+
+
+def decode_uint8(data: bytes, name: str) -> torch.Tensor:
+    """`to_uint8(decode_image(data, name))` in a quarter of the memory: uint8 [3, H, W]."""
+    with naming(name):
+        return Picture(data).whole(torch.uint8)
+
+
+def read_resized(path: str | os.PathLike[str], size: int) -> torch.Tensor:
+    """`resize_crop(read_image(path), size)`, bit for bit, with no copy of the whole image in floating point.
+
+    A JPEG of more than `max_pixels()` pixels, which `read_image` refuses, is decoded at a half, a quarter or an eighth
+    of its size where that fits.
+
+    Returns:
+        float32 [3, size, size] in [0, 1].
+
+    Raises:
+        OSError, ValueError, ImportError: as `read_image` and `resize_crop` do.
+    """
+    return decode_resized(_content(path), os.fspath(path), size)
+
+
+def decode_resized(data: bytes, name: str, size: int) -> torch.Tensor:
+    """`resize_crop(decode_image(data, name), size)` as `read_resized` does it; errors name the image `name`.
+
+    `ten_crops` takes its result of size * 11 // 10 as it would take the whole image.
+    """
+    _check_side(size)
+    with naming(name):
+        picture = Picture(data, reduce_to=size)
+        shorter = min(picture.height, picture.width)
+        if shorter == size or picture.height * picture.width <= _SMALL:
+            return resize_crop(picture.whole(), size).contiguous()
+        length = _MAX_ASPECT * shorter
+        height, width = _resized(min(picture.height, length), min(picture.width, length), size)
+        narrow = picture.narrowed(length, width)
+        del picture
+        resized = F.interpolate(narrow[None], (height, width), mode="bicubic", antialias=True)[0]
+        return _centre(resized.clamp(0, 1), size).contiguous()
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -123,12 +127,11 @@ def resize_crop(image: torch.Tensor, size: int) -> torch.Tensor:
         ValueError: another shape or dtype, or a size below 1.
     """
     _check(image)
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
+    _check_side(size)
     shorter = min(image.shape[1:])
     image = _centre(image, _MAX_ASPECT * shorter)
     if shorter != size:
-        height, width = (max(size, round(side * size / shorter)) for side in image.shape[1:])
+        height, width = _resized(image.shape[1], image.shape[2], size)
         exact = image.to(torch.promote_types(image.dtype, torch.float32))  # no fp16 on the CPU
         resized = F.interpolate(exact[None], (height, width), mode="bicubic", antialias=True)[0]
         image = resized.clamp(0, 1).to(image.dtype)  # bicubic overshoots at edges
@@ -220,46 +223,24 @@ def _check(image: torch.Tensor) -> None:
         raise ValueError(f"image: expected floating point in [0, 1], got {image.dtype}")
 
 
-def _decode(file: IO[bytes], name: str) -> torch.Tensor:
-    pil = require("PIL.Image")
-    try:
-        with warnings.catch_warnings():
-            # The limit below replaces Pillow's warning about pixels; its other warnings, about a bad tag for example,
-            # do not prevent reading the pixels.
-            warnings.simplefilter("ignore")
-            with pil.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
-                return _to_tensor(require("PIL.ImageOps").exif_transpose(image))
-    except (ImportError, MemoryError):
-        raise
-    except pil.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image of a known format") from None
-    except pil.DecompressionBombError:  # Pillow's own limit, which is higher; it does not say the size
-        raise ValueError(f"{name}: cannot read image: expected at most {MAX_PIXELS} pixels, got more") from None
-    except Exception as error:
-        # Decoders raise exceptions of every kind on damaged files.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name}: cannot read image: {reason}") from None
+def _content(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file, in bounded memory."""
+    size, most = check_file(path).st_size, _MAX_BYTES * max_pixels()
+    if size > most:
+        raise ValueError(f"{os.fspath(path)}: cannot read image: expected at most {most} bytes, got {size}")
+    with open(path, "rb") as file:
+        return file.read()
 
 
-def _to_tensor(image: Any) -> torch.Tensor:
-    """Pillow image of any mode to float32 [3, H, W] in [0, 1]."""
-    numpy = require("numpy")
-    if image.mode[0] in "FI":  # I;16 in either byte order, and I for 16-bit PPM
-        kind, limit = (numpy.float32, 1) if image.mode == "F" else (numpy.int64, 65535)
-        grey = torch.from_numpy(numpy.array(image, dtype=kind))
-        if not bool(((grey >= 0) & (grey <= limit)).all()):
-            raise ValueError(f"expected grey values in [0, {limit}]")
-        return (grey / limit).float().expand(3, -1, -1).contiguous()
-    has_alpha = image.has_transparency_data
-    pixels = numpy.array(image.convert("RGBA" if has_alpha else "RGB"))
-    values = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
-    if has_alpha:
-        alpha = values[3:]
-        values = values[:3] * alpha + (1 - alpha)
-    return values.contiguous()
+def _resized(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width after resizing the shorter side to `size`."""
+    shorter = min(height, width)
+    return max(size, round(height * size / shorter)), max(size, round(width * size / shorter))
+
+
+def _check_side(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
 
 
 def _centre(image: torch.Tensor, size: int) -> torch.Tensor:

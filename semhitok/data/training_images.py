@@ -23,7 +23,7 @@ from torch import Tensor
 from semhitok.config import DataConfig
 from semhitok.data.batch import Batch
 from semhitok.data.crops import RandomCrops, crop
-from semhitok.data.images import list_images, read_image, resize_crop, to_uint8
+from semhitok.data.images import list_images, read_resized, resize_crop, to_uint8
 from semhitok.data.kinds import SHARDS, kind_of
 from semhitok.data.shards import ShardSample, expand_shards, read_shard
 from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of, warn_skipped
@@ -245,8 +245,10 @@ def _held_out(
     for entry in entries:
         if seen % world_size == rank:
             try:
-                image = entry.image() if isinstance(entry, ShardSample) else read_image(entry)
-                images.append(resize_crop(image, size))
+                if isinstance(entry, ShardSample):
+                    images.append(resize_crop(entry.image(), size))
+                else:
+                    images.append(read_resized(entry, size))
             except (ValueError, OSError) as error:
                 warn_skipped(str(error))
         seen += 1

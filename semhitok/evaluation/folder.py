@@ -23,7 +23,7 @@ from torch import Tensor
 from semhitok import distributed
 from semhitok._files import write_atomic, write_json
 from semhitok._messages import progress
-from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
+from semhitok.data.images import read_image, read_uint8, resize_crop, save_png, to_uint8
 
 _LISTED = 5  # files in a message
 
@@ -109,11 +109,6 @@ class EvaluationFolder:
         text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
         write_atomic(self.path / "index.html", page.encode())
         write_atomic(self.path / "evaluation.json", text.encode())
-
-
-def read_uint8(path: Path) -> Tensor:
-    """uint8 [3, H, W] of a stored PNG."""
-    return to_uint8(read_image(path))
 
 
 def _read_protocol(out: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from semhitok import distributed
 from semhitok._messages import progress
+from semhitok.data.images import read_uint8
 from semhitok.evaluation.fixed_batches import BATCH
-from semhitok.evaluation.folder import EvaluationFolder, read_uint8
+from semhitok.evaluation.folder import EvaluationFolder
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import SMALLEST, sliced_wasserstein
 from semhitok.evaluation.named_images import check_same_names, named_images

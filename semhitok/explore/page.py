@@ -20,7 +20,9 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch import Tensor
 
-from semhitok.data.images import FORMATS, MAX_PIXELS, decode_image, to_uint8
+from semhitok.data.decode import max_pixels
+from semhitok.data.formats import FORMATS
+from semhitok.data.images import decode_image, to_uint8
 from semhitok.explore.explorer import Explorer, Patch, View
 
 HOST = "127.0.0.1"
@@ -78,7 +80,7 @@ class _Page:
                 gr.HTML(
                     "<p>Click a patch in any of the pictures to see its ids (i, j). Click one of its sub-codes to swap "
                     f"it in and decode the image again. Accepted are {', '.join(FORMATS)} files of up to {_MAX_FILE} "
-                    f"and {MAX_PIXELS:,} pixels.</p>"
+                    f"and {max_pixels():,} pixels.</p>"
                 )
         with gr.Row():
             self.panels = [_Panel(explorer, number) for number, explorer in enumerate(explorers)]

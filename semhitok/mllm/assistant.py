@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, TextStreamer
 
-from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
+from semhitok.data.images import read_resized, save_png, to_uint8
 from semhitok.mllm import prompts
 from semhitok.mllm.generate import GREEDY, Generators, Sampling, generate, generate_images
 from semhitok.mllm.loss import IGNORE
@@ -82,8 +82,8 @@ class Assistant:
         return self.model.config.image_size
 
     def read(self, paths: Iterable[str | os.PathLike[str]]) -> list[Tensor]:
-        """Image files -> their ids in a prompt, resized and cropped as in training. For errors see `read_image`."""
-        images = [resize_crop(read_image(path), self.image_size) for path in paths]
+        """Image files -> their ids in a prompt, resized and cropped as in training. For errors see `read_resized`."""
+        images = [read_resized(path, self.image_size) for path in paths]
         return self.encode(torch.stack(images)) if images else []
 
     def encode(self, images: Tensor) -> list[Tensor]:

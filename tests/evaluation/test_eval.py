@@ -24,11 +24,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from semhitok.cli import main
 from semhitok.config import SemHiTokConfig
-from semhitok.data.images import read_image, resize_crop, save_png, to_uint8
+from semhitok.data.images import read_image, read_uint8, resize_crop, save_png, to_uint8
 from semhitok.evaluation import evaluate_reconstructions, evaluate_tokenizer, metrics
 from semhitok.evaluation import folder as evaluation_folder
 from semhitok.evaluation.fixed_batches import BATCH, exact, rebatch, rows_in_order
-from semhitok.evaluation.folder import read_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semhitok._files import read_object
 from semhitok._messages import progress
-from semhitok.data.images import read_image, resize_crop, to_uint8
+from semhitok.data.images import read_resized, to_uint8
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
@@ -49,7 +49,7 @@ def draw(run: Run) -> Scores:
 
 def _statistics(paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str) -> FeatureStatistics:
     statistics = FeatureStatistics()
-    images = (to_uint8(resize_crop(read_image(path), size))[None] for path in progress(paths, label))
+    images = (to_uint8(read_resized(path, size))[None] for path in progress(paths, label))
     with exact():
         for rows in rows_in_order(images, lambda group: {"features": network(group)}):
             statistics.update(rows["features"])

@@ -1,0 +1,199 @@
+"""The images among files and folders, and what a listing passes over."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from semhitok._messages import printable
+from semhitok.data.formats import HEAD, is_image_name, sniff
+
+# Reasons for which something in a folder is passed over.
+NOT_AN_IMAGE = "of no image format"
+HIDDEN = "hidden or the system's"
+NOT_A_FILE = "not a file"
+BROKEN_LINK = "a link to nothing"
+LOOP = "a link to a folder around it"
+TWICE = "a folder that is listed elsewhere"
+UNREADABLE = "not readable"
+_SYSTEM = ("thumbs.db", "desktop.ini")
+_NAMED = 3  # of each reason in a message
+
+
+class PassedOver:
+    """What `walk_images` and `list_images` pass over: how many for each reason, and the names of the first few.
+
+    An instance is their argument `passed_over`. A folder counts once.
+
+    Attributes:
+        counts: {reason: number}.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def __call__(self, path: Path, reason: str) -> None:
+        self.counts[reason] += 1
+        names = self._names.setdefault(reason, [])
+        if len(names) < _NAMED:
+            names.append(path.name)
+
+    @property
+    def unreadable(self) -> int:
+        """Files and folders that could not be read and may hold images: they count as skipped."""
+        return self.counts[UNREADABLE]
+
+    def summary(self) -> str:
+        """`passed over 3 files: 2 of no image format (notes.txt, a.py), 1 not a file (queue)`; empty if there are none.
+
+        One line, whatever the names are.
+        """
+        if not self.counts:
+            return ""
+        total = self.counts.total()
+        parts = []
+        for reason, count in self.counts.items():
+            names = ", ".join(self._names[reason]) + (", ..." if count > _NAMED else "")
+            parts.append(f"{count} {reason} ({names})")
+        return printable(f"passed over {total} file{'' if total == 1 else 's'}: {', '.join(parts)}")
+
+
+def list_images(
+    paths: Iterable[str | os.PathLike[str]], passed_over: Callable[[Path, str], None] | None = None
+) -> list[Path]:
+    """Image files among `paths`, each once, in the order given; those of a folder sorted by name.
+
+    A file that is given counts as an image whatever its name. Folders are searched as `walk_images` does.
+
+    Args:
+        paths: files and folders.
+        passed_over: as in `walk_images`.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        OSError: a folder cannot be read.
+        ValueError: no image found at all, or a path is a pipe, a socket or a device.
+    """
+    given = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if path.is_dir():
+            found += walk_images(path, passed_over)
+        else:
+            check_file(path)
+            found.append(path)
+    if not found:
+        raise ValueError(f"{', '.join(map(str, given)) or 'paths'}: no images found")
+    return list(dict.fromkeys(found))
+
+
+def check_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a file or folder; ValueError for a pipe, socket or device, whose reader may wait for ever."""
+    found = os.stat(path)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        kind = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(found.st_mode), "device")
+        raise ValueError(f"{os.fspath(path)}: expected a file, got a {kind}")
+    return found
+
+
+def walk_images(
+    folder: str | os.PathLike[str], passed_over: Callable[[Path, str], None] | None = None
+) -> Iterator[Path]:
+    """The images of a folder, in all depths, sorted by name, with the names of one branch in memory at a time.
+
+    Images are the files with a suffix of `SUFFIXES`, and those without a suffix, or with a number for one, whose
+    content is an image's. Hidden files and folders are passed over. A link to a folder is followed, but every folder is
+    listed once: a link that leads to a folder around it, or to one that is listed elsewhere, is passed over. Pipes,
+    sockets and devices are passed over unopened.
+
+    Args:
+        folder: a folder, or a link to one.
+        passed_over: called with the path of what is passed over, and one of the reasons of this module; a `PassedOver`,
+            for example. Captions, NAME.txt beside an image of that name, do not count. With it, what cannot be read
+            inside `folder` is passed over, too.
+
+    Raises:
+        OSError: `folder` cannot be read; without `passed_over`, anything inside it that cannot be read.
+    """
+    root = os.path.realpath(folder)
+    seen = {_identity(folder)}
+    branch = [(iter(_entries(folder)), root)]
+    while branch:
+        found = next(branch[-1][0], None)
+        if found is None:
+            branch.pop()
+            continue
+        entry, is_caption = found
+        path = Path(entry.path)
+        try:
+            reason = HIDDEN if _is_hidden(entry.name) else _reason(entry, root, [at for _, at in branch], seen)
+            if reason is None and entry.is_dir():
+                below = _entries(path)
+                seen.add(_identity(path))
+                branch.append((iter(below), os.path.realpath(path)))
+                continue
+        except OSError:
+            if passed_over is None:
+                raise
+            reason = UNREADABLE
+        if reason is None:
+            yield path
+        elif passed_over is not None and not (is_caption and reason == NOT_AN_IMAGE):
+            passed_over(path, reason)
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[tuple[os.DirEntry[str], bool]]:
+    """The entries of a folder, sorted by name, each with whether it would be an image's caption."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    stems = {os.path.splitext(entry.name)[0] for entry in entries if is_image_name(entry.name) is not False}
+    return [(entry, entry.name.endswith(".txt") and entry.name[:-4] in stems) for entry in entries]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _reason(entry: os.DirEntry[str], root: str, branch: list[str], seen: set[tuple[int, int]]) -> str | None:
+    """Why an entry is passed over; None for images and folders to list. `branch`: real paths of the folders around."""
+    named = is_image_name(entry.name)
+    try:
+        if entry.is_dir():
+            if entry.is_symlink():
+                real = os.path.realpath(entry.path)
+                if any(_is_inside(around, real) for around in branch):
+                    return LOOP
+                inside = os.path.relpath(real, root).split(os.sep)
+                if _is_inside(real, root) and not any(map(_is_hidden, inside)):
+                    return TWICE  # it is listed where it is
+            return TWICE if _identity(entry.path) in seen else None
+        if not entry.is_file():
+            os.stat(entry.path)
+            return NOT_A_FILE
+    except OSError:
+        if not entry.is_symlink():
+            raise
+        return None if named else BROKEN_LINK  # the name of an image: an error when it is read
+    if named is None:
+        with open(entry.path, "rb") as file:
+            try:
+                sniff(file.read(HEAD))
+            except ValueError:
+                return NOT_AN_IMAGE
+        return None
+    return None if named else NOT_AN_IMAGE
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
