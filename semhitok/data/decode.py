@@ -16,7 +16,7 @@ from torch import Tensor
 
 from semhitok._optional import require
 from semhitok.data.formats import HEAD, sniff
-from semhitok.data.metadata import Stripped, exif_orientation, strip_avif, strip_jpeg, strip_png, strip_webp
+from semhitok.data.metadata import Stripped, exif_orientation, scale_ppm, strip_avif, strip_jpeg, strip_png, strip_webp
 from semhitok.data.tiff import strip_tiff
 
 MAX_PIXELS = 2**27  # 134 million, by default
@@ -36,6 +36,7 @@ _STRIP: dict[str, Callable[[bytes], Stripped]] = {
     "AVIF": strip_avif,
     "JPEG": strip_jpeg,
     "PNG": strip_png,
+    "PPM": scale_ppm,
     "TIFF": strip_tiff,
     "WEBP": strip_webp,
 }
@@ -75,7 +76,7 @@ class Picture:
         del data
         if self._file.size:
             _check_size(self._file.size, limit)
-        image = _open(name, self._file.data)
+        image = _open(name, self._file)
         self._box = (0, 0, *image.size)
         if name == "GIF" and image.tile:
             self._box = image.tile[0][1]  # the first picture may cover a part
@@ -186,16 +187,16 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {reason}" if known else f"{name}: cannot read image: {reason}") from None
 
 
-def _open(name: str, data: bytes) -> Any:
+def _open(name: str, file: Stripped) -> Any:
     """Pillow's image, not decoded yet. Its own limit of pixels, which warns or is too low, is not asked."""
     if name == "AVIF" and not require("PIL.features").check("avif"):
         raise ImportError("AVIF needs Pillow 11.3 or later, built with it: pip install 'pillow>=11.3'", name="PIL")
     module, cls = _CLASSES[name]
     make = getattr(require(f"PIL.{module}"), cls)
     try:
-        return make(io.BytesIO(data))
+        return make(io.BytesIO(file.data))
     except (SyntaxError, LookupError, TypeError, struct.error) as error:  # as Pillow finds out that it is none
-        raise ValueError(f"not an image of a known format, or a damaged {name}: {error}") from None
+        raise ValueError(f"not an image of a known format, or a damaged {file.what or name}: {error}") from None
 
 
 def _check_size(size: tuple[int, int], limit: int) -> None:

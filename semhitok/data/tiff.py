@@ -54,20 +54,19 @@ def strip_tiff(data: bytes) -> Stripped:
     if _DNG in tags or photometric in (32803, 34892) or (first(_SUBFILE, 0) & 1 and _SUB_IFDS in tags):
         raise ValueError(RAW)
     bits, samples = first(_BITS, 1), first(_SAMPLES, 1)
-    _check(bits, samples, photometric, numbers)
+    what = _check(bits, samples, photometric, numbers)
     grey = photometric in (0, 1) and bits > 8
     black_is_zero = struct.pack(order + "H", _PHOTOMETRIC), struct.pack(order + "H", 1).ljust(8 if big else 4, b"\0")
     one_short = struct.pack(order + ("HQ" if big else "HI"), 3, 1).join(black_is_zero)
     kept = [one_short if grey and e.tag == _PHOTOMETRIC else e.raw for e in entries if _is_needed(e)]
-    stripped = bytearray(data)
-    stripped[2:4] = struct.pack(order + "H", 43 if big else 42)
+    magic = struct.pack(order + "H", 43 if big else 42)
     head = struct.pack(order + ("Q" if big else "H"), len(kept))
     directory = head + b"".join(kept) + bytes(8 if big else 4)  # the offset 0: no further directory
-    stripped[start : start + len(directory)] = directory
+    stripped = b"".join([data[:2], magic, data[4:start], directory, data[start + len(directory) :]])
     exif = next((_orientation(e, order) for e in entries if e.tag == 274), None)
     xmp = next((xmp_orientation(e.value) for e in entries if e.tag == 700), None)
     white = 2**bits - 1 if bits < 32 else 1
-    return Stripped(bytes(stripped), exif or xmp or 1, white=white, inverted=grey and photometric == 0)
+    return Stripped(stripped, exif or xmp or 1, what=what, white=white, inverted=grey and photometric == 0)
 
 
 def _is_needed(entry: _Entry) -> bool:
@@ -109,21 +108,22 @@ def _integers(entry: _Entry, order: str) -> tuple[int, ...]:
     return struct.unpack(f"{order}{entry.number}{_INTEGERS[entry.kind]}", entry.value)
 
 
-def _check(bits: int, samples: int, photometric: int, numbers: dict[int, tuple[int, ...]]) -> None:
-    """ValueError for samples that Pillow does not read, or reads wrongly."""
+def _check(bits: int, samples: int, photometric: int, numbers: dict[int, tuple[int, ...]]) -> str:
+    """The samples in words; ValueError if Pillow does not read them, or reads them wrongly."""
     compression = (numbers.get(_COMPRESSION) or (1,))[0]
     planes = (numbers.get(_PLANES) or (1,))[0]
     formats = set(numbers.get(_FORMAT, (1,)))
     kind = _FORMATS.get(min(formats), "other") if len(formats) == 1 else "mixed"
     what = f"TIFF of {samples} x {bits}-bit {kind} samples (photometric interpretation {photometric})"
     advice = "is not read; convert it to 8-bit RGB, or 16-bit unsigned grey"
-    if photometric in (8, 9, 10):
-        raise ValueError(f"TIFF of LAB colours {advice}")
     if photometric == 6 and compression == 1 and samples > 1:
         raise ValueError(f"uncompressed TIFF of YCbCr colours {advice}")
-    if not (kind == "unsigned" and bits <= 16) and not (kind == "floating-point" and bits == 32 and samples == 1):
-        raise ValueError(f"{what} {advice}")
-    if samples > 6 or len(set(numbers.get(_BITS, (1,)))) > 1:
+    deep = samples == 1 or photometric not in (0, 1)
+    unsigned = bits in (1, 2, 4, 8) or (bits == 12 and samples == 1) or (bits == 16 and deep)
+    floats = kind == "floating-point" and bits == 32 and samples == 1
+    mixed = samples > 6 or len(set(numbers.get(_BITS, (1,)))) > 1
+    if mixed or not (floats or (kind == "unsigned" and unsigned)):
         raise ValueError(f"{what} {advice}")
     if planes == 2 and samples > 1 and bits != 8 and compression == 1:
         raise ValueError(f"{what}, each in a plane of its own, {advice}")
+    return what
