@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
     from semhitok._files import write_json
     from semhitok.data.image_reader import ImageReader
-    from semhitok.data.images import list_images, tiles
+    from semhitok.data.images import tiles
     from semhitok.evaluation import plots
     from semhitok.evaluation.analyze import analyze, collect
 
-    paths = list_images(args.sources)
+    paths, unreadable = arguments.find_images(args.sources, "analyze")
     plots.pyplot()  # a missing matplotlib is reported before the long work
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     config = tokenizer.config
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     plots.sub_codebook_distances(pairs, result["distances"], out / "sub_codebook_distances.png")
     print(_table(result), end="\n\n")
     print(printable(f"{out}: analysis.json and figures"))
-    return text.exit_code(reader.skipped)
+    return text.exit_code(reader.skipped + unreadable)
 
 
 def _table(result: dict[str, Any]) -> str:

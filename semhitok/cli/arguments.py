@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """The images a command reads."""
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help="images, or folders searched at all depths")
+
+
+def find_images(sources: Iterable[str], command: str) -> tuple[list[Path], int]:
+    """The images among `sources`, and how many files and folders inside them could not be read.
+
+    What is passed over is counted and named on stderr.
+    """
+    from semhitok.data.listing import PassedOver, list_images
+
+    passed_over = PassedOver()
+    try:
+        return list_images(sources, passed_over), passed_over.unreadable
+    finally:
+        if passed_over.counts:
+            print(f"semhitok {command}: {passed_over.summary()}", file=sys.stderr)
 
 
 def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,10 +72,9 @@ def _file(args: argparse.Namespace) -> int:
 
     from semhitok.corpus.ids_file import save_codes
     from semhitok.data.image_reader import ImageReader
-    from semhitok.data.images import list_images
 
     out = arguments.check_output_file(args.out)
-    paths = list_images(args.sources)
+    paths, unreadable = arguments.find_images(args.sources, "encode")
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
     reader = ImageReader(paths, tokenizer.config.image_size, args.batch_size, "encode")
@@ -89,9 +88,10 @@ def _file(args: argparse.Namespace) -> int:
     ids = torch.cat(codes)
     save_codes(out, ids, names, tokenizer.vocabulary)
     count, height, width = ids.shape
-    note = f", {reader.skipped} skipped" if reader.skipped else ""
+    skipped = reader.skipped + unreadable
+    note = f", {skipped} skipped" if skipped else ""
     print(printable(f"{out}: {text.count(count, 'image')}, {height} x {width} ids each{note}"))
-    return text.exit_code(reader.skipped)
+    return text.exit_code(skipped)
 
 
 def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:

@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from semhitok._optional import require
     from semhitok.data.image_reader import ImageReader
-    from semhitok.data.images import list_images
     from semhitok.explore.explorer import Explorer
 
     with tempfile.TemporaryDirectory(prefix="semhitok-explore-") as folder:
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         from semhitok.explore import page
 
         with page.listen(args.port) as listener:
-            paths = list_images([args.images])[:_MAX_IMAGES] if args.images else []
+            paths = arguments.find_images([args.images], "explore")[0][:_MAX_IMAGES] if args.images else []
             checkpoints = [args.checkpoint, *([args.compare] if args.compare else [])]
             explorers = [Explorer(arguments.load_tokenizer(name, args.device), name) for name in checkpoints]
             for explorer in explorers if paths else ():

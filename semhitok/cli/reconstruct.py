@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from semhitok.data.image_reader import ImageReader
-    from semhitok.data.images import list_images, save_png
+    from semhitok.data.images import save_png
     from semhitok.evaluation.metrics import METRICS, quick_functions
 
-    paths = list_images(args.sources)
+    paths, unreadable = arguments.find_images(args.sources, "reconstruct")
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
     out = arguments.make_output_folder(args.out)
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     for name, row in rows:
         cells = zip(table, row, strict=True)
         print(f"{name:{width}}", *(f"{value:{max(6, len(h))}.{digits}f}" for (h, digits), value in cells), sep="  ")
-    skipped = f", {reader.skipped} skipped" if reader.skipped else ""
+    skipped = reader.skipped + unreadable
+    note = f", {skipped} skipped" if skipped else ""
     written = text.count(len(rows) - 1, "image")
-    print(printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{skipped}"))
-    return text.exit_code(reader.skipped)
+    print(printable(f"{out}: {written} at {config.bits_per_pixel:.3f} bits per pixel{note}"))
+    return text.exit_code(skipped)

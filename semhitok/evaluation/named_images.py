@@ -1,22 +1,26 @@
 """Images by name, so that originals and reconstructions can be paired.
 
-An image's name is its path below the given folder, or its file's name, without suffix.
+An image's name is its path below the given folder, or its file's name, without suffix: what follows the last dot, if it
+is not a number.
 """
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from semhitok.data.images import list_images
+from semhitok.data.formats import is_image_name
+from semhitok.data.listing import list_images
 
 _LISTED = 5  # names in a message
 
 
-def named_images(sources: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
-    """{name: file} of the images behind `sources`, in the order of names.
+def named_images(
+    sources: Iterable[str | os.PathLike[str]], passed_over: Callable[[Path, str], None] | None = None
+) -> dict[str, Path]:
+    """{name: file} of the images behind `sources`, in the order of names. `passed_over`: as in `list_images`.
 
     Raises:
         ValueError: no images, or two of the same name (upper and lower case count as equal).
@@ -26,9 +30,11 @@ def named_images(sources: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
     folders = [source for source in given if source.is_dir()]
     found: dict[str, Path] = {}
     taken: dict[str, Path] = {}
-    for path in list_images(given):
+    for path in list_images(given, passed_over):
         folder = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = path.relative_to(folder).as_posix()
+        if is_image_name(path.name) is not None:
+            name = name.rpartition(".")[0]
         other = taken.setdefault(unicodedata.normalize("NFC", name).casefold(), path)
         if other != path:
             raise ValueError(f"images: expected one image of each name, got {other} and {path}")

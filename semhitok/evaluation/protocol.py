@@ -25,6 +25,7 @@ from torch import Tensor
 from semhitok import distributed
 from semhitok._messages import progress
 from semhitok.data.images import read_uint8
+from semhitok.data.listing import PassedOver
 from semhitok.evaluation.fixed_batches import BATCH
 from semhitok.evaluation.folder import EvaluationFolder
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
@@ -72,7 +73,9 @@ def evaluate_tokenizer(
         raise ValueError("tokenizer: expected one with its teacher, got one without it")
     config, quantizer = tokenizer.config, tokenizer.quantizer
     device = next(tokenizer.parameters()).device
-    evaluation = _Evaluation(named_images(sources), config.image_size, Path(out), features, device, labels)
+    passed_over = PassedOver()
+    images = named_images(sources, passed_over)
+    evaluation = _Evaluation(images, config.image_size, Path(out), features, device, passed_over, labels)
     folder = evaluation.folder
     folder.clear_reconstructions()
 
@@ -107,10 +110,11 @@ def evaluate_reconstructions(
         ValueError: as `evaluate_tokenizer`; also reconstructions that are missing, too many, or not of one square size.
         OSError: as `evaluate_tokenizer`.
     """
-    images, reconstructions = named_images(sources), named_images([folder])
+    passed_over = PassedOver()
+    images, reconstructions = named_images(sources, passed_over), named_images([folder], passed_over)
     check_same_names(images, reconstructions, f"{folder}: reconstructions")
     size = read_uint8(next(iter(reconstructions.values()))).shape[-1]
-    evaluation = _Evaluation(images, size, Path(out), features, torch.device(device))
+    evaluation = _Evaluation(images, size, Path(out), features, torch.device(device), passed_over)
     evaluation.folder.copy_reconstructions(reconstructions, size)
 
     def compute(names: list[str]) -> dict[str, Tensor]:
@@ -130,13 +134,14 @@ class _Evaluation:
         out: Path,
         features: str | None,
         device: torch.device,
+        passed_over: PassedOver,
         labels: str | os.PathLike[str] | None = None,
     ) -> None:
         if size < SMALLEST:
             raise ValueError(f"size: expected images of at least {SMALLEST} x {SMALLEST} pixels, got {size}")
         if len(images) < 2:
             raise ValueError(f"images: expected at least 2, got {len(images)}")
-        self.names, self.device = list(images), device
+        self.names, self.device, self.passed_over = list(images), device, passed_over
         self.labels = read_labels(labels, images) if labels is not None else None
         self.folder = EvaluationFolder(out)
         self.metrics = PairMetrics(features, device)
@@ -163,7 +168,8 @@ class _Evaluation:
                 figures["bits_per_pixel"] = subject["bits_per_pixel"]
             keys, columns = ["name", *measured.images], [self.names, *measured.images.values()]
             images = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
-            messages = [str(w.message) for w in caught if w.category is UserWarning]
+            messages = [self.passed_over.summary()] if self.passed_over.counts else []
+            messages += [str(w.message) for w in caught if w.category is UserWarning]
             report = {
                 "subject": subject, "figures": figures, "absent": self.metrics.absent, "warnings": messages,
                 "images": images, "protocol": self.protocol, "versions": _versions(self.device),
