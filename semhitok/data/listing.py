@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from semhitok._messages import printable
 from semhitok.data.formats import HEAD, is_image_name, sniff
@@ -121,9 +122,8 @@ def walk_images(
     Raises:
         OSError: `folder` cannot be read; without `passed_over`, anything inside it that cannot be read.
     """
-    root = os.path.realpath(folder)
     seen = {_identity(folder)}
-    branch = [(iter(_entries(folder)), root)]
+    branch = [(iter(_entries(folder)), os.path.realpath(folder))]
     while branch:
         found = next(branch[-1][0], None)
         if found is None:
@@ -132,11 +132,12 @@ def walk_images(
         entry, is_caption = found
         path = Path(entry.path)
         try:
-            reason = HIDDEN if _is_hidden(entry.name) else _reason(entry, root, [at for _, at in branch], seen)
-            if reason is None and entry.is_dir():
+            reason = HIDDEN if _is_hidden(entry.name) else _reason(entry, branch, seen)
+            if reason is None and _is_folder(entry):
                 below = _entries(path)
                 seen.add(_identity(path))
-                branch.append((iter(below), os.path.realpath(path)))
+                real = os.path.realpath(path) if entry.is_symlink() else os.path.join(branch[-1][1], entry.name)
+                branch.append((iter(below), real))
                 continue
         except OSError:
             if passed_over is None:
@@ -160,19 +161,27 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
-def _reason(entry: os.DirEntry[str], root: str, branch: list[str], seen: set[tuple[int, int]]) -> str | None:
-    """Why an entry is passed over; None for images and folders to list. `branch`: real paths of the folders around."""
+def _reason(entry: os.DirEntry[str], branch: Sequence[tuple[Any, str]], seen: set[tuple[int, int]]) -> str | None:
+    """Why an entry is passed over; None for images and folders to list. `branch`: the folders around, real paths."""
     named = is_image_name(entry.name)
     try:
         if entry.is_dir():
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
-                if any(_is_inside(around, real) for around in branch):
+                root = branch[0][1]
+                if any(_is_inside(around, real) for _, around in branch):
                     return LOOP
                 inside = os.path.relpath(real, root).split(os.sep)
                 if _is_inside(real, root) and not any(map(_is_hidden, inside)):

@@ -171,18 +171,6 @@ def test_the_summary_names_a_few(tmp_path):
     )
 
 
-def test_deep_folders(tmp_path):
-    deep = tmp_path.joinpath(*["d"] * 1200)
-    os.chdir(tmp_path)
-    for _ in range(1200):
-        os.mkdir("d")
-        os.chdir("d")
-    with open("x.png", "wb"):
-        pass
-    os.chdir("/")
-    assert list_images([tmp_path]) == [deep / "x.png"]
-
-
 def test_a_damaged_head_is_not_an_image(tmp_path):
     fill(tmp_path, **{"a.png": b"", "riff": b"RIFF" + struct.pack("<I", 9) + b"WAVE", "short": b"\x89P"})
     assert found(tmp_path)[0] == ["a.png"]
