@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import io
 import os
 import struct
@@ -21,7 +23,7 @@ from semhitok.data.tiff import strip_tiff
 
 MAX_PIXELS = 2**27  # 134 million, by default
 VARIABLE = "SEMHITOK_MAX_PIXELS"
-_PART = 2**20  # pixels that become floating point at once
+PART = 2**20  # pixels that become floating point at once
 _CLASSES = {
     "AVIF": ("AvifImagePlugin", "AvifImageFile"),
     "BMP": ("BmpImagePlugin", "BmpImageFile"),
@@ -141,7 +143,7 @@ class Picture:
     def whole(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The image, [3, H, W]: float32 in [0, 1], or uint8, round(255 v), halves to even."""
         image = torch.empty(3, self.height, self.width, dtype=dtype)
-        rows = max(1, _PART // self.width)
+        rows = max(1, PART // self.width)
         for top in range(0, self.height, rows):
             part = self.part(top, 0, min(rows, self.height - top), self.width)
             image[:, top : top + rows] = part if dtype == torch.float32 else part.mul(255).round().to(dtype)
@@ -159,7 +161,7 @@ class Picture:
         high, wide = min(self.height, length), min(self.width, length)
         top, left = (self.height - high) // 2, (self.width - wide) // 2
         narrow = torch.empty(3, high, width)
-        rows = max(1, _PART // wide)
+        rows = max(1, PART // wide)
         for row in range(0, high, rows):
             part = self.part(top + row, left, min(rows, high - row), wide)
             size = (part.shape[1], width)
@@ -192,11 +194,20 @@ def _open(name: str, file: Stripped) -> Any:
     if name == "AVIF" and not require("PIL.features").check("avif"):
         raise ImportError("AVIF needs Pillow 11.3 or later, built with it: pip install 'pillow>=11.3'", name="PIL")
     module, cls = _CLASSES[name]
+    if name == "TIFF":
+        _silence_libtiff()
     make = getattr(require(f"PIL.{module}"), cls)
     try:
         return make(io.BytesIO(file.data))
     except (SyntaxError, LookupError, TypeError, struct.error) as error:  # as Pillow finds out that it is none
         raise ValueError(f"not an image of a known format, or a damaged {file.what or name}: {error}") from None
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """libtiff prints errors to stderr by itself; the exception that Pillow raises is enough."""
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow without it, or that has it inside
+        ctypes.CDLL(require("PIL._imaging").__file__).TIFFSetErrorHandler(None)
 
 
 def _check_size(size: tuple[int, int], limit: int) -> None:

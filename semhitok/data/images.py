@@ -17,7 +17,7 @@ from semhitok.data.listing import check_file
 from semhitok.data.listing import list_images as list_images
 from semhitok.data.listing import walk_images as walk_images
 
-_SMALL = 2**22  # pixels of an image that is resized at once
+SMALL = 2**22  # pixels of an image that is resized at once
 _MAX_BYTES = 16  # of a file, for each pixel that is allowed
 _MAX_ASPECT = 4  # of the part that `resize_crop` resizes: the crop keeps only the middle anyway
 
@@ -90,7 +90,7 @@ def decode_resized(data: bytes, name: str, size: int) -> torch.Tensor:
     with naming(name):
         picture = Picture(data, reduce_to=size)
         shorter = min(picture.height, picture.width)
-        if shorter == size or picture.height * picture.width <= _SMALL:
+        if shorter == size or picture.height * picture.width <= SMALL:
             return resize_crop(picture.whole(), size).contiguous()
         length = _MAX_ASPECT * shorter
         height, width = _resized(min(picture.height, length), min(picture.width, length), size)

@@ -108,7 +108,7 @@ def test_encode_skips_what_it_cannot_read(run, checkpoint, photos, tmp_path):
     assert code == 3
     assert len(err) == 2
     assert err[0].startswith(f"semhitok encode: skipped: {tmp_path}/bad\\x1b[31m\\n.png: ")
-    assert err[1] == f"semhitok encode: skipped: {text}: not an image of a known format"
+    assert err[1] == f"semhitok encode: skipped: {text}: not an image of a known format, but text"
     assert "2 images, 16 x 16 ids each, 2 skipped" in printed
     assert load_codes(out).names == [str(photos / "rgb.png"), str(photos / "one.png")]
 

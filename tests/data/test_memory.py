@@ -36,8 +36,8 @@ def test_parts_give_what_the_whole_gives(shape, size, monkeypatch):
     content = encoded(*shape)
     expected = resize_crop(decode_image(content, "x"), size)
     assert torch.equal(decode_resized(content, "x", size), expected)
-    monkeypatch.setattr(module, "_SMALL", 0)
-    monkeypatch.setattr("semhitok.data.decode._PART", 1000)
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr("semhitok.data.decode.PART", 1000)
     resized = decode_resized(content, "x", size)
     assert torch.equal(resized, expected) and resized.is_contiguous()
 
@@ -49,8 +49,8 @@ def test_parts_of_turned_images(orientation, form, mode, monkeypatch):
     expected = decode_image(content, "x")
     assert expected.shape == ((3, 70, 90) if orientation < 5 else (3, 90, 70))
     assert torch.equal(decode_uint8(content, "x"), to_uint8(expected))
-    monkeypatch.setattr(module, "_SMALL", 0)
-    monkeypatch.setattr("semhitok.data.decode._PART", 500)
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr("semhitok.data.decode.PART", 500)
     assert torch.equal(decode_image(content, "x"), expected)
     assert torch.equal(decode_uint8(content, "x"), to_uint8(expected))
     assert torch.equal(decode_resized(content, "x", 32), resize_crop(expected, 32))
@@ -58,7 +58,7 @@ def test_parts_of_turned_images(orientation, form, mode, monkeypatch):
 
 def test_ten_crops_of_a_resized_image(monkeypatch):
     content = encoded(200, 150)
-    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(module, "SMALL", 0)
     resized = decode_resized(content, "x", 64 * 11 // 10)
     assert torch.equal(ten_crops(resized, 64), ten_crops(decode_image(content, "x"), 64))
 
