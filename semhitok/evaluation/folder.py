@@ -23,7 +23,7 @@ from torch import Tensor
 from semhitok import distributed
 from semhitok._files import write_atomic, write_json
 from semhitok._messages import progress
-from semhitok.data.images import read_image, read_uint8, resize_crop, save_png, to_uint8
+from semhitok.data.images import read_image, read_resized, read_uint8, save_png, to_uint8
 
 _LISTED = 5  # files in a message
 
@@ -56,7 +56,7 @@ class EvaluationFolder:
             write_atomic(self.path / "protocol.json", b"{}\n")  # marks the folder as an evaluation's
 
         def make(folder: Path) -> dict[str, Any]:
-            digest = _store(images, folder, lambda image: resize_crop(image, size), "reference")
+            digest = _store(images, folder, lambda path: read_resized(path, size), "reference")
             new = {**protocol, "reference_sha256": digest}
             for key in ("images", "size", "filter", "rounding", "reference_sha256"):
                 if self._earlier and self._earlier.get(key) != new[key]:
@@ -82,13 +82,14 @@ class EvaluationFolder:
             ValueError: unreadable images, or images of another size.
         """
 
-        def check(image: Tensor) -> Tensor:
+        def read(path: Path) -> Tensor:
+            image = read_image(path)
             if image.shape != (3, size, size):
                 found = " x ".join(map(str, image.shape[1:]))
                 raise ValueError(f"expected {size} x {size} pixels (the width of the first), got {found}")
             return image
 
-        _staged(lambda folder: _store(images, folder, check, "copy"), self._reconstructions)
+        _staged(lambda folder: _store(images, folder, read, "copy"), self._reconstructions)
 
     def add_reconstructions(self, names: Sequence[str], images: Tensor) -> None:
         """Store uint8 images [B, 3, S, S]. A name may occur more than once, with the same image."""
@@ -129,10 +130,10 @@ def _read_protocol(out: Path) -> dict[str, Any]:
     return {}
 
 
-def _store(images: dict[str, Path], folder: Path, convert: Callable[[Tensor], Tensor], label: str) -> str:
-    """Write `convert` of every image {name: file} to folder/NAME.png, 8 bits; the processes share the work.
+def _store(images: dict[str, Path], folder: Path, read: Callable[[Path], Tensor], label: str) -> str:
+    """Write `read` of every image {name: file} to folder/NAME.png, 8 bits; the processes share the work.
 
-    Images that cannot be read or converted are a ValueError on every process, which names them. Returns the SHA-256 of
+    Images that cannot be read are a ValueError on every process, which names them. Returns the SHA-256 of
     names and pixels (uint8, [3, S, S] each), in order.
     """
     digests: dict[str, str] = {}
@@ -140,7 +141,7 @@ def _store(images: dict[str, Path], folder: Path, convert: Callable[[Tensor], Te
     mine = list(images.items())[distributed.rank() :: distributed.world_size()]
     for name, path in progress(mine, label):
         try:
-            image = convert(read_image(path))
+            image = read(path)
         except (ValueError, OSError) as error:
             text = str(error)
             bad.append(text if str(path) in text else f"{path}: {text}")

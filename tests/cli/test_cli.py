@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from semhitok.config import preset, preset_names
 from semhitok.corpus.ids_file import load_codes, save_codes
 from semhitok.data.images import read_image, resize_crop
 from semhitok.evaluation.metrics import psnr, ssim
+from semhitok.evaluation.named_images import named_images
 from semhitok.tokenizer import SemHiTok
 from semhitok.vocabulary import Vocabulary
 
@@ -422,3 +424,36 @@ def test_interrupted_encode_leaves_no_file(checkpoint, photos, tmp_path):
         encode.stderr.close()
     assert rest == "semhitok encode: interrupted\n"
     assert os.listdir(tmp_path) == ["many"]
+
+
+def test_encode_names_what_a_folder_holds_beside_images(run, checkpoint, photos, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(photos, folder)
+    (folder / "notes.md").touch()
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x24ftypheic")
+    os.mkfifo(folder / "queue.png")
+    code, printed, err = run("encode", checkpoint, folder, "--out", tmp_path / "x.safetensors")
+    assert code == 3
+    assert err[0] == ("semhitok encode: passed over 2 files: 1 of no image format (notes.md), 1 not a file (queue.png)")
+    assert len(err) == 2 and "photo.heic: not an image of a known format, but HEIC; convert it" in err[1]
+    assert "8 images, 16 x 16 ids each, 1 skipped" in printed
+    assert_refused(run("encode", checkpoint, folder / "queue.png", "--out", tmp_path / "y.safetensors"), "got a pipe")
+
+
+def test_names_with_dots(run, checkpoint, photos, tmp_path):
+    """Images whose names share what stands before the first dot, or have a number in place of a suffix."""
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    for name in ("v1.0_cat.png", "v1.0_dog.png", "scan.000", "scan.001", "noext"):
+        shutil.copy(photos / "rgb.png", folder / name)
+    code, _, err = run("encode", checkpoint, folder, "--out", tmp_path / "x.safetensors")
+    assert (code, err) == (0, [])
+    names = [os.path.basename(name) for name in load_codes(tmp_path / "x.safetensors").names]
+    assert names == ["noext", "scan.000", "scan.001", "v1.0_cat.png", "v1.0_dog.png"]
+    assert run("reconstruct", checkpoint, folder, "--out", out)[0] == 0
+    pngs = ["noext.png", "scan.000.png", "scan.001.png", "v1.0_cat.png", "v1.0_dog.png"]
+    assert sorted(os.listdir(out)) == pngs
+    assert list(named_images([folder])) == list(named_images([out])) == [name[:-4] for name in pngs]
+    shutil.copy(photos / "rgb.png", folder / "v1.0_cat.JPG")
+    with pytest.raises(ValueError, match=r"one image of each name, got .*v1\.0_cat\.JPG and .*v1\.0_cat\.png"):
+        named_images([folder])
