@@ -348,7 +348,7 @@ def test_an_interrupted_evaluation_starts_again(tokenizer, photos, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_folder, "resize_crop", interrupt)
+        patch.setattr(evaluation_folder, "read_resized", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate_tokenizer(tokenizer, [photos], out)
     assert not (out / "reference").exists() and not (out / ".reference").exists()
@@ -358,6 +358,17 @@ def test_an_interrupted_evaluation_starts_again(tokenizer, photos, tmp_path, mon
             evaluate_tokenizer(tokenizer, [photos], out)
     assert not (out / "evaluation.json").exists()
     assert evaluate_tokenizer(tokenizer, [photos], out)["figures"]["psnr"] > 0
+
+
+def test_what_is_passed_over_is_reported(tokenizer, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "a" / "notes.md").touch()
+    (folder / "loop").symlink_to(".")
+    report = evaluate_tokenizer(tokenizer, [folder], tmp_path / "out")
+    words = "passed over 2 files: 1 of no image format (notes.md), 1 a link to a folder around it (loop)"
+    assert report["warnings"][0] == words and words in (tmp_path / "out" / "index.html").read_text()
+    assert len(report["images"]) == COUNT
 
 
 def test_reconstructions_of_another_tokenizer_get_the_same_figures(evaluated, photos, tmp_path):
