@@ -192,7 +192,7 @@ def naming(name: str) -> Iterator[None]:
 def _open(name: str, file: Stripped) -> Any:
     """Pillow's image, not decoded yet. Its own limit of pixels, which warns or is too low, is not asked."""
     if name == "AVIF" and not require("PIL.features").check("avif"):
-        raise ImportError("AVIF needs Pillow 11.3 or later, built with it: pip install 'pillow>=11.3'", name="PIL")
+        raise ValueError("AVIF needs Pillow 11.3 or later, built with it: pip install 'pillow>=11.3'")
     module, cls = _CLASSES[name]
     if name == "TIFF":
         _silence_libtiff()

@@ -35,9 +35,9 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: not an image, corrupt, truncated, of an unknown format, or of more than `max_pixels()` pixels; one
+        ValueError: not an image, corrupt, truncated, of a format that is not read, or of more than `max_pixels()` pixels; one
             line that names the file and the reason.
-        ImportError: Pillow or NumPy is not installed, or Pillow is too old for AVIF.
+        ImportError: Pillow or NumPy is not installed.
     """
     return decode_image(_content(path), os.fspath(path))
 

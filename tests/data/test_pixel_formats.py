@@ -201,5 +201,5 @@ def test_avif():
 
 def test_avif_with_a_pillow_without_it(monkeypatch):
     monkeypatch.setattr("PIL.features.check", lambda name: False)
-    with pytest.raises(ImportError, match=r"AVIF needs Pillow 11\.3"):
+    with pytest.raises(ValueError, match=r"^x: cannot read image: AVIF needs Pillow 11\.3 .*pip install"):
         decode_image(b"\0\0\0\x20ftypavif\0\0\0\0", "x")

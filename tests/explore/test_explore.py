@@ -248,7 +248,7 @@ def test_command_line_refuses(run, files, monkeypatch):
     assert refused(plain, "--images", files / "none") == f"{files}/none: no such file or folder"
     assert refused(plain, "--device", "abacus") == "device: expected one torch can use here, got 'abacus'"
     assert run("explore", plain, "--images", files / "notes.png", "--port", 0)[2] == [
-        f"semhitok explore: skipped: {files}/notes.png: not an image of a known format",
+        f"semhitok explore: skipped: {files}/notes.png: not an image of a known format, but text",
         "semhitok explore: error: none of 1 image could be read",
     ]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -457,7 +457,7 @@ def test_the_page_in_a_browser(page, files):
 def test_the_page_refuses_what_is_no_image(page, server, files):
     peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server[0].pid}/status").read_text())[1])  # noqa: E731
     page.drop(files / "notes.png")
-    page.wait("#status", "notes.png: not an image of a known format")
+    page.wait("#status", "notes.png: not an image of a known format, but text")
     page.shot("5-text-as-png")
     before = peak()
     page.drop(files / "huge.png")
