@@ -35,8 +35,8 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
     Raises:
         OSError: the file does not exist or cannot be read.
-        ValueError: not an image, corrupt, truncated, of a format that is not read, or of more than `max_pixels()` pixels; one
-            line that names the file and the reason.
+        ValueError: not an image, corrupt, truncated, of a format that is not read, or of more than `max_pixels()`
+            pixels; one line that names the file and the reason.
         ImportError: Pillow or NumPy is not installed.
     """
     return decode_image(_content(path), os.fspath(path))
