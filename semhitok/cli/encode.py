@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in args.corpus_flags if hasattr(args, name)}
-    if not Path(args.out).suffix or Path(args.out).is_dir():
+    if not Path(args.out).suffix or args.out.endswith("/") or Path(args.out).is_dir():
         return _corpus(args, given)
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(
+            f"--out: expected a file ending in .safetensors, or a folder, which ends in / if its name has a dot: "
+            f"{args.out}/"
+        )
     for name in given:
         raise ValueError(f"{args.corpus_flags[name]}: expected with a folder as --out, got {args.out}")
     return _file(args)
@@ -73,8 +79,12 @@ def _file(args: argparse.Namespace) -> int:
     from semhitok.corpus.ids_file import save_codes
     from semhitok.data.image_reader import ImageReader
     from semhitok.data.images import list_images
+    from semhitok.data.kinds import PARQUET, SHARDS, kind_of
 
     out = arguments.check_output_file(args.out)
+    for name in args.sources:
+        if kind_of(name) in (SHARDS, PARQUET):
+            raise ValueError(f"--out: expected a folder for {name} ({kind_of(name)}), got the file {args.out}")
     paths = list_images(args.sources)
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
@@ -108,11 +118,15 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
 
     out, device = arguments.make_output_folder(args.out), arguments.find_device(args.device)
     summary = encode_corpus(args.checkpoint, args.sources, out, config, device=device, progress=counted, **given)
-    print(text.table(_rows(args.out, config.precision, summary)))
+    print(text.table(_rows(args.out, config, summary)))
+    if summary.skipped and given.get("engine") == "torchrun":
+        note = "torchrun takes any exit code but 0 for a crash, so this one is 0 although images were skipped"
+        print(f"semhitok encode: {note}", file=sys.stderr)
+        return text.DONE
     return text.exit_code(summary.skipped)
 
 
-def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:
+def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[str, Any]]:
     yield "corpus", out if not summary.missing else f"{out}, not finished: {summary.missing}"
     yield "encoded now", f"{summary.encoded:,} images in {summary.seconds:.1f} s"
     if summary.encoded:
@@ -123,8 +137,17 @@ def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
     if summary.images:
         yield "size", f"{summary.bytes:,} bytes, {summary.bytes / summary.images:.0f} an image"
-    if precision != "fp32":
-        yield "precision", f"{precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
+    yield "captions", f"{summary.captions:,} of {summary.images:,} images have captions" + _captions(config, summary)
+    if config.precision != "fp32":
+        yield "precision", f"{config.precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
     if summary.skipped:
         yield "skipped", f"{summary.skipped:,}, listed in {Path(out, 'skipped.jsonl')}"
+    if summary.notes:
+        yield "notes", f"{summary.notes:,}, listed in {Path(out, 'notes.jsonl')}"
     yield from text.usage_rows(summary.usage)
+
+
+def _captions(config: EncodingConfig, summary: Summary) -> str:
+    listed = f", {summary.captions_listed:,} the first of several" if summary.captions_listed else ""
+    lacking = f", {summary.captions_lacking:,} have JSON without {config.caption}" if summary.captions_lacking else ""
+    return listed + lacking

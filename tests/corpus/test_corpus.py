@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 
 from semhitok.cli import encode, main
 from semhitok.config import preset
-from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, sources, verify
+from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, items, sources, verify
 from semhitok.corpus.format import Layout, read_manifest, shard_writer
+from semhitok.data.captions import FIELDS
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -563,8 +564,8 @@ def test_rows_without_an_image_are_listed(root, tmp_path):
     assert (summary.images, summary.skipped) == (1, 2)
     assert list(rows_of(tmp_path / "out")) == ["7"]
     pq.write_table(pa.table({"picture": [data]}), tmp_path / "y.parquet")
-    assert encode_corpus("checkpoint", [tmp_path / "y.parquet"], tmp_path / "out2", CONFIG).skipped == 1
-    assert "expected a column image, got picture" in (tmp_path / "out2" / "skipped.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"y.parquet: expected a column image \(struct .* binary\), got picture"):
+        encode_corpus("checkpoint", [tmp_path / "y.parquet"], tmp_path / "out2", CONFIG)
 
 
 def test_another_job_in_the_folder_is_refused(root, whole, tmp_path, capsys):
@@ -615,9 +616,9 @@ def test_sources_are_refused(tmp_path, capsys):
 
 def test_units_do_not_hold_names(root, tmp_path):
     """A unit of image files is a place in a listing, so that memory does not grow with the folder."""
-    units, _ = sources.plan(["photos"], 5, tmp_path, None)
+    units, _ = sources.plan(sources.sort_out(["photos"]), 5, tmp_path)
     assert [(unit.kind, unit.count) for unit in units] == [("images", 5)] * 4 + [("images", 2)]
-    keys = [item.key for unit in units for item in sources.read_unit(unit)]
+    keys = [item.key for unit in units for item in items.read_unit(unit, FIELDS)]
     assert keys == [path.relative_to("photos").as_posix() for path in list_images(["photos"])]
     assert keys == sorted(keys, key=lambda key: Path(key).parts)
 
