@@ -119,11 +119,12 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
     out, device = arguments.make_output_folder(args.out), arguments.find_device(args.device)
     summary = encode_corpus(args.checkpoint, args.sources, out, config, device=device, progress=counted, **given)
     print(text.table(_rows(args.out, config, summary)))
-    if summary.skipped and given.get("engine") == "torchrun":
-        note = "torchrun takes any exit code but 0 for a crash, so this one is 0 although images were skipped"
+    code = text.exit_code(summary.skipped + summary.captions_left_out)
+    if code and given.get("engine") == "torchrun":
+        note = f"torchrun takes any exit code but 0 for a crash: this is 0 in place of {code}, as inputs were skipped"
         print(f"semhitok encode: {note}", file=sys.stderr)
         return text.DONE
-    return text.exit_code(summary.skipped)
+    return code
 
 
 def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[str, Any]]:
@@ -148,6 +149,10 @@ def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[
 
 
 def _captions(config: EncodingConfig, summary: Summary) -> str:
-    listed = f", {summary.captions_listed:,} the first of several" if summary.captions_listed else ""
-    lacking = f", {summary.captions_lacking:,} have JSON without {config.caption}" if summary.captions_lacking else ""
-    return listed + lacking
+    counts = {
+        "the first of several": summary.captions_listed,
+        "repaired": summary.captions_repaired,
+        "left out": summary.captions_left_out,
+        f"with JSON without {config.caption}": summary.captions_lacking if config.caption else 0,
+    }
+    return "".join(f", {number:,} {what}" for what, number in counts.items() if number)

@@ -37,7 +37,7 @@ from semhitok.usage import CodeUsage
 
 _COUNTS = (
     *("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes"),
-    *("captions_listed", "captions_lacking", "notes"),
+    *("captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"),
 )
 _PREFIXED = "source and key"  # the setting "keys" of a corpus whose keys begin with their source
 
@@ -48,9 +48,11 @@ class Summary:
 
     Attributes:
         images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
-        captions: images that have a caption; `captions_listed` of them have the first of several, `captions_lacking`
-            images have JSON without the field that was asked for.
-        notes: what else there is to know, such as captions that were repaired or left out, in notes.jsonl.
+        captions: images that have a caption; of `captions_listed` it is the first of several, of `captions_repaired` it
+            has U+FFFD in place of invalid text.
+        captions_left_out, captions_lacking: images with a caption that could not be used, and with JSON that has none
+            of the fields it could be in.
+        notes: lines of notes.jsonl, which names captions that were repaired or left out, and files passed over.
         encoded: images encoded by this call; on torchrun, by this process.
         seconds: of wall-clock time, for encoding.
         shares: of the encoding processes' time that was spent "waiting" for images, "quantising", or "comparing" ids
@@ -67,6 +69,8 @@ class Summary:
     bytes: int = 0
     captions: int = 0
     captions_listed: int = 0
+    captions_repaired: int = 0
+    captions_left_out: int = 0
     captions_lacking: int = 0
     notes: int = 0
     encoded: int = 0
@@ -257,7 +261,7 @@ def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
     summary.bytes, summary.usage = totals["bytes"], rounded
-    summary.captions, summary.notes = totals["captions"], totals["notes"]
-    summary.captions_listed, summary.captions_lacking = totals["captions_listed"], totals["captions_lacking"]
+    for key in ("captions", "captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"):
+        setattr(summary, key, totals[key])
     summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
     return ""

@@ -138,7 +138,8 @@ class UnitEncoder:
         self.seconds.clear()
         self._clock("all", -1)
         self.compared = self.changed = 0
-        images = captions = listed = lacking = 0
+        images = captions = 0
+        about = dict.fromkeys(("listed", "repaired", "left_out", "lacking"), 0)  # of captions
         skipped: list[dict[str, str]] = []
         notes: list[dict[str, str]] = []
         rows = self._rows(loaded, skipped, notes)
@@ -151,8 +152,8 @@ class UnitEncoder:
                         if crop == 0:
                             images += 1
                             captions += image.caption.text is not None
-                            listed += image.caption.listed
-                            lacking += bool(job.config.caption) and image.caption.lacking
+                            for name in about:
+                                about[name] += getattr(image.caption, name)
         except _TransientError as problem:
             deque(self._images(loaded, notes), maxlen=0)  # skip the rest of this unit
             self._clock("all", 1)
@@ -160,7 +161,7 @@ class UnitEncoder:
         record = {
             "name": job.shard_path(unit).name, "source": unit.source if unit.kind != "images" else "",
             "images": images, "rows": writer.rows, "captions": captions, "skipped": skipped,
-            "captions_listed": listed, "captions_lacking": lacking, "notes": notes,
+            **{f"captions_{name}": number for name, number in about.items()}, "notes": notes,
             "source_state": self._states.pop(unit.number),
             "ids_compared": self.compared, "ids_changed": self.changed, "bytes": writer.bytes,
             "sha256": writer.sha256, "job": job.digest,

@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 from torch import Tensor
 
 from semhitok._messages import message
-from semhitok.data.captions import MAX_TEXT, Caption, escaped, sample_caption, text_caption
+from semhitok.data.captions import MAX_TEXT, Caption, escaped, left_out, sample_caption, text_caption
 from semhitok.data.images import decode_image, read_image, resize_crop, ten_crops
 from semhitok.data.kinds import is_url
 from semhitok.data.passed_over import PassedOver
@@ -89,13 +89,13 @@ class Item(NamedTuple):
             return self.caption
         try:
             if not stat.S_ISREG(os.stat(self.caption_path).st_mode):  # a pipe would be waited for
-                return Caption(notes=(f"caption left out: {self.caption_path}: expected a file, got something else",))
+                return left_out(f"{self.caption_path}: expected a file, got something else")
             with open(self.caption_path, "rb") as file:
                 return text_caption(file.read(MAX_TEXT + 1))
         except FileNotFoundError:
             return Caption()
         except OSError as error:
-            return Caption(notes=(f"caption left out: {message(error)}",))
+            return left_out(message(error))
 
 
 def read_unit(unit: Unit, fields: Sequence[str]) -> Iterator[Item | Note]:
@@ -145,8 +145,7 @@ def _state(path: str) -> list[int] | None:
 def _samples(unit: Unit, fields: Sequence[str], passed_over: PassedOver) -> Iterator[Item]:
     for sample in read_shard(unit.source, texts=True, passed_over=passed_over):
         key = "" if sample.ends_shard else sample.key
-        caption = sample_caption(sample.texts, fields)
-        caption = caption._replace(notes=sample.notes + caption.notes)
+        caption = sample_caption(sample.texts, fields).but(*map(left_out, sample.notes))
         yield Item(key, sample.name, sample.data, "", caption, sample.problem, sample.transient)
 
 

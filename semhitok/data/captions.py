@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 FIELDS = ("caption", "text")  # columns and fields that are captions, if no name is given
@@ -34,16 +35,32 @@ class Caption(NamedTuple):
     text: the caption, clean, or None.
     notes: what was done to it, or why there is none, for the user.
     listed: it is the first of several.
+    repaired: U+FFFD stands for what was invalid in it.
+    left_out: something that should be a caption could not be used.
     lacking: there was JSON, but without the fields asked for.
     """
 
     text: str | None = None
     notes: tuple[str, ...] = ()
     listed: bool = False
+    repaired: bool = False
+    left_out: bool = False
     lacking: bool = False
 
+    def but(self, *others: Caption) -> Caption:
+        """This caption, with what is to be said of others that came before it."""
+        notes = tuple(note for other in others for note in other.notes) + self.notes
+        left_out, lacking = (any(getattr(c, name) for c in (self, *others)) for name in ("left_out", "lacking"))
+        return self._replace(notes=notes, left_out=left_out, lacking=lacking)
 
-class NotText(NamedTuple):
+
+def left_out(reason: str) -> Caption:
+    """No caption, because the one that there is cannot be used."""
+    return Caption(notes=(f"caption left out: {reason}",), left_out=True)
+
+
+@dataclass(frozen=True)
+class NotText:
     """The bytes of a value that is declared to be text but is not UTF-8."""
 
     data: bytes
@@ -92,42 +109,37 @@ def caption_of(value: Any) -> Caption:
     """The caption that a column or a field holds: text, bytes, or the first usable one of a list."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for null
         return Caption()
-    if isinstance(value, (list, tuple)) and not isinstance(value, NotText):
-        found = [caption_of(item) for item in value if not isinstance(item, (list, tuple)) or isinstance(item, NotText)]
-        first = next((caption for caption in found if caption.text), None)
-        if first:
-            return first._replace(listed=len(value) > 1)
-        return Caption(notes=tuple(note for caption in found for note in caption.notes)[:1])
+    if isinstance(value, list):
+        found = [left_out("expected text, got a list") if isinstance(i, list) else caption_of(i) for i in value]
+        return first_caption(found)._replace(listed=len(value) > 1 and any(caption.text for caption in found))
     if isinstance(value, NotText):
-        return Caption(notes=(f"caption left out: expected UTF-8 text, got {value.data[:40]!r}",))
+        return left_out(f"expected UTF-8 text, got {value.data[:40]!r}")
     if isinstance(value, (bytes, bytearray, memoryview)):
-        value = decode_text(bytes(value).rstrip(b"\0") if bytes(value[:2]) not in _WIDE else bytes(value))
+        value = decode_text(bytes(value))
     if not isinstance(value, str):
-        return Caption(notes=(f"caption left out: expected text, got {type(value).__name__}",))
+        return left_out(f"expected text, got {type(value).__name__}")
     text = _INVALID.sub("\ufffd", value.strip("\0"))
     if not text.strip():
         return Caption()
-    return Caption(text, ("caption repaired: invalid text became U+FFFD",) if "\ufffd" in text else ())
-
-
-_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # in which a zero byte at the end may be a half of a character
+    if "\ufffd" in text:
+        return Caption(text, ("caption repaired: invalid text became U+FFFD",), repaired=True)
+    return Caption(text)
 
 
 def first_caption(captions: Iterable[Caption]) -> Caption:
     """The first caption that has text, with the notes of those before it; otherwise none, with all notes."""
-    notes: tuple[str, ...] = ()
-    lacking = False
+    before: list[Caption] = []
     for caption in captions:
-        notes, lacking = notes + caption.notes, lacking or caption.lacking
         if caption.text:
-            return caption._replace(notes=notes, lacking=lacking)
-    return Caption(None, notes, lacking=lacking)
+            return caption.but(*before)
+        before.append(caption)
+    return Caption().but(*before)
 
 
 def text_caption(data: bytes) -> Caption:
     """The caption that is the content of a text file, stripped."""
     if len(data) > MAX_TEXT:
-        return Caption(notes=(f"caption left out: expected at most {MAX_TEXT} bytes, got more",))
+        return left_out(f"expected at most {MAX_TEXT} bytes, got more")
     found = caption_of(data)
     return found._replace(text=found.text and found.text.strip())
 
@@ -137,13 +149,15 @@ def json_caption(data: bytes, fields: Sequence[str]) -> Caption:
     try:
         return value_caption(parse_json(data), fields)
     except ValueError as error:
-        return Caption(notes=(f"caption left out: {error}",))
+        return left_out(str(error))
 
 
 def value_caption(content: Any, fields: Sequence[str]) -> Caption:
     """The caption in the content of a JSON file: the first of `fields` that has one, or the text or list it holds."""
-    if not isinstance(content, dict):
+    if isinstance(content, str) or (isinstance(content, list) and any(isinstance(item, str) for item in content)):
         return caption_of(content)
+    if not isinstance(content, dict):
+        return Caption(lacking=True)  # boxes, for example
     found = first_caption(caption_of(content.get(field)) for field in fields)
     return found._replace(lacking=not any(field in content for field in fields))
 

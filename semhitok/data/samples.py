@@ -1,9 +1,9 @@
 """Which files of a tar make a sample: an image with its texts.
 
 Files that are called the same up to their last suffix make a sample: `v1.0_dog.png` and `v1.0_dog.txt`. What they share
-is its *key*. webdataset's convention of several suffixes is followed where it is clear, that is where what stands between
-the first dot of the base name and the last suffix is a word, as in `0001.mask.png`, and not `0_dog`. What stands before
-the first dot is the *root*.
+is its *key*. webdataset's convention of several suffixes is followed where it is clear: what stands between the first
+dot of the base name and the last suffix has to be a word, as in `0001.mask.png`, not `0_dog`. What stands before the
+first dot is the *root*.
 
 - Beside `0001.png`, an image `0001.mask.png` without a text of its own is about that image, and is passed over. So are
   `0001.ocr.txt` and `0001.seg.npy`.
@@ -32,7 +32,7 @@ TEXTS = (".txt", ".json")
 WINDOW_BYTES, WINDOW_FILES = 2**26, 2**14
 _MAX_FAMILY = 32  # keys of one root; names that share more, such as img.a.png, img.b.png, ..., are their own samples
 _WORDS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_AMBIGUOUS = "texts left out: the name comes more than once, and it is unclear which text belongs to which image"
+_AMBIGUOUS = "the name comes more than once, and it is unclear which text belongs to which image"
 
 
 class Member(NamedTuple):
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     """An image with its texts; or, without an image, the problem.
 
     texts: (suffix, content) of its .txt and .json files.
-    notes: what the user should know about it.
+    notes: why texts of it are missing.
     """
 
     key: str
@@ -243,7 +243,7 @@ class Pairing:
         for suffix in more:
             self._pass_over(entry, suffix)
         problem = entry.members[image].problem
-        notes = [f"caption left out: {member.problem}" for _, member in texts if member.problem]
+        notes = [member.problem for _, member in texts if member.problem]
         if texts and not entry.is_clear():
             texts, notes = [], [_AMBIGUOUS]
         contents = tuple((suffix, member.data) for suffix, member in texts if member.data)

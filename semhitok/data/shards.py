@@ -69,7 +69,7 @@ class ShardSample(NamedTuple):
     transient: reading the shard may succeed another time: a connection broke, for example.
     key: the sample's name, see `semhitok.data.samples`; bytes that are not UTF-8 are \\xNN.
     texts: (suffix, content) of the .txt and .json members, if requested.
-    notes: what the user should know about the texts.
+    notes: why texts of it are missing.
     """
 
     name: str
