@@ -103,6 +103,12 @@ class _Entry:
         return between if _WORDS.fullmatch(between) else ""
 
     @property
+    def named(self) -> str:
+        """The key whose caption this is, by its last word; or empty."""
+        key, _, last = self.key.rpartition(".")
+        return key if last in FIELDS and not self.is_plain else ""
+
+    @property
     def images(self) -> list[str]:
         return [suffix for suffix in self.members if is_image(suffix)]
 
@@ -201,7 +207,7 @@ class Pairing:
 
         family: the entries of its root in the window, with itself.
         """
-        if len(family) > _MAX_FAMILY or not (entry.is_plain or entry.word):
+        if len(family) > _MAX_FAMILY or not (entry.is_plain or entry.word or entry.named):
             return entry if entry.images else None
         family = [other for other in family if not other.used]
         plain = [other for other in family if other.is_plain and other.images]
@@ -212,13 +218,12 @@ class Pairing:
         single = worded[0] if len(worded) == 1 and not plain and not worded[0].doubtful else None
         if entry.is_plain:
             return single
-        named, _, last = entry.key.rpartition(".")
-        if last not in FIELDS:  # about the image, but no caption
+        if not entry.named:  # about the image, but no caption
             return plain[0] if plain else None if entry.has_text else single
-        images = [other for other in family if other.key == named and other.images]
+        images = [other for other in family if other.key == entry.named and other.images]
         if images:
             return images[0] if len(images) == 1 and not images[0].doubtful else None
-        return single
+        return single if entry.word else None
 
     def _sample(self, entry: _Entry, family: list[_Entry]) -> Sample:
         relatives = list(entry.relatives)
@@ -233,7 +238,7 @@ class Pairing:
             other.used = True
             self._close(other)
             word = other.key[len(entry.key) + 1 :]
-            if other.is_plain or other.key.rpartition(".")[2] in FIELDS:
+            if other.is_plain or other.named:
                 texts += other.texts(f"{word}." if word and not other.is_plain else "")
             else:
                 for suffix in other.members:
