@@ -27,10 +27,10 @@ from semhitok.corpus import engines
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, encoder_hash
 from semhitok.corpus.format import JOB, MANIFEST, NOTES, SKIPPED, Layout, check_shard, count_usage
-from semhitok.corpus.items import Unit, source_state
 from semhitok.corpus.lock import locked, torchrun_group
 from semhitok.corpus.sources import keys_collide, plan, sort_out
 from semhitok.corpus.tables import check_columns
+from semhitok.corpus.units import Unit, source_state
 from semhitok.data.kinds import PARQUET
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage

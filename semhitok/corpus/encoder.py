@@ -25,7 +25,8 @@ from semhitok._files import write_atomic
 from semhitok._messages import message
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.format import Layout, shard_writer
-from semhitok.corpus.items import Item, Note, Unit, read_unit, source_state
+from semhitok.corpus.items import Item, Note
+from semhitok.corpus.units import Unit, read_unit, source_state
 from semhitok.data.captions import FIELDS, Caption
 from semhitok.tokenizer import SemHiTok
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from semhitok._files import open_atomic
 from semhitok.corpus import tables
-from semhitok.corpus.items import Unit
+from semhitok.corpus.units import Unit
 from semhitok.data import shards
 from semhitok.data.captions import escaped
 from semhitok.data.images import walk_images

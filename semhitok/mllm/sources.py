@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class Source(Protocol):
         """(record or the ValueError in its stead, place after it) from a place on, endless; None is the beginning."""
 
     def texts(self) -> Iterator[str]:
-        """All texts, once, to make a text tokenizer from; what cannot be used is skipped, by name on stderr."""
+        """All texts, once, to make a text tokenizer from; what cannot be used is named on stderr, and counted."""
 
 
 class Records:
@@ -99,14 +99,13 @@ class Records:
         while True:
             epoch, position = divmod(drawn * streams + number, len(self.records))
             drawn += 1
-            try:
-                index = int(self._order(seed, epoch)[position])
-                record: Any = self.records[index]
-                if not isinstance(record, Sample):
-                    known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
-                    record = {**known, **record}
-            except (ValueError, TypeError) as error:
-                record = ValueError(str(error))
+            index = int(self._order(seed, epoch)[position])
+            record = self._record(index)
+            if isinstance(record, Mapping):
+                known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
+                record = {**known, **record}
+            elif not isinstance(record, (Sample, ValueError)):
+                record = ValueError(f"record {index + 1}: expected an object, got {type(record).__name__}")
             yield record, drawn
 
     def _order(self, seed: int, epoch: int) -> Tensor:
@@ -117,14 +116,14 @@ class Records:
         return self._orders[seed, epoch]
 
     def texts(self) -> Iterator[str]:
-        for n in range(len(self.records)):
-            try:
-                record = self.records[n]
-            except (ValueError, TypeError) as error:
-                warn_skipped(str(error))
-                continue
-            if not isinstance(record, Sample):
-                yield from _texts(record)
+        return _texts_of(self._record(n) for n in range(len(self.records)))
+
+    def _record(self, n: int) -> Any:
+        """Record n, or the ValueError that says why it cannot be used."""
+        try:
+            return self.records[n]
+        except (ValueError, TypeError) as error:
+            return ValueError(str(error))
 
 
 class Lines(Sequence[Record]):
@@ -203,13 +202,7 @@ class Shards:
             yield _record(sample), after
 
     def texts(self) -> Iterator[str]:
-        for url in self.urls:
-            for sample in read_shard(url, texts=True):
-                record = _record(sample)
-                if isinstance(record, ValueError):
-                    warn_skipped(str(record))
-                else:
-                    yield from _texts(record)
+        return _texts_of(_record(sample) for url in self.urls for sample in read_shard(url, texts=True))
 
 
 class Corpus:
@@ -291,6 +284,19 @@ def _record(sample: ShardSample) -> Any:
         reasons = "; ".join([*problems, *caption.notes]) or "got none"
         return ValueError(f"{sample.name}: expected a caption or messages in a .txt or .json: {reasons}")
     return {**record, "images": [sample], "name": sample.name}
+
+
+def _texts_of(records: Iterable[Any]) -> Iterator[str]:
+    """The texts of records; of the ValueErrors among them each is named, and their number at the end."""
+    skipped = 0
+    for record in records:
+        if isinstance(record, ValueError):
+            skipped += 1
+            warn_skipped(str(record))
+        elif isinstance(record, Mapping):
+            yield from _texts(record)
+    if skipped:
+        warn_skipped(f"{skipped} records have no texts for the text tokenizer")
 
 
 def _texts(record: Record) -> Iterator[str]:

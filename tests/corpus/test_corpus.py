@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 
 from semhitok.cli import encode, main
 from semhitok.config import preset
-from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, items, sources, verify
+from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, sources, verify
 from semhitok.corpus.format import Layout, read_manifest, shard_writer
+from semhitok.corpus.units import read_unit
 from semhitok.data.captions import FIELDS
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
 from semhitok.tokenizer import SemHiTok
@@ -618,7 +619,7 @@ def test_units_do_not_hold_names(root, tmp_path):
     """A unit of image files is a place in a listing, so that memory does not grow with the folder."""
     units, _ = sources.plan(sources.sort_out(["photos"]), 5, tmp_path)
     assert [(unit.kind, unit.count) for unit in units] == [("images", 5)] * 4 + [("images", 2)]
-    keys = [item.key for unit in units for item in items.read_unit(unit, FIELDS)]
+    keys = [item.key for unit in units for item in read_unit(unit, FIELDS)]
     assert keys == [path.relative_to("photos").as_posix() for path in list_images(["photos"])]
     assert keys == sorted(keys, key=lambda key: Path(key).parts)
 

@@ -1,6 +1,7 @@
 """What people give `semhitok encode`: every image with its own key and caption, or left out by name."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -182,8 +183,6 @@ def test_what_an_earlier_version_began_is_resumed_with_its_keys():
     # As it was written before keys had a source, after an interruption before the first shard.
     listing = [json.loads(line) for line in Path("out/images.jsonl").read_text().splitlines()]
     old = [[path, os.path.basename(path)] for path, _ in listing]
-    import hashlib
-
     digest = hashlib.sha256("".join(json.dumps(pair) + "\n" for pair in old).encode())
     digest.update(json.dumps([[0, "images", "", 0, 10]]).encode())
     shutil.rmtree("out")
@@ -227,7 +226,7 @@ def test_a_source_that_changed_is_encoded_again(capsys):
     assert (summary.images, summary.skipped) == (1, 1)
     assert encode("a.tar", "b.tar")[0].encoded == 0
     Path("a.tar").write_bytes(whole)
-    summary, found = encode("a.tar", "b.tar")
+    summary, _ = encode("a.tar", "b.tar")
     assert (summary.encoded, summary.images, summary.skipped) == (2, 3, 0)
     assert "encoded again: a.tar: changed after shard-000000 was encoded" in capsys.readouterr().err
     pq.write_table(pa.table({"image": [image(0)]}), "a.parquet")
