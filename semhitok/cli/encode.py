@@ -3,10 +3,11 @@
 Each image is resized to the tokenizer's size (shorter side, then centre crop) and becomes a grid of ids. The files
 also hold the images' names, K, m and the hash of the codebooks, so that the ids are not decoded with others. An image
 that cannot be read is skipped (exit code 3): for a .safetensors file it is named on stderr, for a corpus in
-DIR/skipped.jsonl.
+DIR/skipped.jsonl. A caption that cannot be used is left out (exit code 3), and named in DIR/notes.jsonl.
 
-A corpus is encoded from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column `image`,
-with their captions and keys. It can be interrupted at any time: the same command resumes it and gives the same bytes.
+A corpus is encoded from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column `image`, or
+from folders of them, with their captions and keys. It can be interrupted at any time: the same command resumes it and
+gives the same bytes.
 `semhitok info DIR` checks a finished corpus.
 
 examples:

@@ -171,7 +171,8 @@ class Pairing:
     def _oldest(self, cut: bool = False) -> Iterator[Sample]:
         """Take the oldest entry out of the window; gives its sample, if it is one."""
         entry = self._waiting.popleft()
-        family = list(self._families[entry.root])
+        keys = self._families[entry.root]
+        family = list(keys) if len(keys) <= _MAX_FAMILY else [entry]
         owner = self._owner(entry, family)
         if entry.used:
             pass
@@ -183,8 +184,8 @@ class Pairing:
         elif not (cut and entry is self._last):
             yield Sample(entry.key, problem=f"no image among {', '.join(entry.members)}")
         self._close(entry)
-        del self._families[entry.root][entry]
-        if not self._families[entry.root]:
+        del keys[entry]
+        if not keys:
             del self._families[entry.root]
         self._files, self._bytes = self._files - entry.files, self._bytes - entry.size
         if entry.after:
@@ -205,9 +206,9 @@ class Pairing:
     def _owner(entry: _Entry, family: list[_Entry]) -> _Entry | None:
         """The entry whose image the files of `entry` belong to, often itself; None if there is none, or more than one.
 
-        family: the entries of its root in the window, with itself.
+        family: the entries of its root in the window, with itself; it alone if they are many.
         """
-        if len(family) > _MAX_FAMILY or not (entry.is_plain or entry.word or entry.named):
+        if not (entry.is_plain or entry.word or entry.named):
             return entry if entry.images else None
         family = [other for other in family if not other.used]
         plain = [other for other in family if other.is_plain and other.images]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -30,6 +30,7 @@ RETRIES = 3
 PAUSE = 1.0  # seconds before each retry
 MAX_IMAGE = 2**28  # bytes of an image file
 _META = re.compile("__[^/]*__($|/)")  # members that are no samples, by webdataset's convention
+_MAX_ZEROS = 2**16  # blocks of 512 bytes
 _MAX_HEADER = 2**20  # bytes of a long name or of PAX records
 
 
@@ -167,7 +168,7 @@ def _read_once(url: str, fault: _Fault, texts: bool, last: bool, passed_over: Pa
         for member in _members(stream, fault, texts, passed_over):
             # The end of an archive that another one follows: their files do not belong together.
             yield from pairing.rest() if member is None else pairing.add(member)
-        while stream.stream.read(2**20):  # to the end: a command whose output is not read fails
+        while is_url(url) and stream.stream.read(2**20):  # to the end: a command whose output is not read fails
             pass
     except OSError as error:
         fault.note(error, transient=True)
@@ -214,13 +215,14 @@ def _decompressed(stream: _Watched | IO[bytes]) -> Any:
     """The content of a stream that may be compressed, in one piece or several."""
     raw = stream if isinstance(stream, _Watched) else _Watched(stream)
     head = raw.peek(6)
+    buffered = io.BufferedReader(raw)
     if head.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=raw, mode="rb")
+        return gzip.GzipFile(fileobj=buffered, mode="rb")
     if head.startswith(b"BZh"):
-        return bz2.BZ2File(raw)
-    return (
-        lzma.LZMAFile(cast(IO[bytes], raw)) if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")) else io.BufferedReader(raw)
-    )
+        return bz2.BZ2File(buffered)
+    if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+        return lzma.LZMAFile(buffered)
+    return buffered
 
 
 class _Header(tarfile.TarInfo):
@@ -241,7 +243,9 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                tar.ended = True
+                tar.ended, tar.zeros = True, tar.zeros + 1
+                if tar.zeros > _MAX_ZEROS:  # the rest of a file of a fixed size, and no other archive
+                    raise tarfile.EmptyHeaderError("zeros") from None  # type: ignore[attr-defined]
                 raise
             if tar.ended and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
                 raise
@@ -252,11 +256,13 @@ class _Archive(tarfile.TarFile):
     """A tar, or several behind one another, as `cat` and `tar -A` make them.
 
     ended: an end mark was read, and no file after it.
+    zeros: blocks of end marks and of zeros behind them, since the last file.
     """
 
     tarinfo = _Header
     ignore_zeros = True  # goes on after an end mark; `_Header` still refuses what is no header
     ended = False
+    zeros = 0
 
 
 def _members(stream: _Watched, fault: _Fault, texts: bool, passed_over: PassedOver) -> Iterator[Member | None]:
@@ -269,7 +275,7 @@ def _members(stream: _Watched, fault: _Fault, texts: bool, passed_over: PassedOv
             while (header := tar.next()) is not None:
                 vars(tar)["members"] = []  # otherwise every header is kept to the end
                 if tar.ended:
-                    tar.ended = False
+                    tar.ended, tar.zeros = False, 0
                     yield None
                 member = _member(tar, header, texts, passed_over)
                 if member is not None:

@@ -168,7 +168,7 @@ def kill_one_encoder(folder, name, killed):
 
 
 @pytest.mark.slow
-def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
+def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, root, tmp_path_factory, tmp_path):
     ray = pytest.importorskip("ray", reason="ray is not installed")
     pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
@@ -185,6 +185,13 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
         (tmp_path / "shard-000003.parquet").mkdir()
         with pytest.raises(OSError, match=r"shard-000003.parquet: Is a directory"):
             encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, engine="ray", processes=1)
+        # What cannot be read ends as it does with the other engines.
+        other = tmp_path_factory.mktemp("ray")
+        shutil.copytree(root / "photos" / "deep", other / "photos")
+        (other / "photos" / "bad.png").write_text("no image")
+        command = ["encode", "checkpoint", str(other / "photos"), *SETTINGS, "--device", "cpu", "--out"]
+        assert main([*command, str(other / "ray"), "--engine", "ray"]) == main([*command, str(other / "local")]) == 3
+        assert_same(other / "ray", other / "local")
     finally:
         ray.shutdown()
 

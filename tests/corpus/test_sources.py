@@ -424,17 +424,3 @@ def test_engines_agree_on_what_is_skipped(run, capsys):
     same("two", "local")
     same("torchrun", "local")
     assert run(*command, "torchrun")[0] == 3  # without torchrun it is told again, and nothing is encoded
-
-
-@pytest.mark.slow
-def test_ray_agrees_on_what_is_skipped(run):
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    pytest.importorskip("ray.data", reason="Ray Data is not installed")
-    command = ["encode", "checkpoint", *bad_sources(), "--device", "cpu", "--shard-images", "2", "--out"]
-    assert run(*command, "local")[0] == 3
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        assert run(*command, "ray", "--engine", "ray")[0] == 3
-    finally:
-        ray.shutdown()
-    same("ray", "local")

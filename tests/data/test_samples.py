@@ -6,6 +6,7 @@ import lzma
 import os
 import random
 import tarfile
+import time
 
 import pytest
 
@@ -188,6 +189,23 @@ def test_a_header_cannot_ask_for_all_memory(tmp_path):
         tmp_path / "a.tar", tar_of(*files("1.png"))[:1024], info.tobuf(tarfile.GNU_FORMAT), bytes(2048)
     )
     assert [key for key, _, _ in found] == ["1"] and "bytes of a long name" in problems[0]
+
+
+def test_zeros_behind_an_archive_end_it(tmp_path):
+    """As of a file of a fixed size; looking for another archive in them would take hours."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(*files("1.png")))
+    os.truncate(path, 2**36)
+    begun = time.monotonic()
+    assert [sample.key for sample in shards.read_shard(str(path))] == ["1"]
+    assert time.monotonic() - begun < 60
+
+
+def test_names_of_one_root_take_no_longer_the_more_there_are():
+    members = [Member(f"{kind}.{n}.png") for kind in ("scan", "img.word") for n in range(20_000)]
+    members += [Member(f"img.a{n}.png") for n in range(20_000)]
+    begun = time.monotonic()
+    assert len(paired(members)) == 60_000 and time.monotonic() - begun < 60
 
 
 def paired(members):
