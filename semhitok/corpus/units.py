@@ -94,14 +94,15 @@ def _samples(unit: Unit, fields: Sequence[str], passed_over: PassedOver) -> Iter
 
 def _unique(items: Iterable[Item], prefix: str) -> Iterator[Item]:
     """Items whose keys have the prefix, and #2, #3, ... where a key comes again."""
-    seen: set[int] = set()  # hashes: a shard may have a million keys
+    seen: dict[int, int] = {}  # how often a key came, by its hash: a shard may have a million keys
     for item in items:
-        key = f"{prefix}/{item.key}" if prefix and item.key else item.key
-        number, unique = 1, key
+        key = unique = f"{prefix}/{item.key}" if prefix and item.key else item.key
+        number = seen.get(_hash(key), 0)
         while key and _hash(unique) in seen:
             number += 1
             unique = f"{key}#{number}"
-        seen.add(_hash(unique))
+        seen[_hash(key)] = number or 1
+        seen.setdefault(_hash(unique), 1)
         yield item._replace(key=unique)
 
 

@@ -77,7 +77,7 @@ class _Entry:
     """The files of one key.
 
     relatives: entries that left the window before this one, to which they belong.
-    doubtful: a file of another key may belong to this one or to a sample that was given already.
+    doubtful: not the only image of its root: another one left the window before it.
     again, after: the entry that a repeated name began, and the one before it.
     """
 
@@ -223,7 +223,8 @@ class Pairing:
             return plain[0] if plain else None if entry.has_text else single
         images = [other for other in family if other.key == entry.named and other.images]
         if images:
-            return images[0] if len(images) == 1 and not images[0].doubtful else None
+            repeated = images[0].again or images[0].after
+            return None if repeated else images[0]
         return single if entry.word else None
 
     def _sample(self, entry: _Entry, family: list[_Entry]) -> Sample:
@@ -232,8 +233,8 @@ class Pairing:
             if other is not entry and not other.used:
                 if self._owner(other, family) is entry:
                     relatives.append(other)
-                elif entry.is_plain == other.is_plain:
-                    other.doubtful = True  # what may have belonged to `entry` must not be taken for its own
+                elif entry.word and other.word:
+                    other.doubtful = True
         texts = entry.texts()
         for other in relatives:
             other.used = True
@@ -244,7 +245,7 @@ class Pairing:
             else:
                 for suffix in other.members:
                     self._pass_over(other, suffix)
-        key = entry.root if entry.word and relatives else entry.key
+        key = entry.root if entry.word and any(other.named != entry.key for other in relatives) else entry.key
         image, *more = entry.images
         for suffix in more:
             self._pass_over(entry, suffix)

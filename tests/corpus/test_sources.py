@@ -22,6 +22,7 @@ from semhitok.corpus import EncodingConfig, encode_corpus
 from semhitok.corpus import lock as lock_module
 from semhitok.corpus.lock import LOCK, locked
 from semhitok.corpus.sources import keys_collide, sort_out
+from semhitok.corpus.units import Unit, read_unit
 from semhitok.data.images import save_png
 from semhitok.tokenizer import SemHiTok
 
@@ -171,6 +172,10 @@ def test_keys_of_several_sources():
     for found in (keys("photos", "more", out="4"), keys("photos", "more/0.png", out="5")):
         assert found[0] == "photos/0.png" and "more/0.png" in found and len(set(found)) == len(found)
     assert keys("photos/0.png", "more/0.png", out="6") == ["photos/0.png", "more/0.png"]
+    same = pa.table({"image": [image()] * 3000, "id": ["a"] * 1500 + ["a#7"] * 1500})
+    pq.write_table(same, "same.parquet")
+    found = [item.key for item in read_unit(Unit(0, "parquet", "same.parquet"), ())]
+    assert len(set(found)) == 3000 and found[:2] == ["a", "a#2"]
     write_tar("twice.tar", ("1.png", image(0)), ("1.png", image(1)))
     assert keys("twice.tar", out="7") == ["1", "1#2"]
 
@@ -252,68 +257,52 @@ def test_image_files_that_changed_are_encoded_again(change):
 # One run at a time
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from semhitok.corpus.lock import locked
-try:
-    with locked(Path(sys.argv[1]), sys.argv[2] or None):
-        print("held", flush=True)
-        time.sleep(float(sys.argv[3]))
-except ValueError as error:
-    print(error, flush=True)
-"""
-
-
 @contextlib.contextmanager
-def holder(group="", seconds=60):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, ".", group, str(seconds)], stdout=subprocess.PIPE, text=True
-    )
+def holder(group=None):
+    """Another process that holds the lock, and is killed in the end."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        with locked(Path(), group):
+            os.write(writing, b"held")
+            time.sleep(60)
+        os._exit(1)
     try:
-        yield process, process.stdout.readline().strip()
+        assert os.read(reading, 4) == b"held"
+        yield
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(monkeypatch, run):
     monkeypatch.setattr(lock_module, "WAIT", 0.2)
-    with holder() as (process, said):
-        assert said == "held"
+    with holder():
         for group in (None, "a"):
-            with (
-                pytest.raises(ValueError, match=r"^\.: another run is encoding into this folder"),
-                locked(Path(), group),
-            ):
+            with pytest.raises(ValueError, match=r"^\.: another run is encoding"), locked(Path(), group):
                 pass
         code, _, err = run("encode", "checkpoint", "photos", "--out", "./", "--device", "cpu")
         assert code == 2 and len(err) == 1 and "another run is encoding" in err[0]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    assert Path(LOCK).exists()
+    with locked(Path()):
         assert Path(LOCK).exists()
-        with locked(Path()):
-            assert Path(LOCK).exists()
-        assert not Path(LOCK).exists()
+    assert not Path(LOCK).exists()
 
 
 def test_the_processes_of_one_torchrun_share_the_lock(monkeypatch):
     monkeypatch.setattr(lock_module, "WAIT", 0.2)
-    with holder("a") as (first, said):
-        assert said == "held"
-        with holder("a", 0.1) as (second, also):
-            assert also == "held"
-            second.wait()
-        assert Path(LOCK).exists()
-        with locked(Path(), "a"):
+    with holder("a"):
+        with holder("a"), locked(Path(), "a"):
             for group in (None, "b"):
                 with pytest.raises(ValueError, match="another run"), locked(Path(), group):
                     pass
-        first.kill()
-        first.wait()
-        with locked(Path(), "b"):
+        assert Path(LOCK).exists()
+        with pytest.raises(ValueError, match="another run"), locked(Path(), "b"):
             pass
+    with locked(Path(), "b"):
+        pass
     assert not Path(LOCK).exists()
 
 

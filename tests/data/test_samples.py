@@ -64,6 +64,13 @@ def files(*names):
             ["dr.smith.png", "dr.smith.txt", "dr.jones.png", "dr.jones.json"],
             [("dr.smith", "dr.smith.png", "dr.smith.txt"), ("dr.jones", "dr.jones.png", "dr.jones.json")],
         ),
+        (
+            ["dr.smith.png", "dr.smith.caption.txt", "dr.jones.png", "dr.jones.caption.txt"],
+            [
+                ("dr.smith", "dr.smith.png", "dr.smith.caption.txt"),
+                ("dr.jones", "dr.jones.png", "dr.jones.caption.txt"),
+            ],
+        ),
         # webdataset's several suffixes
         (
             ["0001.cls", "0001.json", "0001.mask.png", "0001.png", "0001.seg.png", "0001.seg.npy", "0001.ocr.txt"],
