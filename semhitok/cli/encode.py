@@ -137,9 +137,9 @@ def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[
     if summary.missing:
         return
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
+    yield "captions", f"{summary.captions:,} of {summary.images:,} images have captions" + _captions(config, summary)
     if summary.images:
         yield "size", f"{summary.bytes:,} bytes, {summary.bytes / summary.images:.0f} an image"
-    yield "captions", f"{summary.captions:,} of {summary.images:,} images have captions" + _captions(config, summary)
     if config.precision != "fp32":
         yield "precision", f"{config.precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
     if summary.skipped:
