@@ -39,7 +39,8 @@ def find_images(sources: Iterable[str], command: str) -> tuple[list[Path], int]:
 
     What is passed over is counted and named on stderr.
     """
-    from semhitok.data.listing import PassedOver, list_images
+    from semhitok.data.listing import list_images
+    from semhitok.data.passed_over import PassedOver
 
     passed_over = PassedOver()
     try:

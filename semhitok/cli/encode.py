@@ -3,10 +3,11 @@
 Each image is resized to the tokenizer's size (shorter side, then centre crop) and becomes a grid of ids. The files
 also hold the images' names, K, m and the hash of the codebooks, so that the ids are not decoded with others. An image
 that cannot be read is skipped (exit code 3): for a .safetensors file it is named on stderr, for a corpus in
-DIR/skipped.jsonl.
+DIR/skipped.jsonl. A caption that cannot be used is left out (exit code 3), and named in DIR/notes.jsonl.
 
-A corpus is encoded from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column `image`,
-with their captions and keys. It can be interrupted at any time: the same command resumes it and gives the same bytes.
+A corpus is encoded from folders, webdataset shards (*.tar, {000..123}, URLs) or parquet files with a column `image`, or
+from folders of them, with their captions and keys. It can be interrupted at any time: the same command resumes it and
+gives the same bytes.
 `semhitok info DIR` checks a finished corpus.
 
 examples:
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in args.corpus_flags if hasattr(args, name)}
-    if not Path(args.out).suffix or Path(args.out).is_dir():
+    if not Path(args.out).suffix or args.out.endswith("/") or Path(args.out).is_dir():
         return _corpus(args, given)
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(
+            f"--out: expected a file ending in .safetensors, or a folder, which ends in / if its name has a dot: "
+            f"{args.out}/"
+        )
     for name in given:
         raise ValueError(f"{args.corpus_flags[name]}: expected with a folder as --out, got {args.out}")
     return _file(args)
@@ -72,8 +79,12 @@ def _file(args: argparse.Namespace) -> int:
 
     from semhitok.corpus.ids_file import save_codes
     from semhitok.data.image_reader import ImageReader
+    from semhitok.data.kinds import PARQUET, SHARDS, kind_of
 
     out = arguments.check_output_file(args.out)
+    for name in args.sources:
+        if kind_of(name) in (SHARDS, PARQUET):
+            raise ValueError(f"--out: expected a folder for {name} ({kind_of(name)}), got the file {args.out}")
     paths, unreadable = arguments.find_images(args.sources, "encode")
     tokenizer = arguments.load_tokenizer(args.checkpoint, args.device)
     device = next(tokenizer.parameters()).device
@@ -108,11 +119,18 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
 
     out, device = arguments.make_output_folder(args.out), arguments.find_device(args.device)
     summary = encode_corpus(args.checkpoint, args.sources, out, config, device=device, progress=counted, **given)
-    print(text.table(_rows(args.out, config.precision, summary)))
-    return text.exit_code(summary.skipped)
+    if summary.passed_over:
+        print(f"semhitok encode: {summary.passed_over}", file=sys.stderr)
+    print(text.table(_rows(args.out, config, summary)))
+    code = text.exit_code(summary.skipped + summary.unreadable + summary.captions_left_out)
+    if code and given.get("engine") == "torchrun":
+        note = f"torchrun takes any exit code but 0 for a crash: this is 0 in place of {code}, as inputs were skipped"
+        print(f"semhitok encode: {note}", file=sys.stderr)
+        return text.DONE
+    return code
 
 
-def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any]]:
+def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[str, Any]]:
     yield "corpus", out if not summary.missing else f"{out}, not finished: {summary.missing}"
     yield "encoded now", f"{summary.encoded:,} images in {summary.seconds:.1f} s"
     if summary.encoded:
@@ -121,10 +139,23 @@ def _rows(out: str, precision: str, summary: Summary) -> Iterator[tuple[str, Any
     if summary.missing:
         return
     yield "images", f"{summary.images:,}" + (f", {summary.rows:,} crops" if summary.rows != summary.images else "")
+    yield "captions", f"{summary.captions:,} of {summary.images:,} images have captions" + _captions(config, summary)
     if summary.images:
         yield "size", f"{summary.bytes:,} bytes, {summary.bytes / summary.images:.0f} an image"
-    if precision != "fp32":
-        yield "precision", f"{precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
+    if config.precision != "fp32":
+        yield "precision", f"{config.precision} changed {summary.changed:.2%} of the ids in each shard's first batch"
     if summary.skipped:
         yield "skipped", f"{summary.skipped:,}, listed in {Path(out, 'skipped.jsonl')}"
+    if summary.notes:
+        yield "notes", f"{summary.notes:,}, listed in {Path(out, 'notes.jsonl')}"
     yield from text.usage_rows(summary.usage)
+
+
+def _captions(config: EncodingConfig, summary: Summary) -> str:
+    counts = {
+        "the first of several": summary.captions_listed,
+        "repaired": summary.captions_repaired,
+        "left out": summary.captions_left_out,
+        f"with JSON without {config.caption}": summary.captions_lacking if config.caption else 0,
+    }
+    return "".join(f", {number:,} {what}" for what, number in counts.items() if number)

@@ -26,10 +26,21 @@ from semhitok._optional import require
 from semhitok.corpus import engines
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, encoder_hash
-from semhitok.corpus.format import JOB, MANIFEST, SKIPPED, Layout, check_shard, count_usage
-from semhitok.corpus.sources import Unit, plan
+from semhitok.corpus.format import JOB, MANIFEST, NOTES, SKIPPED, Layout, check_shard, count_usage
+from semhitok.corpus.lock import locked, torchrun_group
+from semhitok.corpus.sources import keys_collide, plan, sort_out
+from semhitok.corpus.tables import check_columns
+from semhitok.corpus.units import Unit, source_state
+from semhitok.data.kinds import PARQUET
+from semhitok.data.passed_over import PassedOver
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
+
+_COUNTS = (
+    *("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes"),
+    *("captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"),
+)
+_PREFIXED = "source and key"  # the setting "keys" of a corpus whose keys begin with their source
 
 
 @dataclass
@@ -38,6 +49,13 @@ class Summary:
 
     Attributes:
         images, rows, skipped, bytes: of the whole corpus; a row is an image or one of its crops.
+        captions: images that have a caption; of `captions_listed` it is the first of several, of `captions_repaired` it
+            has U+FFFD in place of invalid text.
+        captions_left_out, captions_lacking: images with a caption that could not be used, and with JSON that has none
+            of the fields it could be in.
+        passed_over: what the folders hold beside the sources, in one line; empty if there is nothing.
+        unreadable: files and folders among these that could not be read.
+        notes: lines of notes.jsonl, which names captions that were repaired or left out, and files passed over.
         encoded: images encoded by this call; on torchrun, by this process.
         seconds: of wall-clock time, for encoding.
         shares: of the encoding processes' time that was spent "waiting" for images, "quantising", or "comparing" ids
@@ -52,6 +70,14 @@ class Summary:
     rows: int = 0
     skipped: int = 0
     bytes: int = 0
+    captions: int = 0
+    captions_listed: int = 0
+    captions_repaired: int = 0
+    captions_left_out: int = 0
+    captions_lacking: int = 0
+    passed_over: str = ""
+    unreadable: int = 0
+    notes: int = 0
     encoded: int = 0
     seconds: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
@@ -87,8 +113,8 @@ def encode_corpus(
         progress: wraps the iterable of the units' results; its second argument is their number.
 
     Raises:
-        ValueError: bad arguments or sources; `out` holds another corpus; units could not be read or were lost. The
-            same call encodes those again.
+        ValueError: bad arguments or sources; `out` holds another corpus, or another run is encoding into it; units
+            could not be read or were lost, and the same call encodes those again; not one image could be encoded.
         OSError: sources or checkpoint cannot be read, or `out` cannot be written. The same call resumes.
         ImportError: pyarrow, webdataset or ray is not installed.
     """
@@ -98,16 +124,17 @@ def encode_corpus(
     rank, world_size, device = engines.place(engine, processes, str(device))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
     begun = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # an encoder in this process sets it to one
+        stack.enter_context(locked(folder, torchrun_group() if engine == "torchrun" else None))
         tokenizer = SemHiTok.from_pretrained(checkpoint)
-        job, units = _open_job(str(checkpoint), tokenizer, sources, folder, config, device, workers)
+        job, units, passed_over = _open_job(str(checkpoint), tokenizer, sources, folder, config, device, workers)
         encoder = UnitEncoder(job, tokenizer) if engines.encodes_here(engine, processes) else None
         del tokenizer  # other processes load their own
         _remove_temporary_files(folder, engine)
         todo = [unit for unit in units[rank::world_size] if _finished(job, unit) is None]
-        summary = Summary()
+        summary = Summary(passed_over=passed_over.summary(), unreadable=passed_over.unreadable)
         problems = 0
         busy: dict[str, float] = defaultdict(float)
         encoding = time.perf_counter()
@@ -132,8 +159,6 @@ def encode_corpus(
         if summary.missing and engine != "torchrun":
             raise ValueError(f"{summary.missing}; run the same command again to encode it")
         return summary
-    finally:
-        torch.set_num_threads(threads)  # an encoder in this process sets it to one
 
 
 def _open_job(
@@ -144,8 +169,11 @@ def _open_job(
     config: EncodingConfig,
     device: str,
     workers: int,
-) -> tuple[EncodingJob, list[Unit]]:
-    """The job of a folder, new or to be resumed, and its units; ValueError if the folder holds another one."""
+) -> tuple[EncodingJob, list[Unit], PassedOver]:
+    """The job of a folder, new or to be resumed, its units, and what the listing passes over.
+
+    ValueError if the folder holds another job.
+    """
     model, vocabulary = tokenizer.config, tokenizer.vocabulary
     assert vocabulary.codebook_hash is not None
     grid = (model.grid_size, model.grid_size)
@@ -165,11 +193,23 @@ def _open_job(
     for key, value in settings.items():
         if old and old.get(key) != value:
             raise ValueError(f"{folder}: holds another corpus: {key} was {old.get(key)!r}, now {value!r}")
-    units, digest = plan(sources, config.images_per_shard, folder, old.get("sources_sha256"))
+    passed_over = PassedOver()
+    found = sort_out(sources, passed_over, mixed=bool(old))
+    # What an earlier version began, it ends with the keys of that version.
+    prefixed = old.get("keys") == _PREFIXED if old else keys_collide(found)
+    if not old:
+        for kind, name in found.tables:
+            if kind == PARQUET:
+                check_columns(name, config.caption)
+    units, digest = plan(
+        found, config.images_per_shard, folder, passed_over, old.get("sources_sha256"), prefixed=prefixed
+    )
     settings |= {"sources_sha256": digest, "shards": len(units)}
+    if prefixed:
+        settings["keys"] = _PREFIXED
     if not old:
         write_json(path, settings)
-    return EncodingJob(checkpoint, folder, config, layout, device, workers, settings), units
+    return EncodingJob(checkpoint, folder, config, layout, device, workers, settings), units, passed_over
 
 
 def _remove_temporary_files(folder: Path, engine: str) -> None:
@@ -186,6 +226,9 @@ def _finished(job: EncodingJob, unit: Unit) -> dict[str, Any] | None:
         record = json.loads(path.read_bytes())
         if record["job"] != job.digest:
             raise ValueError(f"{path}: belongs to another job")
+        if record.get("source_state") not in (None, source_state(unit)):  # None: not known
+            source = f"image files of {path.stem}" if unit.kind == "images" else unit.source
+            raise ValueError(f"{source}: changed after {path.stem} was encoded")
         check_shard(job.shard_path(unit), record)
         return record
     except FileNotFoundError:
@@ -210,17 +253,26 @@ def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
             return f"{job.shard_path(unit)}: no such shard"
         except (ValueError, KeyError, TypeError) as error:
             return str(error)
-        shards.append({k: len(v) if k == "skipped" else v for k, v in record.items() if k != "job"})
-    counts = ("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes")
-    totals = {key: sum(shard[key] for shard in shards) for key in counts}
-    with open_atomic(job.out / SKIPPED) as file:
-        for unit in units:
-            record = json.loads(job.record_path(unit).read_bytes())
-            file.writelines((json.dumps(entry) + "\n").encode() for entry in record["skipped"])
+        hidden = ("job", "source_state")
+        shards.append({k: len(v) if isinstance(v, list) else v for k, v in record.items() if k not in hidden})
+    # Earlier versions did not count all of these.
+    totals = {key: sum(shard.get(key, 0) for shard in shards) for key in _COUNTS}
+    for name, key in ((SKIPPED, "skipped"), (NOTES, "notes")):
+        if key == "notes" and not totals["notes"]:
+            (job.out / name).unlink(missing_ok=True)
+            continue
+        with open_atomic(job.out / name) as file:
+            for unit in units:
+                record = json.loads(job.record_path(unit).read_bytes())
+                file.writelines((json.dumps(entry) + "\n").encode() for entry in record.get(key, ()))
+    if not totals["images"]:
+        raise ValueError(f"{job.out}: not one image could be encoded, see {job.out / SKIPPED}")
     rounded = {view: {k: round(v, 6) for k, v in figures.items()} for view, figures in usage.summary().items()}
     manifest = {**job.settings, "shards": shards, "totals": totals, "usage": rounded}
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
     summary.bytes, summary.usage = totals["bytes"], rounded
+    for key in ("captions", "captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"):
+        setattr(summary, key, totals[key])
     summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
     return ""

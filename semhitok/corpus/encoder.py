@@ -25,7 +25,9 @@ from semhitok._files import write_atomic
 from semhitok._messages import message
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.format import Layout, shard_writer
-from semhitok.corpus.sources import Item, Unit, read_unit
+from semhitok.corpus.items import Item, Note
+from semhitok.corpus.units import Unit, read_unit, source_state
+from semhitok.data.captions import FIELDS, Caption
 from semhitok.tokenizer import SemHiTok
 
 
@@ -34,7 +36,7 @@ class CroppedImage(NamedTuple):
 
     key: str
     crops: Tensor = torch.empty(0)
-    caption: str | None = None
+    caption: Caption = Caption()
     problem: str = ""
     transient: bool = False
 
@@ -105,6 +107,7 @@ class UnitEncoder:
         del tokenizer.decoder, tokenizer.semantic_decoder  # half of the memory, and not needed
         self.tokenizer = tokenizer.to(job.device).eval()
         self.seconds: dict[str, float] = defaultdict(float)  # of the current unit
+        self._states: dict[int, Any] = {}  # of the sources of units, from before they were read
         tokenizer.quantizer.register_forward_pre_hook(lambda *_: self._clock("quantising", -1))
         tokenizer.quantizer.register_forward_hook(lambda *_: self._clock("quantising", 1))
 
@@ -117,7 +120,7 @@ class UnitEncoder:
         if not units:
             return
         config, workers = self.job.config, self.job.workers
-        items: Any = _items(units, config.caption)  # to the DataLoader, the indices of the dataset
+        items: Any = self._items(units)  # to the DataLoader, the indices of the dataset
         loader: DataLoader[Any] = DataLoader(
             _CropDataset(self.tokenizer.config.image_size, config.crop),
             sampler=items,
@@ -131,29 +134,36 @@ class UnitEncoder:
         for unit in units:
             yield self._unit(unit, images)
 
-    def _unit(self, unit: Unit, loaded: Iterator[CroppedImage | None]) -> UnitResult:
+    def _unit(self, unit: Unit, loaded: Iterator[CroppedImage | Note | None]) -> UnitResult:
         job = self.job
         self.seconds.clear()
         self._clock("all", -1)
         self.compared = self.changed = 0
         images = captions = 0
+        about = dict.fromkeys(("listed", "repaired", "left_out", "lacking"), 0)  # of captions
         skipped: list[dict[str, str]] = []
-        rows = self._rows(loaded, skipped)
+        notes: list[dict[str, str]] = []
+        rows = self._rows(loaded, skipped, notes)
         try:
             with shard_writer(job.shard_path(unit), job.layout) as writer:
                 while batch := list(islice(rows, job.config.batch_size)):
                     grids = self._encode([image.crops[crop] for image, crop in batch])
                     for (image, crop), ids in zip(batch, grids, strict=True):
-                        writer.add(image.key, image.caption, crop, ids)
-                        images += crop == 0
-                        captions += crop == 0 and image.caption is not None
+                        writer.add(image.key, image.caption.text, crop, ids)
+                        if crop == 0:
+                            images += 1
+                            captions += image.caption.text is not None
+                            for name in about:
+                                about[name] += getattr(image.caption, name)
         except _TransientError as problem:
-            deque(self._images(loaded), maxlen=0)  # skip the rest of this unit
+            deque(self._images(loaded, notes), maxlen=0)  # skip the rest of this unit
             self._clock("all", 1)
             return UnitResult(None, dict(self.seconds), str(problem))
         record = {
             "name": job.shard_path(unit).name, "source": unit.source if unit.kind != "images" else "",
             "images": images, "rows": writer.rows, "captions": captions, "skipped": skipped,
+            **{f"captions_{name}": number for name, number in about.items()}, "notes": notes,
+            "source_state": self._states.pop(unit.number),
             "ids_compared": self.compared, "ids_changed": self.changed, "bytes": writer.bytes,
             "sha256": writer.sha256, "job": job.digest,
         }  # fmt: skip
@@ -162,25 +172,40 @@ class UnitEncoder:
         return UnitResult(record, dict(self.seconds))
 
     def _rows(
-        self, loaded: Iterator[CroppedImage | None], skipped: list[dict[str, str]]
+        self, loaded: Iterator[CroppedImage | Note | None], skipped: list[dict[str, str]], notes: list[dict[str, str]]
     ) -> Iterator[tuple[CroppedImage, int]]:
         """(image, number of the crop) of the crops up to the end of the unit; unreadable images go to `skipped`."""
-        for image in self._images(loaded):
+        for image in self._images(loaded, notes):
             if image.transient:
                 raise _TransientError(image.problem)
             if image.problem:
                 skipped.append({"key": image.key, "reason": image.problem})
+            else:
+                notes.extend({"key": image.key, "note": note} for note in image.caption.notes)
             yield from ((image, crop) for crop in range(len(image.crops)))
 
-    def _images(self, loaded: Iterator[CroppedImage | None]) -> Iterator[CroppedImage]:
-        """The images up to the end of the unit."""
+    def _images(
+        self, loaded: Iterator[CroppedImage | Note | None], notes: list[dict[str, str]]
+    ) -> Iterator[CroppedImage]:
+        """The images up to the end of the unit; its notes go to `notes`."""
         while True:
             self._clock("waiting", -1)
             image = next(loaded)
             self._clock("waiting", 1)
             if image is None:
                 return
-            yield image
+            if isinstance(image, Note):
+                notes.append({"key": "", "note": image.text})
+            else:
+                yield image
+
+    def _items(self, units: Sequence[Unit]) -> Iterator[Item | Note | None]:
+        """The items of units, in order, and None after each unit."""
+        caption = self.job.config.caption
+        for unit in units:
+            self._states[unit.number] = source_state(unit)
+            yield from read_unit(unit, (caption,) if caption else FIELDS)
+            yield None
 
     def _encode(self, crops: Sequence[Tensor]) -> Tensor:
         """ids [n, h, w] of n crops [3, size, size], encoded as a batch that is padded to its full size."""
@@ -233,22 +258,15 @@ class _TransientError(Exception):
     """A unit cannot be read to its end now, but may be later."""
 
 
-def _items(units: Sequence[Unit], caption: str | None) -> Iterator[Item | None]:
-    """The items of units, in order, and None after each unit."""
-    for unit in units:
-        yield from read_unit(unit, caption)
-        yield None
-
-
 class _CropDataset(Dataset[Any]):
-    """The crops of items, in place of indices; None stays None."""
+    """The crops of items, in place of indices; notes and None stay what they are."""
 
     def __init__(self, size: int, policy: str) -> None:
         self.size, self.policy = size, policy
 
-    def __getitem__(self, item: Item | None) -> CroppedImage | None:
-        if item is None:
-            return None
+    def __getitem__(self, item: Item | Note | None) -> CroppedImage | Note | None:
+        if item is None or isinstance(item, Note):
+            return item
         try:
             return CroppedImage(item.key, item.crops(self.size, self.policy).contiguous(), item.read_caption())
         except (ValueError, OSError) as error:

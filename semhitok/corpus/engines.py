@@ -16,7 +16,7 @@ import torch
 from semhitok._optional import require
 from semhitok.corpus.config import ENGINES
 from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, ignore_interrupts, reason
-from semhitok.corpus.sources import Unit
+from semhitok.corpus.units import Unit
 
 
 def place(engine: str, processes: int, device: str) -> tuple[int, int, str]:

@@ -7,6 +7,7 @@ DIR/job.json              settings, by which another job in the folder is refuse
 DIR/shard-000000.parquet  one row per image or crop: key, caption, crop, ids
 DIR/shard-000000.json     its record, written when the shard is complete: counts, SHA-256, images skipped
 DIR/skipped.jsonl         {"key", "reason"} of each image that could not be read
+DIR/notes.jsonl           {"key", "note"}, if any: captions repaired or left out, files of shards passed over
 DIR/manifest.json         settings, totals, usage of the codes; name, counts and SHA-256 of each shard; written last
 
 `ids` is list<uint8 | uint16 | uint32>, the smallest type that holds K * m ids, row by row from the top left. Packed, it
@@ -35,7 +36,7 @@ from semhitok.usage import CodeUsage
 from semhitok.vocabulary import Vocabulary
 
 FORMAT, VERSION = "semhitok-corpus", 1
-JOB, MANIFEST, SKIPPED = "job.json", "manifest.json", "skipped.jsonl"
+JOB, MANIFEST, SKIPPED, NOTES = "job.json", "manifest.json", "skipped.jsonl", "notes.jsonl"
 _ROWS = 1024  # of a row group: readers and the writer hold one in memory
 _METADATA = b"semhitok"
 

@@ -4,63 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from semhitok._messages import printable
 from semhitok.data.formats import HEAD, is_image_name, sniff
+from semhitok.data.passed_over import UNREADABLE
 
 # Reasons for which something in a folder is passed over.
 NOT_AN_IMAGE = "of no image format"
+OTHER_KIND = "of another kind"
 HIDDEN = "hidden or the system's"
 NOT_A_FILE = "not a file"
 BROKEN_LINK = "a link to nothing"
 LOOP = "a link to a folder around it"
 TWICE = "a folder that is listed elsewhere"
-UNREADABLE = "not readable"
 _SYSTEM = ("thumbs.db", "desktop.ini")
-_NAMED = 3  # of each reason in a message
-
-
-class PassedOver:
-    """What `walk_images` and `list_images` pass over: how many for each reason, and the names of the first few.
-
-    An instance is their argument `passed_over`. A folder counts once.
-
-    Attributes:
-        counts: {reason: number}.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self._names: dict[str, list[str]] = {}
-
-    def __call__(self, path: Path, reason: str) -> None:
-        self.counts[reason] += 1
-        names = self._names.setdefault(reason, [])
-        if len(names) < _NAMED:
-            names.append(path.name)
-
-    @property
-    def unreadable(self) -> int:
-        """Files and folders that could not be read and may hold images: they count as skipped."""
-        return self.counts[UNREADABLE]
-
-    def summary(self) -> str:
-        """`passed over 3 files: 2 of no image format (notes.txt, a.py), 1 not a file (queue)`; empty if there are none.
-
-        One line, whatever the names are.
-        """
-        if not self.counts:
-            return ""
-        total = self.counts.total()
-        parts = []
-        for reason, count in self.counts.items():
-            names = ", ".join(self._names[reason]) + (", ..." if count > _NAMED else "")
-            parts.append(f"{count} {reason} ({names})")
-        return printable(f"passed over {total} file{'' if total == 1 else 's'}: {', '.join(parts)}")
 
 
 def list_images(
@@ -122,6 +81,22 @@ def walk_images(
     Raises:
         OSError: `folder` cannot be read; without `passed_over`, anything inside it that cannot be read.
     """
+    return walk_files(folder, is_image_name, NOT_AN_IMAGE, passed_over)
+
+
+def walk_files(
+    folder: str | os.PathLike[str],
+    suits: Callable[[str], bool | None],
+    other: str,
+    passed_over: Callable[[Path, str], None] | None = None,
+) -> Iterator[Path]:
+    """The files of a folder that suit, as `walk_images` finds them.
+
+    Args:
+        folder, passed_over: as in `walk_images`.
+        suits: a file's name -> whether it suits; None if its content has to be that of an image.
+        other: the reason for which those that do not suit are passed over.
+    """
     seen = {_identity(folder)}
     branch = [(iter(_entries(folder)), os.path.realpath(folder))]
     while branch:
@@ -132,7 +107,7 @@ def walk_images(
         entry, is_caption = found
         path = Path(entry.path)
         try:
-            reason = HIDDEN if _is_hidden(entry.name) else _reason(entry, branch, seen)
+            reason = HIDDEN if _is_hidden(entry.name) else _reason(entry, branch, seen, suits(entry.name), other)
             if reason is None and _is_folder(entry):
                 below = _entries(path)
                 seen.add(_identity(path))
@@ -145,7 +120,7 @@ def walk_images(
             reason = UNREADABLE
         if reason is None:
             yield path
-        elif passed_over is not None and not (is_caption and reason == NOT_AN_IMAGE):
+        elif passed_over is not None and not (is_caption and reason == other):
             passed_over(path, reason)
 
 
@@ -173,9 +148,14 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _reason(entry: os.DirEntry[str], branch: Sequence[tuple[Any, str]], seen: set[tuple[int, int]]) -> str | None:
-    """Why an entry is passed over; None for images and folders to list. `branch`: the folders around, real paths."""
-    named = is_image_name(entry.name)
+def _reason(
+    entry: os.DirEntry[str],
+    branch: Sequence[tuple[Any, str]],
+    seen: set[tuple[int, int]],
+    named: bool | None,
+    other: str,
+) -> str | None:
+    """Why an entry is passed over; None for files and folders to list. `branch`: the folders around, real paths."""
     try:
         if entry.is_dir():
             if entry.is_symlink():
@@ -199,9 +179,9 @@ def _reason(entry: os.DirEntry[str], branch: Sequence[tuple[Any, str]], seen: se
             try:
                 sniff(file.read(HEAD))
             except ValueError:
-                return NOT_AN_IMAGE
+                return other
         return None
-    return None if named else NOT_AN_IMAGE
+    return None if named else other
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -1,28 +1,37 @@
-"""Webdataset shards: tar files, local or behind a URL, whose members of one key make a sample."""
+"""Webdataset shards: tar files, local or behind a URL, whose files make samples as `semhitok.data.samples` says."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import re
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from torch import Tensor
 
 from semhitok._optional import require
-from semhitok.data.images import SUFFIXES, decode_image
+from semhitok.data.captions import MAX_TEXT, escaped
+from semhitok.data.images import decode_image
 from semhitok.data.kinds import expand_braces, is_url
+from semhitok.data.passed_over import PassedOver
+from semhitok.data.samples import Member, Pairing, Sample, has_key, is_image, is_text
 
 RETRIES = 3
 PAUSE = 1.0  # seconds before each retry
+MAX_IMAGE = 2**28  # bytes of an image file
 _META = re.compile("__[^/]*__($|/)")  # members that are no samples, by webdataset's convention
-_TEXTS = (".txt", ".json")
+_MAX_ZEROS = 2**16  # blocks of 512 bytes
+_MAX_HEADER = 2**20  # bytes of a long name or of PAX records
 
 
 def expand_shards(name: str) -> Iterator[str]:
@@ -39,7 +48,8 @@ def expand_shards(name: str) -> Iterator[str]:
         if scheme == "file":
             path = url2pathname(urlparse(url).path) if is_url(url) else url
             if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}: no such shard")
+                problem = "expected a file, got something else" if os.path.exists(path) else "no such shard"
+                raise FileNotFoundError(f"{path}: {problem}")
             yield path
         elif scheme in schemes:
             yield url
@@ -58,8 +68,9 @@ class ShardSample(NamedTuple):
     problem: why there is no image; empty if there is one.
     ends_shard: the problem is with the shard, not with one sample.
     transient: reading the shard may succeed another time: a connection broke, for example.
-    key: the part of the members' names that they share.
+    key: the sample's name, see `semhitok.data.samples`; bytes that are not UTF-8 are \\xNN.
     texts: (suffix, content) of the .txt and .json members, if requested.
+    notes: why texts of it are missing.
     """
 
     name: str
@@ -69,6 +80,7 @@ class ShardSample(NamedTuple):
     transient: bool = False
     key: str = ""
     texts: tuple[tuple[str, bytes], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def image(self) -> Tensor:
         """float32 [3, H, W] in [0, 1]; ValueError if there is none or it cannot be decoded."""
@@ -89,11 +101,14 @@ class _Fault:
         self.transient = transient
 
 
-def read_shard(url: str, skip: int = 0, *, texts: bool = False) -> Iterator[ShardSample]:
+def read_shard(
+    url: str, skip: int = 0, *, texts: bool = False, passed_over: PassedOver | None = None
+) -> Iterator[ShardSample]:
     """The samples of a shard after the first `skip`, undecoded; if it cannot be read to its end, the last one says why.
 
     A shard that cannot be reached, or whose connection breaks, is retried three times. Only images and, with `texts`,
-    .txt and .json members are read. Nothing in a shard is run or unpickled.
+    .txt and .json members are read. Nothing in a shard is run or unpickled. What is no part of a sample is counted in
+    `passed_over`. At most some 64 MiB of images and texts are held, see `semhitok.data.samples`.
     """
     given = 0
     fault = _Fault()
@@ -101,11 +116,14 @@ def read_shard(url: str, skip: int = 0, *, texts: bool = False) -> Iterator[Shar
         if attempt:
             time.sleep(PAUSE)
         fault = _Fault()
+        counted = PassedOver() if passed_over is None else passed_over
+        if attempt and passed_over is not None:
+            passed_over.clear()
         # A retry gives what comes after the samples already given.
-        for sample in islice(_read_once(url, fault, texts), given, None):
+        for sample in islice(_read_once(url, fault, texts, attempt == RETRIES, counted), given, None):
             given += 1
             if given > skip:
-                yield sample
+                yield _named(url, sample)
         if not fault.reason:
             return
         if not fault.transient:
@@ -115,7 +133,28 @@ def read_shard(url: str, skip: int = 0, *, texts: bool = False) -> Iterator[Shar
         yield ShardSample(url, b"", problem, True, fault.transient)
 
 
-def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[ShardSample]:
+def first_key(path: str) -> str | None:
+    """The key of the first file of a local tar that can be a part of a sample; None if there is none."""
+    try:
+        with open(path, "rb") as file, _Archive.open(fileobj=_decompressed(file), mode="r|") as tar:
+            for member in tar:
+                vars(tar)["members"] = []
+                if member.isreg() and has_key(member.name):
+                    return member.name.rpartition(".")[0]
+    except Exception:  # as in `_members`; whoever reads the whole tar reports it
+        return None
+    return None
+
+
+def _named(url: str, sample: Sample) -> ShardSample:
+    key = escaped(sample.key)
+    name = f"{url}: {key}"
+    problem = sample.problem and f"{name}: {sample.problem}"
+    return ShardSample(name, sample.data, problem, key=key, texts=sample.texts, notes=sample.notes)
+
+
+def _read_once(url: str, fault: _Fault, texts: bool, last: bool, passed_over: PassedOver) -> Iterator[Sample]:
+    """last: there is no other attempt."""
     try:
         source = (require("webdataset.gopen", "train").gopen if is_url(url) else open)(url, "rb")
     except (OSError, ValueError) as error:
@@ -123,10 +162,13 @@ def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[ShardSample]:
         return
     # webdataset checks a command's exit status at every read, and then loses, by chance, the rest of what a command
     # that fails has written. Read its stream directly; `close` checks the status at the end.
-    stream = getattr(source, "stream", source)
+    stream = _Watched(getattr(source, "stream", source))
+    pairing = Pairing(passed_over)
     try:
-        yield from _group(url, _members(stream, fault, texts), fault)
-        while stream.read(2**20):  # to the end: a command whose output is not read fails
+        for member in _members(stream, fault, texts, passed_over):
+            # The end of an archive that another one follows: their files do not belong together.
+            yield from pairing.rest() if member is None else pairing.add(member)
+        while is_url(url) and stream.stream.read(2**20):  # to the end: a command whose output is not read fails
             pass
     except OSError as error:
         fault.note(error, transient=True)
@@ -135,66 +177,129 @@ def _read_once(url: str, fault: _Fault, texts: bool) -> Iterator[ShardSample]:
             source.close()
         except OSError:  # webdataset's message repeats the whole command
             fault.note(OSError(f"reading ended with status {getattr(source, 'status', None)}"), transient=True)
+    # Another attempt may find the rest of the samples that are incomplete.
+    if last or not fault.transient:
+        yield from pairing.rest(cut=bool(fault.reason))
 
 
-class _Member(tarfile.TarInfo):
+class _Watched(io.RawIOBase):
+    """A stream that remembers whether reading it failed: then the content need not be damaged."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.head, self.failed = stream, b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, or those up to the end, which are still to be read."""
+        while len(self.head) < size and (more := self._read(size - len(self.head))):
+            self.head += more
+        return self.head[:size]
+
+    def readinto(self, buffer: Any) -> int:
+        data, self.head = (self.head[: len(buffer)], self.head[len(buffer) :]) if self.head else (None, b"")
+        data = self._read(len(buffer)) if data is None else data
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self.stream.read(size)
+        except OSError:
+            self.failed = True
+            raise
+
+
+def _decompressed(stream: _Watched | IO[bytes]) -> Any:
+    """The content of a stream that may be compressed, in one piece or several."""
+    raw = stream if isinstance(stream, _Watched) else _Watched(stream)
+    head = raw.peek(6)
+    buffered = io.BufferedReader(raw)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=buffered, mode="rb")
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(buffered)
+    if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+        return lzma.LZMAFile(buffered)
+    return buffered
+
+
+class _Header(tarfile.TarInfo):
     """A header that is an error if it is damaged or missing; `tarfile` takes that for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        meta = (*"xgX", "L", "K")  # PAX records, long names and link names: tarfile reads them as a whole
+        if header.type.decode("latin-1") in meta and header.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"expected at most {_MAX_HEADER} bytes of a long name, got {header.size}")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        assert isinstance(tar, _Archive)
         try:
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                tar.ended, tar.zeros = True, tar.zeros + 1
+                if tar.zeros > _MAX_ZEROS:  # the rest of a file of a fixed size, and no other archive
+                    raise tarfile.EmptyHeaderError("zeros") from None  # type: ignore[attr-defined]
+                raise
+            if tar.ended and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
                 raise
             raise tarfile.ReadError(f"truncated or damaged: {error}") from None
 
 
-def _members(stream: IO[bytes], fault: _Fault, texts: bool) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a tar's files, in order; content is read of images and, if requested, of texts only."""
+class _Archive(tarfile.TarFile):
+    """A tar, or several behind one another, as `cat` and `tar -A` make them.
+
+    ended: an end mark was read, and no file after it.
+    zeros: blocks of end marks and of zeros behind them, since the last file.
+    """
+
+    tarinfo = _Header
+    ignore_zeros = True  # goes on after an end mark; `_Header` still refuses what is no header
+    ended = False
+    zeros = 0
+
+
+def _members(stream: _Watched, fault: _Fault, texts: bool, passed_over: PassedOver) -> Iterator[Member | None]:
+    """A tar's files that can be parts of samples, in order; None stands between two archives.
+
+    Content is read of images and, if requested, of texts only.
+    """
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:
-            while (member := tar.next()) is not None:
+        with _Archive.open(fileobj=_decompressed(stream), mode="r|") as tar:
+            while (header := tar.next()) is not None:
                 vars(tar)["members"] = []  # otherwise every header is kept to the end
-                if not member.isreg() or _META.match(member.name):
-                    continue
-                wanted = _is_image(member.name) or (texts and member.name.lower().endswith(_TEXTS))
-                file = tar.extractfile(member) if wanted else None
-                yield member.name, file.read() if file else b""
+                if tar.ended:
+                    tar.ended, tar.zeros = False, 0
+                    yield None
+                member = _member(tar, header, texts, passed_over)
+                if member is not None:
+                    yield member
     except Exception as error:  # decompressors and header fields fail in many ways
-        fault.note(error, transient=isinstance(error, OSError))
+        fault.note(error, transient=stream.failed)
 
 
-def _group(url: str, members: Iterable[tuple[str, bytes]], fault: _Fault) -> Iterator[ShardSample]:
-    """Consecutive files that share a key as samples, as webdataset forms them."""
-    split = require("webdataset.tariterators", "train").base_plus_ext
-    key: str | None = None
-    entries: dict[str, bytes] = {}
-    for name, data in members:
-        prefix, suffix = split(name)
-        if prefix is None:  # no suffix, or a hidden file
-            continue
-        suffix = suffix.lower()
-        if prefix != key or suffix in entries:
-            if key is not None:
-                yield _sample(url, key, entries)
-            key, entries = prefix, {}
-        entries[suffix] = data
-    # The sample that was being read at a fault may have its image already. If not, the fault is reported in its place.
-    if key is not None and (not fault.reason or any(map(_is_image, entries))):
-        yield _sample(url, key, entries)
-
-
-def _sample(url: str, key: str, entries: Mapping[str, bytes]) -> ShardSample:
-    name = f"{url}: {key}"
-    images = [suffix for suffix in entries if _is_image(suffix)]
-    if not images:
-        return ShardSample(name, b"", f"{name}: no image among {', '.join(entries)}", key=key)
-    texts = tuple((suffix, data) for suffix, data in entries.items() if data and f".{suffix}".endswith(_TEXTS))
-    # "0001.mask.png" beside "0001.png" is not the image, but something about it.
-    return ShardSample(name, entries[min(images, key=lambda suffix: suffix.count("."))], key=key, texts=texts)
-
-
-def _is_image(name: str) -> bool:
-    """Whether a file's name, or a suffix without its dot, is that of an image."""
-    return f".{name}".lower().endswith(SUFFIXES)
+def _member(tar: tarfile.TarFile, header: tarfile.TarInfo, texts: bool, passed_over: PassedOver) -> Member | None:
+    name = header.name
+    if header.isdir() or _META.match(name):
+        return None
+    if not has_key(name):
+        passed_over(name, "hidden or without a suffix")
+        return None
+    image = is_image(name)
+    if not image and not is_text(name):
+        return Member(name) if header.isreg() else None
+    limit = MAX_IMAGE if image else MAX_TEXT
+    if not header.isreg():
+        kind = "link" if header.islnk() or header.issym() else "device, pipe or file of an unknown kind"
+        target = f" to {header.linkname}" if kind == "link" else ""
+        return Member(name, problem=f"{name}: a {kind}{target}, which is not read from a tar")
+    if header.size > limit:
+        return Member(name, problem=f"{name}: expected at most {limit} bytes, got {header.size}")
+    file = tar.extractfile(header) if image or texts else None
+    return Member(name, file.read() if file else b"")

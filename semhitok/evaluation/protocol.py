@@ -25,7 +25,7 @@ from torch import Tensor
 from semhitok import distributed
 from semhitok._messages import progress
 from semhitok.data.images import read_uint8
-from semhitok.data.listing import PassedOver
+from semhitok.data.passed_over import PassedOver
 from semhitok.evaluation.fixed_batches import BATCH
 from semhitok.evaluation.folder import EvaluationFolder
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows

@@ -14,24 +14,25 @@ corpus has them inside.
 
 from __future__ import annotations
 
+import codecs
 import copy
 import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from semhitok._files import read_object
 from semhitok.corpus.ids_file import load_codes
 from semhitok.corpus.reader import Encoded, EncodedCorpus
+from semhitok.data.captions import FIELDS, caption_of, first_caption, parse_json, text_caption, value_caption
 from semhitok.data.kinds import FOLDER, IDS_FILE, JSONL, SHARDS, kind_of
 from semhitok.data.shards import ShardSample, expand_shards, read_shard
-from semhitok.data.stream import START, ShuffledShards, epoch_order
+from semhitok.data.stream import START, ShuffledShards, epoch_order, warn_skipped
 from semhitok.mllm import prompts
 from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig
 from semhitok.mllm.packing import Sample
@@ -55,7 +56,7 @@ class Source(Protocol):
         """(record or the ValueError in its stead, place after it) from a place on, endless; None is the beginning."""
 
     def texts(self) -> Iterator[str]:
-        """All texts, once, to make a text tokenizer from."""
+        """All texts, once, to make a text tokenizer from; what cannot be used is named on stderr, and counted."""
 
 
 class Records:
@@ -98,14 +99,13 @@ class Records:
         while True:
             epoch, position = divmod(drawn * streams + number, len(self.records))
             drawn += 1
-            try:
-                index = int(self._order(seed, epoch)[position])
-                record: Any = self.records[index]
-                if not isinstance(record, Sample):
-                    known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
-                    record = {**known, **record}
-            except (ValueError, TypeError) as error:
-                record = ValueError(str(error))
+            index = int(self._order(seed, epoch)[position])
+            record = self._record(index)
+            if isinstance(record, Mapping):
+                known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
+                record = {**known, **record}
+            elif not isinstance(record, (Sample, ValueError)):
+                record = ValueError(f"record {index + 1}: expected an object, got {type(record).__name__}")
             yield record, drawn
 
     def _order(self, seed: int, epoch: int) -> Tensor:
@@ -116,10 +116,14 @@ class Records:
         return self._orders[seed, epoch]
 
     def texts(self) -> Iterator[str]:
-        for n in range(len(self.records)):
-            record = self.records[n]
-            if not isinstance(record, Sample):
-                yield from _texts(record)
+        return _texts_of(self._record(n) for n in range(len(self.records)))
+
+    def _record(self, n: int) -> Any:
+        """Record n, or the ValueError that says why it cannot be used."""
+        try:
+            return self.records[n]
+        except (ValueError, TypeError) as error:
+            return ValueError(str(error))
 
 
 class Lines(Sequence[Record]):
@@ -128,7 +132,11 @@ class Lines(Sequence[Record]):
     def __init__(self, path: str) -> None:
         self.path, self.starts = path, array("Q")
         with open(path, "rb") as file:
-            start = 0
+            mark = file.read(3)
+            if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{path}: expected UTF-8 text, got UTF-16")
+            start = len(mark) if mark == codecs.BOM_UTF8 else 0
+            file.seek(start)
             for line in file:
                 if not line.isspace():
                     self.starts.append(start)
@@ -142,10 +150,7 @@ class Lines(Sequence[Record]):
             file.seek(self.starts[n])
             line = file.readline()
         where = f"{self.path}: record {n + 1}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
         return {**record, "name": where}
@@ -159,9 +164,9 @@ class CaptionedIds(Sequence[Record]):
         self.codes, self.names, self.codebook_hash = file.codes, file.names, file.codebook_hash
         if captions is None:
             raise ValueError(f"captions: expected a JSON file {{name: caption}} for {path}, got none")
-        self.captions = read_object(Path(captions))
-        if not all(isinstance(caption, str) for caption in self.captions.values()):
-            raise ValueError(f"{captions}: expected an object {{name: caption}}")
+        self.captions = parse_json(Path(captions).read_bytes(), captions)
+        if not isinstance(self.captions, dict):
+            raise ValueError(f"{captions}: expected an object {{name: caption}}, got {type(self.captions).__name__}")
         lacking = [name for name in self.names if name not in self.captions]
         if lacking:
             raise ValueError(f"{captions}: expected a caption for each image of {path}, got none for {lacking[0]!r}")
@@ -171,7 +176,10 @@ class CaptionedIds(Sequence[Record]):
 
     def __getitem__(self, n: Any) -> Any:
         name = self.names[n]
-        return {"caption": self.captions[name], "codes": [self.codes[n]], "name": name}
+        caption = caption_of(self.captions[name])
+        if caption.text is None:
+            raise ValueError(f"{name}: expected a caption, got {self.captions[name]!r:.80}")
+        return {"caption": caption.text, "codes": [self.codes[n]], "name": name}
 
 
 class Shards:
@@ -194,11 +202,7 @@ class Shards:
             yield _record(sample), after
 
     def texts(self) -> Iterator[str]:
-        for url in self.urls:
-            for sample in read_shard(url, texts=True):
-                record = _record(sample)
-                if not isinstance(record, ValueError):
-                    yield from _texts(record)
+        return _texts_of(_record(sample) for url in self.urls for sample in read_shard(url, texts=True))
 
 
 class Corpus:
@@ -261,28 +265,48 @@ def _record(sample: ShardSample) -> Any:
     if sample.problem:
         return ValueError(sample.problem)
     record: dict[str, Any] = {}
+    captions = [text_caption(content) for suffix, content in sample.texts if suffix.endswith("txt")]
+    problems = list(sample.notes)
     for suffix, content in sample.texts:
-        try:
-            text = content.decode()
-            if suffix.endswith("json"):
-                found = json.loads(text)
-                if isinstance(found, dict):
-                    record = {k: found[k] for k in ("messages", "caption") if k in found} | record
-            else:
-                record["caption"] = text.strip()
-        except ValueError as error:
-            return ValueError(f"{sample.name}.{suffix}: {error}")
+        if suffix.endswith("json"):
+            try:
+                found = parse_json(content)
+            except ValueError as error:
+                problems.append(f"{suffix}: {error}")
+                continue
+            captions.append(value_caption(found, FIELDS))
+            if isinstance(found, dict) and "messages" in found:
+                record["messages"] = found["messages"]
+    caption = first_caption(captions)
+    if caption.text:
+        record["caption"] = caption.text
     if not record:
-        return ValueError(f"{sample.name}: expected a caption or messages in a .txt or .json, got none")
+        reasons = "; ".join([*problems, *caption.notes]) or "got none"
+        return ValueError(f"{sample.name}: expected a caption or messages in a .txt or .json: {reasons}")
     return {**record, "images": [sample], "name": sample.name}
 
 
+def _texts_of(records: Iterable[Any]) -> Iterator[str]:
+    """The texts of records; of the ValueErrors among them each is named, and their number at the end."""
+    skipped = 0
+    for record in records:
+        if isinstance(record, ValueError):
+            skipped += 1
+            warn_skipped(str(record))
+        elif isinstance(record, Mapping):
+            yield from _texts(record)
+    if skipped:
+        warn_skipped(f"{skipped} records have no texts for the text tokenizer")
+
+
 def _texts(record: Record) -> Iterator[str]:
+    """The texts of a record; what is none of them is left to whoever uses the record, and names it."""
     for key in ("caption", "text"):
         if isinstance(record.get(key), str):
             yield record[key]
-    for message in record.get("messages", ()):
-        if isinstance(message.get("content"), str):
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, (list, tuple)) else ():
+        if isinstance(message, Mapping) and isinstance(message.get("content"), str):
             yield message["content"].replace(prompts.IMAGE, " ")
 
 

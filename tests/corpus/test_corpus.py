@@ -28,7 +28,10 @@ from semhitok.cli import encode, main
 from semhitok.config import preset
 from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, engines, sources, verify
 from semhitok.corpus.format import Layout, read_manifest, shard_writer
+from semhitok.corpus.units import read_unit
+from semhitok.data.captions import FIELDS
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, ten_crops
+from semhitok.data.passed_over import PassedOver
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -166,7 +169,7 @@ def kill_one_encoder(folder, name, killed):
 
 
 @pytest.mark.slow
-def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
+def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, root, tmp_path_factory, tmp_path):
     ray = pytest.importorskip("ray", reason="ray is not installed")
     pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
@@ -183,6 +186,13 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(whole, tmp_path):
         (tmp_path / "shard-000003.parquet").mkdir()
         with pytest.raises(OSError, match=r"shard-000003.parquet: Is a directory"):
             encode_corpus("checkpoint", ["photos"], tmp_path, CONFIG, engine="ray", processes=1)
+        # What cannot be read ends as it does with the other engines.
+        other = tmp_path_factory.mktemp("ray")
+        shutil.copytree(root / "photos" / "deep", other / "photos")
+        (other / "photos" / "bad.png").write_text("no image")
+        command = ["encode", "checkpoint", str(other / "photos"), *SETTINGS, "--device", "cpu", "--out"]
+        assert main([*command, str(other / "ray"), "--engine", "ray"]) == main([*command, str(other / "local")]) == 3
+        assert_same(other / "ray", other / "local")
     finally:
         ray.shutdown()
 
@@ -563,8 +573,8 @@ def test_rows_without_an_image_are_listed(root, tmp_path):
     assert (summary.images, summary.skipped) == (1, 2)
     assert list(rows_of(tmp_path / "out")) == ["7"]
     pq.write_table(pa.table({"picture": [data]}), tmp_path / "y.parquet")
-    assert encode_corpus("checkpoint", [tmp_path / "y.parquet"], tmp_path / "out2", CONFIG).skipped == 1
-    assert "expected a column image, got picture" in (tmp_path / "out2" / "skipped.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"y.parquet: expected a column image \(struct .* binary\), got picture"):
+        encode_corpus("checkpoint", [tmp_path / "y.parquet"], tmp_path / "out2", CONFIG)
 
 
 def test_another_job_in_the_folder_is_refused(root, whole, tmp_path, capsys):
@@ -615,9 +625,10 @@ def test_sources_are_refused(tmp_path, capsys):
 
 def test_units_do_not_hold_names(root, tmp_path):
     """A unit of image files is a place in a listing, so that memory does not grow with the folder."""
-    units, _ = sources.plan(["photos"], 5, tmp_path, None)
+    over = PassedOver()
+    units, _ = sources.plan(sources.sort_out(["photos"], over), 5, tmp_path, over)
     assert [(unit.kind, unit.count) for unit in units] == [("images", 5)] * 4 + [("images", 2)]
-    keys = [item.key for unit in units for item in sources.read_unit(unit)]
+    keys = [item.key for unit in units for item in read_unit(unit, FIELDS)]
     assert keys == [path.relative_to("photos").as_posix() for path in list_images(["photos"])]
     assert keys == sorted(keys, key=lambda key: Path(key).parts)
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from semhitok.data import listing
-from semhitok.data.listing import PassedOver, list_images, walk_images
+from semhitok.data.listing import list_images, walk_images
+from semhitok.data.passed_over import PassedOver
 
 
 def picture(form):

@@ -296,6 +296,47 @@ def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
         take(rows_of(open_source(SourceConfig(str(hopeless), "generation"), RowsConfig())), 1)
 
 
+def test_bad_records_do_not_end_the_making_of_a_text_tokenizer(tmp_path, capfd):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'\xef\xbb\xbf{"text": "first"}', b"[1]", b"{", b"[" * 100_000, b'{"text": "nice \\ud83d"}', b'{"messages": 7}',
+        b'{"messages": ["x", {"content": "said"}], "n": ' + b"9" * 5000 + b"}", b'{"text": "caf\xe9"}',
+    ]  # fmt: skip
+    path.write_bytes(b"\n".join(lines))
+    found = list(open_source(SourceConfig(str(path), "text"), RowsConfig()).texts())
+    assert found == ["first", "nice \ufffd", "said", "caf\ufffd"]
+    err = capfd.readouterr().err
+    for words in ("record 2: expected an object", "record 3: not JSON", "nested too deeply", "3 records have no texts"):
+        assert words in err
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (
+            ("v1.0_a.png", b"x"), ("v1.0_b.png", b"x"), ("v1.0_a.txt", b"one"),
+            ("v1.0_b.json", b'{"caption": ["two"]}'),
+            ("c.png", b"x"), ("c.json", b"{"), ("d.txt", b"lost"),
+        ):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    source = open_source(SourceConfig(f"{tmp_path}/a.tar", "generation"), RowsConfig())
+    assert list(source.texts()) == ["one", "two"]
+    err = capfd.readouterr().err
+    assert "c: expected a caption or messages in a .txt or .json: json: not JSON" in err
+    assert "d: no image among txt" in err and "2 records have no texts" in err
+    path.write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a.jsonl: expected UTF-8 text, got UTF-16"):
+        open_source(SourceConfig(str(path), "text"), RowsConfig())
+
+
+def test_a_bad_caption_beside_an_ids_file_costs_its_image_only(tmp_path):
+    save_codes(tmp_path / "ids.safetensors", torch.zeros(2, 2, 2, dtype=torch.int64), ["a", "b"], TOKENIZER.vocabulary)
+    (tmp_path / "captions.json").write_text('{"a": ["one", "two"], "b": 7}')
+    config = SourceConfig(f"{tmp_path}/ids.safetensors", "generation", captions=f"{tmp_path}/captions.json")
+    source = open_source(config, RowsConfig())
+    records = [record for record, _ in itertools.islice(source.stream(0, 1, 0, None), 2)]
+    assert {record["caption"] for record in records if isinstance(record, dict)} == {"one"}
+    assert [str(record) for record in records if isinstance(record, ValueError)] == ["b: expected a caption, got 7"]
+
+
 def test_sources_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"path: expected .jsonl, .safetensors, webdataset shards or"):
         open_source(SourceConfig("a.csv", "text"), RowsConfig())
