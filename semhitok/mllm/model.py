@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from semhitok._buffers import ExactBuffers
 from semhitok.grouping import Grouping
 from semhitok.mllm.loss import IGNORE, group_cross_entropy, group_logsumexp, linear_cross_entropy
 from semhitok.tokenizer import Features, SemHiTok
@@ -95,7 +96,7 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         return Vocabulary(self.num_codes, self.num_sub_codes, self.text_config.vocab_size, self.codebook_hash, sizes)
 
 
-class Codebooks(nn.Module):
+class Codebooks(ExactBuffers):
     """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], in fp32 whatever the model is cast to.
 
     With adaptive sizes, pix is [K * m, Dp] and sub-codebook i has the rows offsets[i] to offsets[i + 1] - 1; offsets is
@@ -113,12 +114,6 @@ class Codebooks(nn.Module):
         shape = (K * m,) if config.adaptive else (K, m)
         self.register_buffer("pix", torch.zeros(*shape, config.pix_dim, dtype=torch.float32))
         self.register_buffer("offsets", torch.arange(K + 1) * m if config.adaptive else None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Codebooks:
-        # Viewed as integers they move between devices without being rounded, so their hash stays the same.
-        return super()._apply(
-            lambda t: fn(t.view(torch.int32)).view(torch.float32) if t.is_floating_point() else fn(t), recurse
-        )
 
     def forward(self, codes: Tensor) -> Features:
         """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
