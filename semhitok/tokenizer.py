@@ -114,7 +114,7 @@ class SemHiTok(nn.Module):
             ValueError: what `check_images` raises, or no teacher.
         """
         self.check_images(images)
-        if len(images) == 0:  # of which not every teacher knows the shape
+        if images.shape[0] == 0:  # of which not every teacher knows the shape
             return images.new_zeros(0, self.config.grid_size, self.config.grid_size, dtype=torch.int64)
         z_sem = self.semantic_head(self.semantic_features(images))
         return self.quantizer(z_sem, self.encoder(images)).codes
