@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 import typing
 from typing import Any, TypeVar
 
@@ -69,6 +70,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)
+    if origin in (typing.Union, types.UnionType):  # of a type and words that stand for a value of it
+        words = typing.get_args(arguments[1])
+        if isinstance(value, str) and value not in words:
+            raise ValueError(f"{where}: expected {' or '.join([arguments[0].__name__, *words])}, got {value!r}")
+        return value if isinstance(value, str) else _convert(arguments[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where, default)
     if origin is list:
