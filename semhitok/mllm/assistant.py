@@ -173,7 +173,7 @@ class Assistant:
         for answer in answers:
             parts = prompts.understanding_parts(*own, images[0], question, answer)
             learnt.append(torch.tensor([i for ids, is_learnt in parts if is_learnt for i in ids]))
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        positions = self.model.config.positions
         longest = max(map(len, asked)) + max(map(len, learnt))
         if positions is not None and longest > positions:
             raise ValueError(f"answers: expected at most {positions} ids with the question, got {longest}")
@@ -198,8 +198,7 @@ class Assistant:
         self, rows: list[list[int]], limit: int, sampling: Sampling, seed: int, callback: Callback | None = None
     ) -> list[str]:
         """The text that follows the ids of each prompt, at most `limit` ids of it."""
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        longest = max(map(len, rows))
+        positions, longest = self.model.config.positions, max(map(len, rows))
         if positions is not None:
             if longest >= positions:
                 raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {longest}")
