@@ -156,7 +156,7 @@ class SemHiTok(nn.Module):
         return Features(*self.quantizer.lookup(codes))
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless images are floating point [B, 3, H, W] of the tokenizer's size, with values in [0, 1].
+        """Raise ValueError unless images are floating point [B, 3, H, W] of the tokenizer's size, in [0, 1].
 
         Values may leave the range by `ROUNDING`, half a step of 8 bits, which is rounding of resized images. They are
         checked on the CPU only: on a GPU a check would wait for the device, and a compiled graph has no values. There
@@ -169,7 +169,7 @@ class SemHiTok(nn.Module):
             raise ValueError(f"images: expected floating point in [0, 1] (8-bit values / 255), got {images.dtype}")
         if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
             low, high = (float(bound) for bound in torch.aminmax(images))  # both NaN if any value is
-            if not (-ROUNDING <= low and high <= 1 + ROUNDING):
+            if not (low >= -ROUNDING and high <= 1 + ROUNDING):
                 got = "NaN" if math.isnan(low) else f"values from {low:g} to {high:g}"
                 raise ValueError(f"images: expected values in [0, 1], got {got}")
 

@@ -510,7 +510,10 @@ def test_codebooks_and_statistics_stay_as_they_are_when_a_quantizer_is_cast(dtyp
 def test_no_tokens_have_no_commitment_loss():
     quantizer = HierarchicalQuantizer(6, 4, 8, 5)
     z_sem, z_pix = (torch.zeros(0, 3, dim, requires_grad=True) for dim in (8, 5))
-    for q_pix, codes, commitment in (quantizer(z_sem, z_pix)[1:], quantizer.within(torch.zeros(0, 3).long(), z_pix)[1:]):
+    for q_pix, codes, commitment in (
+        quantizer(z_sem, z_pix)[1:],
+        quantizer.within(torch.zeros(0, 3).long(), z_pix)[1:],
+    ):
         assert q_pix.shape == (0, 3, 5) and codes.shape == (0, 3) and commitment == 0
         commitment.backward()
     assert quantizer.semantic(z_sem).commitment == 0 and z_pix.grad.shape == z_pix.shape

@@ -55,8 +55,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 1, or 0 for all, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -244,8 +244,8 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         return self.text_head
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
-    ) -> nn.Module:
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """The LLM's embedding. Other than in transformers it keeps its size, which all image ids depend on.
 
         Raises:
@@ -256,7 +256,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         if (number := -(-number // multiple) * multiple) != rows:
             problem = f"expected {rows}, since image ids follow the text ids, got {number}"
             raise ValueError(f"new_num_tokens: {problem}; resize the LLM before UnifiedMLLM.from_parts")
-        embedding: nn.Module = self.get_input_embeddings()
+        embedding: Any = self.get_input_embeddings()
         return embedding
 
     def embed(self, input_ids: Tensor, image_features: Features | None = None) -> Tensor:

@@ -56,7 +56,7 @@ def check_logits(llm: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> No
     An LLM that cannot run on its device (on the meta device, or with flash attention on a CPU) is not compared.
     """
     rows: Any = llm.get_input_embeddings()
-    training = llm.training
+    modes = [(module, module.training) for module in llm.modules()]
     llm.eval()  # without dropout
     try:
         ids = torch.arange(min(4, len(rows.weight)), device=rows.weight.device)[None]
@@ -74,6 +74,9 @@ def check_logits(llm: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> No
         # Half of the digits: two ways to compute the same differ by less, another formula by more.
         limit = math.sqrt(torch.finfo(output.logits.dtype).eps) * expected.abs().max()
         if not (found - expected).abs().max() <= limit:
-            raise ValueError(f"llm: expected logits that are hidden states times rows of a head, got others from {name}")
+            raise ValueError(
+                f"llm: expected logits that are hidden states times rows of a head, got others from {name}"
+            )
     finally:
-        llm.train(training)
+        for module, training in modes:
+            module.training = training
