@@ -6,11 +6,15 @@ import contextlib
 import dataclasses
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from semhitok._optional import require
 
 T = TypeVar("T")
+
+# Processes that read data for each training process. "auto" lets the machine decide when a run begins, see
+# `semhitok.training.workers`, and the run keeps the number.
+Workers = int | Literal["auto"]
 
 
 def override(config: Any, assignment: str) -> None:
@@ -92,3 +96,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
     return value
+
+
+def check_workers(workers: Workers) -> None:
+    """Raise ValueError unless `workers` is "auto" or a number of at least 0."""
+    if workers != "auto" and (isinstance(workers, str) or workers < 0):
+        raise ValueError(f"data.workers: expected auto or at least 0, got {workers!r}")

@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from semhitok._optional import require
+from semhitok._settings import Workers, check_workers
 from semhitok._settings import from_dict as from_dict
 from semhitok._settings import override as override
 
@@ -23,8 +24,6 @@ T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
-
-Workers = int | Literal["auto"]
 
 
 @dataclass
@@ -135,12 +134,6 @@ class SemHiTokConfig:
         return from_dict(cls, data)
 
 
-def check_workers(workers: Workers) -> None:
-    """Raise ValueError unless `workers` is "auto" or a number of at least 0."""
-    if workers != "auto" and (isinstance(workers, str) or workers < 0):
-        raise ValueError(f"data.workers: expected auto or at least 0, got {workers!r}")
-
-
 @dataclass
 class DataConfig:
     """Images for training: files and folders, or webdataset shards.
@@ -151,8 +144,7 @@ class DataConfig:
     fixed: every image gives the same crop each time, mirrored or not: resized and cropped at the centre, as evaluation
         does. Needs image files and crop_scale None. The outputs of a stage's frozen networks are then computed once,
         before its first step, and kept in the run's folder.
-    workers: processes that read and decode, for each training process; 0 reads in the training process itself. "auto"
-        lets the machine decide when a run begins, see `semhitok.training.workers`; the run keeps the number.
+    workers: processes that read, for each training process; 0 reads in it; "auto" leaves the number to the machine.
     shuffle_buffer: samples of a shard stream that are shuffled together; image files are all shuffled together.
     """
 

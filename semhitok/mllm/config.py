@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from semhitok.config import EngineConfig, OptimizerConfig, StageConfig, Workers, check_workers, read_config
+from semhitok._settings import Workers, check_workers
+from semhitok.config import EngineConfig, OptimizerConfig, StageConfig, read_config
 
 TASKS = ("understanding", "generation", "text")
 

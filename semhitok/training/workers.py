@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from semhitok import distributed
-from semhitok.config import Workers
+from semhitok._settings import Workers
 
 MOST = 8
 
