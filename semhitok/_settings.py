@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from semhitok._optional import require
 
 T = TypeVar("T")
+
+# Processes that read data for each training process. "auto" lets the machine decide when a run begins, see
+# `semhitok.training.workers`, and the run keeps the number.
+Workers = int | Literal["auto"]
 
 
 def override(config: Any, assignment: str) -> None:
@@ -69,6 +74,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)
+    if origin in (typing.Union, types.UnionType):  # of a type and words that stand for a value of it
+        words = typing.get_args(arguments[1])
+        if isinstance(value, str) and value not in words:
+            raise ValueError(f"{where}: expected {' or '.join([arguments[0].__name__, *words])}, got {value!r}")
+        return value if isinstance(value, str) else _convert(arguments[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where, default)
     if origin is list:
@@ -86,3 +96,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
     return value
+
+
+def check_workers(workers: Workers) -> None:
+    """Raise ValueError unless `workers` is "auto" or a number of at least 0."""
+    if workers != "auto" and (isinstance(workers, str) or workers < 0):
+        raise ValueError(f"data.workers: expected auto or at least 0, got {workers!r}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from semhitok._optional import require
+from semhitok._settings import Workers, check_workers
 from semhitok._settings import from_dict as from_dict
 from semhitok._settings import override as override
 
@@ -143,15 +144,18 @@ class DataConfig:
     fixed: every image gives the same crop each time, mirrored or not: resized and cropped at the centre, as evaluation
         does. Needs image files and crop_scale None. The outputs of a stage's frozen networks are then computed once,
         before its first step, and kept in the run's folder.
-    workers: processes that read and decode, for each training process; 0 reads in the training process itself.
+    workers: processes that read, for each training process; 0 reads in it; "auto" leaves the number to the machine.
     shuffle_buffer: samples of a shard stream that are shuffled together; image files are all shuffled together.
     """
 
     crop_scale: tuple[float, float] | None = (0.6, 1.0)
     flip: bool = True
     fixed: bool = False
-    workers: int = 0
+    workers: Workers = "auto"
     shuffle_buffer: int = 1000
+
+    def __post_init__(self) -> None:
+        check_workers(self.workers)
 
 
 @dataclass

@@ -178,6 +178,13 @@ def _check_dims(name: str, t: Tensor, dims: int, layout: str) -> None:
     _check(t.dim() == dims, f"{name}: expected {dims} dimensions {layout}, got {t.dim()}")
 
 
+def _check_devices(name: str, first: Tensor, **tensors: Tensor | None) -> None:
+    """The kernels here also run when only some tensors are on the meta device, and would return memory as it is."""
+    for other, t in tensors.items():
+        same = t is None or t.device == first.device
+        _check(same, f"{other}: expected device {first.device} (that of {name}), got {None if t is None else t.device}")
+
+
 def _check_metrics(**metrics: str) -> None:
     for name, metric in metrics.items():
         _check(metric in ("ip", "l2"), f'{name}: expected "ip" or "l2", got "{metric}"')
@@ -206,6 +213,7 @@ def _(z: Tensor, codebook: Tensor, metric: str = "ip") -> tuple[Tensor, Tensor]:
     _check_floats(z=z, codebook=codebook)
     _check_dims("codebook", codebook, 2, "[K, D]")
     _check_tokens("z", z, "codebook", codebook)
+    _check_devices("z", z, codebook=codebook)
     return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, codebook)), z.new_empty(z.shape[:-1], dtype=torch.int64)
 
 
@@ -238,6 +246,7 @@ def _(
     _check_sub_codebooks("sub_codebooks", sub_codebooks, "D", offsets)
     _check_tokens("z", z, "sub_codebooks", sub_codebooks)
     _check_leading("group", group.shape, "z", z.shape[:-1])
+    _check_devices("z", z, sub_codebooks=sub_codebooks, group=group, offsets=offsets)
     return z.new_empty(z.shape[:-1], dtype=_score_dtype(z, sub_codebooks)), z.new_empty(z.shape[:-1], dtype=torch.int64)
 
 
@@ -263,6 +272,8 @@ def _(
     _check_tokens("z_sem", z_sem, "sem_codebook", sem_codebook)
     _check_tokens("z_pix", z_pix, "pix_codebook", pix_codebook)
     _check_leading("z_pix", z_pix.shape[:-1], "z_sem", z_sem.shape[:-1])
+    tables = {"sem_codebook": sem_codebook, "pix_codebook": pix_codebook, "offsets": offsets}
+    _check_devices("z_sem", z_sem, z_pix=z_pix, **tables)
     leading = z_sem.shape[:-1]
     return (
         z_sem.new_empty((*leading, sem_codebook.shape[1]), dtype=sem_codebook.dtype),
@@ -277,6 +288,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check_ids("codes", codes)
     _check_codebooks(sem_codebook, pix_codebook, offsets)
+    _check_devices("codes", codes, sem_codebook=sem_codebook, pix_codebook=pix_codebook, offsets=offsets)
     return (
         sem_codebook.new_empty((*codes.shape, sem_codebook.shape[1])),
         pix_codebook.new_empty((*codes.shape, pix_codebook.shape[-1])),
@@ -290,6 +302,7 @@ def _(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
     _check_dims("values", values, 2, "[N, D]")
     fits = ids.dim() == 1 and ids.shape[0] == values.shape[0]
     _check(fits, f"ids: expected shape [{values.shape[0]}] (values.shape[0]), got {list(ids.shape)}")
+    _check_devices("values", values, ids=ids)
     return (
         values.new_empty((num_segments, values.shape[1]), dtype=_score_dtype(values)),
         values.new_empty((num_segments,), dtype=torch.int64),

@@ -3,7 +3,8 @@
 `SemanticQuantizer` holds the K semantic codes; `HierarchicalQuantizer` adds the m pixel sub-codes that each of them
 owns. Codes are moving averages of their tokens, in place of a codebook loss (VQ-VAE, appendix A.1). `forward` never
 changes a codebook: training calls `update`, `restart` and `initialize` by name, so a frozen or evaluated module keeps
-its values whatever mode its parent is in.
+its values whatever mode its parent is in. Codebooks and statistics stay in fp32 when a module is cast (`half()`,
+`to(dtype)`), and z of any dtype is quantised in fp32.
 
 Under torch.distributed these three see the tokens of all processes and leave the same bits on each. Every process must
 call them with the same number of tokens, and with a generator in the same state.
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from semhitok import clustering, distributed, ops
+from semhitok._buffers import ExactBuffers
 from semhitok.grouping import Grouping
 from semhitok.usage import CodeUsage
 
@@ -44,7 +46,7 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
     return z + (q - z).detach()
 
 
-class SemanticQuantizer(nn.Module):
+class SemanticQuantizer(ExactBuffers):
     """K semantic codes on the unit sphere, nearest by cosine, learnt by norm-EMA (BEiT v2).
 
     Args:
@@ -68,9 +70,10 @@ class SemanticQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> SemanticOutput:
         """Unit vectors z [..., Ds] -> quantised vectors, codes, and the mean over all elements of (z - sg(q))^2."""
+        z = z.float()
         _, codes = ops.nearest_code(z, self.codebook, "ip")
         q = F.embedding(codes, self.codebook)
-        return SemanticOutput(straight_through(z, q), codes, F.mse_loss(z, q))
+        return SemanticOutput(straight_through(z, q), codes, _commitment(z, q))
 
     @torch.no_grad()
     def initialize(self, z: Tensor, iterations: int = 10, *, generator: Generator | None = None) -> None:
@@ -128,7 +131,7 @@ class SemanticQuantizer(nn.Module):
         return len(dead)
 
 
-class HierarchicalQuantizer(nn.Module):
+class HierarchicalQuantizer(ExactBuffers):
     """Semantic code first, then the nearest sub-code inside the sub-codebook it owns (SGHC).
 
     In an autoencoder of your own, with an encoder that gives z_sem [..., 16] of norm 1 and z_pix [..., 16]:
@@ -220,22 +223,22 @@ class HierarchicalQuantizer(nn.Module):
         The commitment loss is the mean over tokens and dimensions of (z_pix - sg(q_pix))^2. Where z_sem requires a
         gradient, that of `SemanticQuantizer` is added and q_sem passes its gradient to z_sem.
         """
+        z_sem, z_pix = z_sem.float(), z_pix.float()
         books = self.semantic.codebook, self.pix_codebook
         q_sem, q_pix, codes = ops.hier_quantize(z_sem, z_pix, *books, "ip", "l2", self.offsets)
-        z_pix = z_pix.float()
-        commitment = F.mse_loss(z_pix, q_pix)
+        commitment = _commitment(z_pix, q_pix)
         if z_sem.requires_grad:
-            commitment = commitment + F.mse_loss(z_sem.float(), q_sem)
-            q_sem = straight_through(z_sem.float(), q_sem)
+            commitment = commitment + _commitment(z_sem, q_sem)
+            q_sem = straight_through(z_sem, q_sem)
         return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, commitment)
 
     def within(self, sem_codes: Tensor, z_pix: Tensor) -> HierarchicalOutput:
         """What `forward` returns for tokens whose semantic codes [...] int64 are known."""
+        z_pix = z_pix.float()
         _, sub = ops.nearest_subcode(z_pix, self.pix_codebook, sem_codes, "l2", self.offsets)
         codes = self.join(sem_codes, sub)
         q_sem, q_pix = self.lookup(codes)
-        z_pix = z_pix.float()
-        return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, F.mse_loss(z_pix, q_pix))
+        return HierarchicalOutput(q_sem, straight_through(z_pix, q_pix), codes, _commitment(z_pix, q_pix))
 
     def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Flat codes [...] -> q_sem [..., Ds], q_pix [..., Dp]; rows of NaN for codes out of range."""
@@ -357,6 +360,11 @@ class HierarchicalQuantizer(nn.Module):
             self.weights.view(-1)[dead] = 1
             self.misses.view(-1)[dead] = 0
         return len(dead) + (0 if z_sem is None else self.semantic.restart(z_sem, window, generator=generator))
+
+
+def _commitment(z: Tensor, q: Tensor) -> Tensor:
+    """The mean of (z - sg(q))^2; 0 where there are no tokens, of which a mean would be NaN."""
+    return F.mse_loss(z, q) if z.numel() else z.sum()
 
 
 def _gathered(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).with_name("pretrained")  # checkpoints that come with this package, by name
+ROUNDING = 1 / 510  # by which values of images may leave [0, 1]
 TEACHERS = ("teacher.", "more_teachers.")  # the weights of teachers in a state dict begin so
 
 
@@ -45,7 +47,11 @@ class SemHiTok(nn.Module):
     """The unified image tokenizer (paper: SemHiTok).
 
     Images are float tensors [B, 3, image_size, image_size] in [0, 1]. Ids are int64 tensors [B, h, w] in [0, K * m),
-    row by row from the top left, with h = w = image_size / patch_size.
+    row by row from the top left, with h = w = image_size / patch_size. An empty batch gives an empty one.
+
+    `half()`, `to(dtype)` and the like cast the networks. Codebooks and the search for the nearest code stay in fp32, so
+    the ids and the codebooks' hash keep their meaning; fp16 and bf16 networks choose other codes for some patches.
+    `decode` returns images in the dtype of the networks.
 
     Args:
         config: sizes and the teachers; `semhitok.config.preset(name)` gives that of a preset.
@@ -102,18 +108,20 @@ class SemHiTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> ids [B, h, w].
+        """Images [B, 3, H, W] in [0, 1], of any float dtype -> ids [B, h, w].
 
         Raises:
-            ValueError: images of another shape or dtype, or no teacher.
+            ValueError: what `check_images` raises, or no teacher.
         """
         self.check_images(images)
+        if images.shape[0] == 0:  # of which not every teacher knows the shape
+            return images.new_zeros(0, self.config.grid_size, self.config.grid_size, dtype=torch.int64)
         z_sem = self.semantic_head(self.semantic_features(images))
         return self.quantizer(z_sem, self.encoder(images)).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
-        """Ids [B, h, w] -> images [B, 3, H, W] in [0, 1].
+        """Ids [B, h, w] -> images [B, 3, H, W] in [0, 1], in the dtype of the networks.
 
         With `semantic_only` the mean of a sub-codebook replaces each of its sub-codes. Errors are those of `features`.
         """
@@ -133,6 +141,8 @@ class SemHiTok(nn.Module):
     def features(self, codes: Tensor) -> Features:
         """Ids [B, h, w] -> their semantic and pixel code vectors.
 
+        Under `torch.compile` and `torch.export` values are not checked: ids out of range give vectors of NaN.
+
         Raises:
             ValueError: another shape or dtype, or an id outside [0, K * m).
         """
@@ -141,16 +151,27 @@ class SemHiTok(nn.Module):
             raise ValueError(f"codes: expected shape [B, {grid}, {grid}], got {list(codes.shape)}")
         if codes.dtype != torch.int64:
             raise ValueError(f"codes: expected int64, got {codes.dtype}")
-        Vocabulary(self.config.num_codes, self.config.num_sub_codes).check(codes)
+        if not torch.compiler.is_compiling():
+            Vocabulary(self.config.num_codes, self.config.num_sub_codes).check(codes)
         return Features(*self.quantizer.lookup(codes))
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless images are floating point [B, 3, H, W] of the tokenizer's size."""
+        """Raise ValueError unless images are floating point [B, 3, H, W] of the tokenizer's size, in [0, 1].
+
+        Values may leave the range by `ROUNDING`, half a step of 8 bits, which is rounding of resized images. They are
+        checked on the CPU only: on a GPU a check would wait for the device, and a compiled graph has no values. There
+        images outside the range give ids without meaning, and patches of NaN the id 0.
+        """
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images: expected shape [B, 3, {size}, {size}], got {list(images.shape)}")
         if not images.is_floating_point():
-            raise ValueError(f"images: expected floating point in [0, 1], got {images.dtype}")
+            raise ValueError(f"images: expected floating point in [0, 1] (8-bit values / 255), got {images.dtype}")
+        if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
+            low, high = (float(bound) for bound in torch.aminmax(images))  # both NaN if any value is
+            if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+                got = "NaN" if math.isnan(low) else f"values from {low:g} to {high:g}"
+                raise ValueError(f"images: expected values in [0, 1], got {got}")
 
     def stored_state(self) -> dict[str, Tensor]:
         """The state dict, without the weights of teachers that come from elsewhere."""

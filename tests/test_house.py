@@ -17,7 +17,7 @@ MAX_LINES, MAX_README_LINES, MAX_WIDTH = 450, 150, 120
 
 # The floors of semhitok, lowest first. A module imports from its own floor and those below it.
 FLOORS = [
-    "__init__ _C _files _messages _optional _settings "
+    "__init__ _C _buffers _files _messages _optional _settings "
     "clustering config distributed grouping ops quantizer reference usage vocabulary",
     "models",
     "tokenizer",

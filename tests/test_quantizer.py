@@ -482,3 +482,38 @@ def test_fixed_sizes_keep_their_state_and_adaptive_ones_save_theirs():
     quantizer.initialize(*uneven(), generator=generator(3))
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other.offsets, quantizer.offsets) and torch.equal(other.sizes, quantizer.sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_codebooks_and_statistics_stay_as_they_are_when_a_quantizer_is_cast(dtype):
+    quantizer = HierarchicalQuantizer(6, 4, 8, 5)
+    z_sem, z_pix = unit(30, 8), torch.randn(30, 5, generator=generator(1))
+    expected = quantizer(z_sem.to(dtype), z_pix.to(dtype))
+    before = {name: b.clone() for name, b in quantizer.named_buffers()}
+    after = dict(quantizer.to(dtype).named_buffers())
+    assert all(after[name].dtype == b.dtype and torch.equal(after[name], b) for name, b in before.items())
+    found = quantizer(z_sem.to(dtype), z_pix.to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert {x.dtype for x in found} == {torch.float32, torch.int64}
+    # the search does not widen with z
+    plain = quantizer(z_sem.to(dtype).float(), z_pix.to(dtype).float())
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    semantic = quantizer.semantic(z_sem.to(dtype))
+    assert semantic.q.dtype == torch.float32 and torch.equal(semantic.codes, quantizer.split(found.codes)[0])
+    within = quantizer.within(semantic.codes, z_pix.to(dtype))
+    assert torch.equal(within.codes, found.codes)
+    quantizer.update(z_pix.to(dtype), found.codes, z_sem=z_sem.to(dtype))
+    assert quantizer.weights.dtype == torch.float32
+    assert quantizer.to("meta").pix_codebook.is_meta and quantizer.half().pix_codebook.dtype == torch.float32
+
+
+def test_no_tokens_have_no_commitment_loss():
+    quantizer = HierarchicalQuantizer(6, 4, 8, 5)
+    z_sem, z_pix = (torch.zeros(0, 3, dim, requires_grad=True) for dim in (8, 5))
+    for q_pix, codes, commitment in (
+        quantizer(z_sem, z_pix)[1:],
+        quantizer.within(torch.zeros(0, 3).long(), z_pix)[1:],
+    ):
+        assert q_pix.shape == (0, 3, 5) and codes.shape == (0, 3) and commitment == 0
+        commitment.backward()
+    assert quantizer.semantic(z_sem).commitment == 0 and z_pix.grad.shape == z_pix.shape

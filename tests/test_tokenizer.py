@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,7 +297,9 @@ def test_a_tokenizer_saved_in_half_precision_is_the_rounded_one(tokenizer, tmp_p
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.encode(images()), half.float().encode(images()))
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert {x.dtype for x in stored.values() if x.is_floating_point()} == {torch.float16}
+    exact = {"quantizer.pix_codebook", "quantizer.semantic.codebook", "semantic_head.mean", "semantic_head.std"}
+    assert {name for name, x in stored.items() if x.dtype == torch.float32} == exact
+    assert {x.dtype for name, x in stored.items() if name not in exact} == {torch.float16}
 
 
 def test_packaged_tokenizers_are_found_by_name(tokenizer, tmp_path, monkeypatch):
@@ -381,3 +384,133 @@ def test_a_teacher_comes_from_a_hub_folder_or_a_file(tmp_path):
             assert torch.equal(teacher.vit.state_dict()[key], tensor), key
     with pytest.raises(OSError, match="teacher: no weights for 'test_vit'"):
         Teacher(TeacherConfig("test_vit", checkpoint=str(tmp_path / "none.safetensors"), image_size=32), 2)
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_other_dtypes_keep_the_codebooks(tokenizer, dtype, adaptive):
+    tokenizer = adaptive_tokenizer() if adaptive else tokenizer
+    x, codes, digest = images(), tokenizer.encode(images()), tokenizer.codebook_hash
+    pictures = tokenizer.decode(codes)
+    books = {name: b.clone() for name, b in tokenizer.named_buffers()}
+    for cast in (lambda model: model.to(dtype), lambda model: model.type(dtype)):
+        model = cast(copy.deepcopy(tokenizer))
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        for name, buffer in model.named_buffers():
+            if not name.startswith("teacher.vit."):
+                assert buffer.dtype == books[name].dtype and torch.equal(buffer, books[name]), name
+        assert model.codebook_hash == digest and model.vocabulary == tokenizer.vocabulary
+        for given in (x, x.to(dtype)):
+            found = model.encode(given)
+            assert found.shape == codes.shape and (found == codes).float().mean() > 0.9
+        decoded = model.decode(codes)
+        assert decoded.dtype == dtype and (decoded - pictures).abs().max() < 0.05
+        assert model.decode(codes, semantic_only=True).dtype == dtype
+        assert model.features(codes).pixel.dtype == torch.float32
+    if dtype == torch.float64:
+        assert torch.equal(found, codes)
+
+
+def test_methods_cast_as_to_does_and_a_cast_tokenizer_is_saved(tokenizer, tmp_path):
+    codes = tokenizer.encode(images())
+    for name in ("half", "bfloat16", "double"):
+        model = getattr(copy.deepcopy(tokenizer), name)()
+        assert model.quantizer.pix_codebook.dtype == model.quantizer.semantic.codebook.dtype == torch.float32
+        assert model.encode(images()).shape == codes.shape
+    model.save_pretrained(tmp_path)
+    loaded = SemHiTok.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(images()), codes)
+    assert loaded.half().decode(codes).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_empty_batch_gives_an_empty_one(tokenizer, dtype):
+    tokenizer.to(dtype)
+    codes = tokenizer.encode(images()[:0])
+    assert codes.shape == (0, 4, 4) and codes.dtype == torch.int64
+    for semantic_only in (False, True):
+        decoded = tokenizer.decode(codes, semantic_only=semantic_only)
+        assert decoded.shape == (0, 3, 32, 32) and decoded.dtype == dtype
+    assert tokenizer.reconstruct(images()[:0]).shape == (0, 3, 32, 32)
+    with pytest.raises(ValueError, match="images: expected shape"):
+        tokenizer.encode(torch.zeros(0, 3, 31, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 255, r"images: expected values in \[0, 1\], got values from 0\.\d+ to 25\d"),
+        (lambda x: x * 2 - 1, r"images: expected values in \[0, 1\], got values from -0\.99\d* to 0\.99"),
+        (lambda x: x.index_fill(3, torch.tensor(5), torch.nan), r"images: expected values in \[0, 1\], got NaN"),
+        (lambda x: x.index_fill(3, torch.tensor(5), torch.inf), r"images: expected values in \[0, 1\], .* to inf"),
+        (lambda x: x.index_fill(3, torch.tensor(5), 1.004), r"images: expected values in \[0, 1\], .* to 1.004"),
+    ],
+)
+def test_images_outside_the_range_are_refused(tokenizer, change, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(change(images()))
+
+
+def test_rounding_at_the_ends_of_the_range_is_no_error(tokenizer):
+    x = images()
+    assert torch.equal(tokenizer.encode(x * (1 + 1e-7)), tokenizer.encode(x))
+    tokenizer.encode((x * 2 - 0.5).clamp(-1e-3, 1.001))
+
+
+class Calls(torch.nn.Module):
+    """A module whose forward pass is a method of a tokenizer."""
+
+    def __init__(self, tokenizer, method):
+        super().__init__()
+        self.tokenizer, self.method = tokenizer, method
+
+    def forward(self, x):
+        return getattr(self.tokenizer, self.method)(x)
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_both_ways_compile_whole_and_export(tokenizer, method, adaptive):
+    tokenizer = adaptive_tokenizer() if adaptive else tokenizer
+    x = images() if method == "encode" else tokenizer.encode(images())
+    expected = getattr(tokenizer, method)(x)
+    compiled = torch.compile(getattr(tokenizer, method), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(Calls(tokenizer, method), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(exported.module()(x[:2]), expected[:2])
+
+
+def test_compiled_decoding_marks_ids_out_of_range_with_nan(tokenizer):
+    decode = torch.compile(tokenizer.decode, fullgraph=True, backend="eager")
+    assert decode(torch.full((1, 4, 4), 36)).isnan().all()
+
+
+@pytest.mark.parametrize("network", ["vision transformer", "convolutional"])
+def test_weights_that_accelerate_offloads(tokenizer, network):
+    accelerate = pytest.importorskip("accelerate")
+    if network == "convolutional":
+        tokenizer = SemHiTok(small_config(teacher=TeacherConfig("resnet18", pretrained=False, image_size=32))).eval()
+    x, codes = images(), tokenizer.encode(images())
+    pictures = tokenizer.decode(codes)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(tokenizer), execution_device="cpu")
+    assert all(p.is_meta for p in offloaded.parameters())
+    for _ in range(2):
+        assert torch.equal(offloaded.encode(x), codes) and torch.equal(offloaded.decode(codes), pictures)
+    assert all(p.is_meta for p in offloaded.parameters())
+    with_buffers = accelerate.cpu_offload(copy.deepcopy(tokenizer), execution_device="cpu", offload_buffers=True)
+    with pytest.raises(RuntimeError, match=r"codebook: expected device cpu \(that of z_sem\), got meta"):
+        with_buffers.encode(x)
+
+
+def test_copies_and_pickles_of_a_tokenizer_are_independent(tokenizer):
+    codes = tokenizer.encode(images())
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        for parameter in tokenizer.teacher.parameters():
+            parameter.data.add_(1)
+        assert torch.equal(other.encode(images()), codes)
+        for parameter in tokenizer.teacher.parameters():
+            parameter.data.sub_(1)

@@ -320,8 +320,12 @@ def main() -> int:
     print(f"peak {peak / 1e12:.0f} TFLOP/s by the data sheet; " if peak else "", end="")
     print(f"a large {fastest} matrix product here: {matmul / 1e12:.2f} TFLOP/s")
     lpips_loss = "with random weights" if perceptual and config.pixel.loss.lpips else "left out"
-    workers = config.data.workers
-    print(f"compile {config.compile}, precision {config.precision}, {workers} data workers; LPIPS {lpips_loss}")
+    if config.data.workers == "auto":
+        from semhitok.training.workers import of_machine
+
+        config.data.workers = of_machine(device.type)
+    reading = f"{config.data.workers} data workers"
+    print(f"compile {config.compile}, precision {config.precision}, {reading}; LPIPS {lpips_loss}")
     titles = f"{'images':>7} {'micro':>6} {'steps':>6} {'ms/step':>9} {'images/s':>9} {'TFLOP/image':>12}"
     print(f"\n{'':9}{titles}{'MFU':>10}{'of matmul':>10} {'GiB':>7} {'waiting':>8}", flush=True)
     kernels = []

@@ -2,7 +2,8 @@
 
 Each picture is saved as OUT/NUMBER-CAPTION-SEED.png, with its caption, seed and settings in the metadata; all pictures
 of a caption are also saved together, as OUT/NUMBER-CAPTION-grid.png. Picture n of a caption has the seed SEED + n. The
-same caption, seed and settings give the same picture, whatever else is in the batch.
+same caption, seed and settings give the same picture, whatever else is in the batch. Captions that are too long for the
+model are skipped, named and counted; the exit code is then 3.
 
 examples:
   semhitok generate runs/mllm/checkpoint --tokenizer runs/tiny/checkpoint "a small red ring at top left" --out drawn
@@ -15,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from semhitok._files import read_text
-from semhitok._messages import printable, progress
+from semhitok._messages import message, printable, progress
 from semhitok.cli import arguments, text
 
 
@@ -38,17 +39,23 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
     from semhitok.data.images import save_png
+    from semhitok.data.stream import warn_skipped
     from semhitok.mllm.assistant import Job, draw_files, file_stem, grid
 
     sampling = arguments.sampling(args)
     assistant = arguments.load_assistant(args, teacher=False)
     out = arguments.make_output_folder(args.out)
-    stems = [file_stem(caption, number) for number, caption in enumerate(captions)]
-    jobs = [
-        Job(out / f"{stem}-{args.seed + n}.png", caption, args.seed + n)
-        for stem, caption in zip(stems, captions, strict=True)
-        for n in range(args.count)
-    ]
+    stems, jobs = [], []
+    for number, caption in enumerate(captions):
+        try:
+            assistant.caption_ids(caption)
+        except ValueError as error:
+            warn_skipped(message(error))
+            continue
+        stem = file_stem(caption, number)
+        stems.append(stem)
+        jobs += [Job(out / f"{stem}-{seed}.png", caption, seed) for seed in range(args.seed, args.seed + args.count)]
+    drawn, skipped = len(stems), len(captions) - len(stems)
     pictures = []
     with progress(None, "generate", len(jobs)) as bar:
         for _, picture in draw_files(assistant, jobs, args.batch_size, sampling=sampling):
@@ -57,5 +64,6 @@ def run(args: argparse.Namespace) -> int:
             if len(pictures) == args.count:
                 save_png(grid(pictures), out / f"{stems.pop(0)}-grid.png")
                 pictures.clear()
-    print(printable(f"{out}: {text.count(len(jobs), 'picture')} of {text.count(len(captions), 'caption')}"))
-    return text.DONE
+    result = f"{out}: {text.count(len(jobs), 'picture')} of {text.count(drawn, 'caption')}"
+    print(printable(f"{result}, {skipped} skipped" if skipped else result))
+    return text.exit_code(skipped)

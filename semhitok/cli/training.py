@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semhitok._optional import require
@@ -30,7 +31,7 @@ def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.d
     for assignment in args.set:
         override(config, assignment)
     if args.print_config:
-        print(require("yaml").safe_dump(config.to_dict(), sort_keys=False), end="")
+        print(_described(args, config), end="")
         return text.DONE
 
     def work() -> str:
@@ -41,6 +42,21 @@ def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.d
         return text.table([*rows, ("checkpoint", f"{args.out}/checkpoint")])
 
     return run_resumable(args.command, work)
+
+
+def _described(args: argparse.Namespace, config: Any) -> str:
+    """The configuration as YAML; a comment says what "auto" stands for."""
+    lines = require("yaml").safe_dump(config.to_dict(), sort_keys=False)
+    if config.data.workers != "auto":
+        return lines
+    from semhitok.training import workers
+
+    number = workers.of_run(Path(args.out)) if args.out else None
+    comment = f"{number}, with which the run began"
+    if number is None:
+        device = arguments.find_device("auto").type if args.device == "auto" else args.device.partition(":")[0]
+        comment = f"{workers.of_machine(device)} on this machine, or fewer where the data have fewer shards or rows"
+    return lines.replace("  workers: auto\n", f"  workers: auto  # {comment}\n")
 
 
 def run_resumable(command: str, work: Callable[[], str]) -> int:

@@ -38,7 +38,7 @@ class TrainingImages:
 
     Files: sample n of the run is a function of (seed, n), see `RandomCrops`.
 
-    Shards: every reading process (config.workers of each training process, or the training process itself) reads its
+    Shards: every reading process (`workers` of each training process, or the training process itself) reads its
     own part of the shards in every epoch, in an order that follows from the seed and the epoch. It shuffles
     config.shuffle_buffer samples at a time, which it holds in memory undecoded.
 
@@ -55,6 +55,7 @@ class TrainingImages:
         world_size: training processes.
 
     Attributes:
+        workers: reading processes, config.workers; for "auto" 0, unless `use_workers` says another number.
         description: identifies the data, as JSON: two runs on the same data have the same.
         fixed_count: number of the fixed crops; 0 if they are not fixed.
 
@@ -80,11 +81,11 @@ class TrainingImages:
         self.size, self.config, self.seed = size, config, seed
         self.rank, self.world_size = rank, world_size
         self.paths, self.shards = _find(sources)
+        self.use_workers(0 if config.workers == "auto" else config.workers)
         self.fixed_count = 0
         if self.shards:
             if config.fixed:
                 raise ValueError(f"fixed: expected image files, got shards ({self.shards[0]!r})")
-            check_shards("data", len(self.shards), world_size, config.workers)
             if config.shuffle_buffer < 1:
                 raise ValueError(f"shuffle_buffer: expected at least 1, got {config.shuffle_buffer}")
             self.description = {"shards": len(self.shards), "shards_sha256": _digest(self.shards)}
@@ -94,6 +95,12 @@ class TrainingImages:
             # Kept, so that the images decoded by one pass over the steps serve the next.
             self._crops = RandomCrops(self.paths, size, config, seed)
             self.fixed_count = self._crops.fixed_count
+
+    def use_workers(self, workers: int) -> None:
+        """Read with so many processes from now on; ValueError if there are fewer shards than reading processes."""
+        if self.shards:
+            check_shards("data", len(self.shards), self.world_size, workers)
+        self.workers = workers
 
     def other(self, seed_offset: int) -> TrainingImages:
         """The same images in another order and with other crops; `seed_offset` is xor-ed into the seed."""
@@ -124,7 +131,7 @@ class TrainingImages:
         """
         share = share_of(batch_size, micro_batch, self.world_size)
         firsts = range(self.rank * share, (self.rank + 1) * share, micro_batch)
-        workers = self.config.workers
+        workers = self.workers
         start: dict[str, Any] = {"data": "files", "skipped": 0}
         open_stream = partial(self._of_files, batch_size, firsts, step * len(firsts))
         if self.shards:
@@ -149,7 +156,7 @@ class TrainingImages:
         paths, last = len(self.paths), self.fixed_count - 1
 
         def read(worker: int, place: None) -> Iterator[Item]:
-            for number in itertools.count(worker, max(1, self.config.workers)):
+            for number in itertools.count(worker, max(1, self.workers)):
                 first = (number * self.world_size + self.rank) * size
                 numbers = [min(n, last) for n in range(first, first + size)]
                 crops = [self._crops.fixed_crop(n % paths, mirrored=n >= paths).crop for n in numbers]
@@ -157,13 +164,13 @@ class TrainingImages:
 
         rounds = -(-self.fixed_count // (size * self.world_size))
         start = {"data": "fixed crops"}
-        batches: Batches[Batch] = Batches(read, start, 1, lambda x: x[0], workers=self.config.workers, position=None)
+        batches: Batches[Batch] = Batches(read, start, 1, lambda x: x[0], workers=self.workers, position=None)
         with contextlib.closing(batches):
             yield from itertools.islice(batches, rounds)
 
     def _of_files(self, batch_size: int, firsts: range, done: int, number: int, place: None) -> Iterator[Item]:
         """The micro-batches that reading process `number` makes, after `done`; `firsts` are those of a step."""
-        for micro in itertools.count(done + number, max(1, self.config.workers)):
+        for micro in itertools.count(done + number, max(1, self.workers)):
             step, part = divmod(micro, len(firsts))
             first = step * batch_size + firsts[part]
             samples = [self._crops.sample(n) for n in range(first, first + firsts.step)]
@@ -181,7 +188,7 @@ class TrainingImages:
 
     def _crops_of_shards(self, worker: int, place: Mapping[str, int]) -> Iterator[Item]:
         """Crops [3, size, size], without end."""
-        workers = max(1, self.config.workers)
+        workers = max(1, self.workers)
         stream, streams = self.rank * workers + worker, self.world_size * workers
         order = ShuffledShards(self.shards, read_shard, self.config.shuffle_buffer, self.seed, stream, streams)
         epoch, number, images = (place[k] for k in ("epoch", "number", "images"))

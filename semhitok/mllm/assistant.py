@@ -173,7 +173,7 @@ class Assistant:
         for answer in answers:
             parts = prompts.understanding_parts(*own, images[0], question, answer)
             learnt.append(torch.tensor([i for ids, is_learnt in parts if is_learnt for i in ids]))
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        positions = self.model.config.positions
         longest = max(map(len, asked)) + max(map(len, learnt))
         if positions is not None and longest > positions:
             raise ValueError(f"answers: expected at most {positions} ids with the question, got {longest}")
@@ -198,8 +198,7 @@ class Assistant:
         self, rows: list[list[int]], limit: int, sampling: Sampling, seed: int, callback: Callback | None = None
     ) -> list[str]:
         """The text that follows the ids of each prompt, at most `limit` ids of it."""
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        longest = max(map(len, rows))
+        positions, longest = self.model.config.positions, max(map(len, rows))
         if positions is not None:
             if longest >= positions:
                 raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {longest}")
@@ -219,12 +218,22 @@ class Assistant:
         differ in their last bits, which in fp32 rarely changes an id.
 
         Raises:
-            ValueError: the number of seeds is not that of the captions.
+            ValueError: the number of seeds is not that of the captions; see also `caption_ids`.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"seeds: expected {len(captions)}, one for each caption, got {len(seeds)}")
         codes = self.draw_codes(captions, [_seeded(seed) for seed in seeds], sampling=sampling)
         return self.image_tokenizer.decode(codes.to(next(self.image_tokenizer.parameters()).device))
+
+    def caption_ids(self, caption: str | None) -> list[int]:
+        """The prompt for a picture; ValueError if it leaves too few of the model's positions for one."""
+        ids, config = prompts.generation(self.text_tokenizer, self.model.vocabulary, caption), self.model.config
+        picture = 1 + int(config.resolution_id) + config.grid_size**2
+        if config.positions is not None and len(ids) + picture > config.positions:
+            why = f"as a picture takes {picture} of {config.positions} positions"
+            most = config.positions - picture
+            raise ValueError(f"caption: expected at most {most} ids, {why}, got {len(ids)}: {caption or '':.40}")
+        return ids
 
     def draw_codes(self, captions: Sequence[str], generator: Generators, *, sampling: Sampling = DRAWING) -> Tensor:
         """Draw pictures as flat ids [B, h, w] of the image tokenizer, on the model's device.
@@ -233,8 +242,11 @@ class Assistant:
             captions: one for each picture.
             generator: one for all pictures, or one on the CPU for each.
             sampling: how ids are chosen.
+
+        Raises:
+            ValueError: see `caption_ids`.
         """
-        rows = [prompts.generation(self.text_tokenizer, self.model.vocabulary, text) for text in (*captions, None)]
+        rows = [self.caption_ids(text) for text in (*captions, None)]
         return generate_images(self.model, rows[:-1], sampling=sampling, unconditional=rows[-1], generator=generator)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from semhitok._settings import Workers, check_workers
 from semhitok.config import EngineConfig, OptimizerConfig, StageConfig, read_config
 
 TASKS = ("understanding", "generation", "text")
@@ -47,19 +48,20 @@ class RowsConfig:
     caption_drop: share of captions left out in "generation", which guidance needs.
     look_ahead: samples from which a row is filled, in order; more samples leave less padding.
     shuffle_buffer: samples of a stream of shards that are shuffled together, for each row of a batch.
-    workers: processes that read and decode, for each training process; 0 reads in the training process itself.
+    workers: processes that read and decode, for each training process; see `semhitok.config.DataConfig`.
     """
 
     length: int = 2048
     caption_drop: float = 0.1
     look_ahead: int = 32
     shuffle_buffer: int = 64
-    workers: int = 0
+    workers: Workers = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("look_ahead", 1), ("shuffle_buffer", 1), ("workers", 0)):
+        for name, least in (("length", 2), ("look_ahead", 1), ("shuffle_buffer", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_workers(self.workers)
         if not 0 <= self.caption_drop <= 1:
             raise ValueError(f"data.caption_drop: expected a share, 0 to 1, got {self.caption_drop}")
 

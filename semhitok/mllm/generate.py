@@ -7,6 +7,7 @@ which combine them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Sampling:
             scores), then the sub-code j of i. Temperature, top_k and top_p apply to both steps.
 
     Raises:
-        ValueError: a negative temperature.
+        ValueError: a temperature or guidance that is negative or not finite, a negative top_k, a top_p not in (0, 1].
     """
 
     temperature: float = 1.0
@@ -53,8 +54,15 @@ class Sampling:
     hierarchical: bool = False
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+        for name in ("temperature", "guidance"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected at least 1, or 0 for all, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -273,8 +281,8 @@ def generate(
         the new ids of each prompt, [n] int64, `eos_id` included.
 
     Raises:
-        ValueError: empty prompts, guidance without as many unconditional prompts, an id out of range, or a streamer
-            with more than one row.
+        ValueError: empty prompts, guidance without as many unconditional prompts, an id out of range, a streamer with
+            more than one row, or prompts that leave too few of the model's positions for the new ids.
     """
     prompts = list(prompts)
     count, guided = len(prompts), sampling.guidance != 1
@@ -289,7 +297,12 @@ def generate(
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"streamer: expected one prompt without guidance, got {len(prompts)} rows")
     ids, mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
-    max_length = ids.shape[1] + max_new_tokens
+    max_length, positions = ids.shape[1] + max_new_tokens, model.config.positions
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"prompts: expected at most {max(0, positions - max_new_tokens)} ids, which leave {max_new_tokens} of the "
+            f"model's {positions} positions for new ones, got {ids.shape[1]}"
+        )
     grammar = Grammar(model.config, images=images, max_length=max_length, num_text_ids=num_text_ids)
     processors = LogitsProcessorList([Guidance(sampling.guidance, grammar)] if guided else [])
     processors.append(grammar)

@@ -21,7 +21,9 @@ TILE = 1 << 24  # logits that exist at a time
 IGNORE = -100  # a target without a loss, as in torch and transformers
 
 
-def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weights: list[Tensor], targets: Tensor, softcap: float | None = None
+) -> Tensor:
     """Cross-entropy of each token over ids with the logits hidden @ cat(weights).T.
 
     Equivalent to: F.cross_entropy((hidden @ torch.cat(weights).T).float(), targets, reduction="none").
@@ -30,6 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor)
         hidden: [N, width], floating point. Under autocast, hidden and weights are cast tile by tile.
         weights: blocks [V_b, width] of one vocabulary of V = sum of V_b ids, with one softmax over all.
         targets: [N] int64 in [0, V), or -100 for no loss.
+        softcap: logits x become softcap * tanh(x / softcap), which takes a fourth tile; None leaves them as they are.
 
     Returns:
         [N] fp32 (fp64 for fp64), 0 where the target is -100. Differentiable once, in hidden and weights.
@@ -42,7 +45,7 @@ def linear_cross_entropy(hidden: Tensor, weights: list[Tensor], targets: Tensor)
         if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
             raise ValueError(f"weights: expected [V, {hidden.shape[1]}], got {list(weight.shape)}")
     _check_range("targets", targets, sum(len(weight) for weight in weights))
-    return _LinearCrossEntropy.apply(hidden, targets, _dtype(hidden), *weights)
+    return _LinearCrossEntropy.apply(hidden, targets, _dtype(hidden), softcap, *weights)
 
 
 def group_cross_entropy(
@@ -132,7 +135,9 @@ TILE_TOKENS = 4096
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, dtype: torch.dtype, softcap: float | None, *weights: Tensor
+    ) -> Tensor:
         kept = (targets != IGNORE).nonzero().squeeze(1)
         loss = hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype))
         normaliser = loss.new_full((len(kept),), -torch.inf)
@@ -143,6 +148,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for begin in range(0, len(kept), TILE_TOKENS):
                     part = slice(begin, begin + TILE_TOKENS)
                     logits = (hidden[kept[part]].to(dtype) @ weight.T).to(loss.dtype)
+                    if softcap is not None:
+                        logits.div_(softcap).tanh_().mul_(softcap)
                     column = targets[kept[part]] - first
                     own = ((column >= 0) & (column < end - start)).nonzero().squeeze(1)
                     chosen[begin + own] = logits[own, column[own]]
@@ -151,14 +158,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     normaliser[part] = torch.logaddexp(normaliser[part], total)
         loss[kept] = normaliser - chosen
         ctx.save_for_backward(hidden, targets, kept, normaliser, *weights)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.softcap = dtype, softcap
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, kept, normaliser, *weights = ctx.saved_tensors
-        wants_hidden, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        wants_hidden, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         make = torch.empty_like if len(kept) else torch.zeros_like
         d_weights: list[Any] = [make(w) if want else None for w, want in zip(weights, wants, strict=True)]
         d_kept = hidden.new_zeros(len(kept), hidden.shape[1], dtype=normaliser.dtype)
@@ -172,10 +179,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     part = slice(begin, begin + TILE_TOKENS)
                     rows = kept[part]
                     x = hidden[rows].to(ctx.dtype)
-                    gradient = (x @ weight.T).to(normaliser.dtype).sub_(normaliser[part, None]).exp_()
+                    logits, slope = (x @ weight.T).to(normaliser.dtype), None
+                    if ctx.softcap is not None:
+                        slope = 1 - logits.div_(ctx.softcap).tanh_().square()
+                        logits.mul_(ctx.softcap)
+                    gradient = logits.sub_(normaliser[part, None]).exp_()
                     column = targets[rows] - first
                     own = ((column >= 0) & (column < end - start)).nonzero().squeeze(1)
                     gradient[own, column[own]] -= 1
+                    if slope is not None:
+                        gradient.mul_(slope)
                     gradient = gradient.mul_(upstream[rows, None]).to(ctx.dtype)
                     if wants_hidden:
                         d_kept[part] += gradient @ weight
@@ -184,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_weight is not None:
                     d_weights[block][start:end] = d_weight
         d_hidden = torch.zeros_like(hidden).index_copy_(0, kept, d_kept.to(hidden.dtype)) if wants_hidden else None
-        return d_hidden, None, None, *d_weights
+        return d_hidden, None, None, None, *d_weights
 
 
 class _GroupCrossEntropy(torch.autograd.Function):

@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from semhitok.grouping import Grouping
 from semhitok.mllm.loss import IGNORE, group_cross_entropy, group_logsumexp, linear_cross_entropy
+from semhitok.mllm.modules import Codebooks, DualAdapter, Rows
+from semhitok.mllm.output import OutputRule, check_logits, output_rule
 from semhitok.tokenizer import Features, SemHiTok
 from semhitok.vocabulary import Vocabulary, codebook_hash
 
@@ -43,6 +44,8 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         codebook_hash: hash of the codebooks in the model; None if it has none.
         head: "flat", one row for every id; or "hierarchical", code i first, then sub-code j from the rows of i.
         adaptive: the sub-codebooks differ in size; the model keeps the sizes with its codebooks.
+        logit_scale: multiplies all logits, as the LLM scales its own; `from_parts` sets it and `logit_softcap`.
+        logit_softcap: logits x become logit_softcap * tanh(x / logit_softcap); None leaves them as they are.
     """
 
     model_type = "semhitok_mllm"
@@ -61,6 +64,8 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         codebook_hash: str | None = None,
         head: str = "flat",
         adaptive: bool = False,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:  # transformers compares configs with their default
@@ -78,12 +83,19 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         self.adaptive = adaptive
+        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
         self.text_config = text_config
         self.resolution_id = resolution_id
         self.codebook_hash = codebook_hash
         self.head = head
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    @property
+    def positions(self) -> int | None:
+        """The most ids that a row of the LLM may have; None if it says nothing."""
+        found: int | None = getattr(self.text_config, "max_position_embeddings", None)
+        return found
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -93,67 +105,6 @@ class UnifiedMLLMConfig(PreTrainedConfig):
         """
         sizes = (self.image_size,) if self.resolution_id else ()
         return Vocabulary(self.num_codes, self.num_sub_codes, self.text_config.vocab_size, self.codebook_hash, sizes)
-
-
-class Codebooks(nn.Module):
-    """The frozen codebooks: sem [K, Ds] and pix [K, m, Dp], in fp32 whatever the model is cast to.
-
-    With adaptive sizes, pix is [K * m, Dp] and sub-codebook i has the rows offsets[i] to offsets[i + 1] - 1; offsets is
-    int64 [K + 1].
-    """
-
-    sem: Tensor
-    pix: Tensor
-    offsets: Tensor | None
-
-    def __init__(self, config: UnifiedMLLMConfig) -> None:
-        super().__init__()
-        K, m = config.num_codes, config.num_sub_codes
-        self.register_buffer("sem", torch.zeros(K, config.sem_dim, dtype=torch.float32))
-        shape = (K * m,) if config.adaptive else (K, m)
-        self.register_buffer("pix", torch.zeros(*shape, config.pix_dim, dtype=torch.float32))
-        self.register_buffer("offsets", torch.arange(K + 1) * m if config.adaptive else None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Codebooks:
-        # Viewed as integers they move between devices without being rounded, so their hash stays the same.
-        return super()._apply(
-            lambda t: fn(t.view(torch.int32)).view(torch.float32) if t.is_floating_point() else fn(t), recurse
-        )
-
-    def forward(self, codes: Tensor) -> Features:
-        """Flat ids [n] -> code vectors [n, Ds], [n, Dp]."""
-        return Features(self.sem[self.grouping.group_of(codes)], self.pix.flatten(0, -2)[codes])
-
-    @property
-    def grouping(self) -> Grouping:
-        """Which flat ids belong to which semantic code."""
-        return Grouping.of(self.pix, self.offsets)
-
-
-class DualAdapter(nn.Module):
-    """Code vectors of image ids -> the LLM's input: one MLP for each, concatenated (paper: dual-MLP adapter)."""
-
-    def __init__(self, sem_dim: int, pix_dim: int, width: int) -> None:
-        super().__init__()
-        self.semantic = _mlp(sem_dim, width, width - width // 2)
-        self.pixel = _mlp(pix_dim, width, width // 2)
-
-    def forward(self, semantic: Tensor, pixel: Tensor) -> Tensor:
-        """[..., Ds], [..., Dp] -> [..., width]."""
-        dtype = next(self.parameters()).dtype
-        return torch.cat([self.semantic(semantic.to(dtype)), self.pixel(pixel.to(dtype))], dim=-1)
-
-
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
-
-
-class Rows(nn.Module):
-    """Rows of an output head: `weight` [*shape]. Not an nn.Linear, as the losses take the rows, not the logits."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class UnifiedMLLM(PreTrainedModel, GenerationMixin):
@@ -172,7 +123,6 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["codebooks.sem", "codebooks.pix"]  # noqa: RUF012
 
     def __init__(self, config: UnifiedMLLMConfig) -> None:
@@ -180,6 +130,10 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         vocabulary = config.vocabulary
         width, K, m = config.text_config.hidden_size, config.num_codes, config.num_sub_codes
         self.model = AutoModel.from_config(config.text_config)
+        self.rule = OutputRule(config.logit_scale, config.logit_softcap)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        self._tied_weights_keys = {"text_head.weight": f"model.{name}.weight"}
         self.codebooks = Codebooks(config)
         self.adapter = DualAdapter(config.sem_dim, config.pix_dim, width)
         self.special_embedding = nn.Embedding(vocabulary.num_special, width)
@@ -223,7 +177,9 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
             kwargs: of `AutoModelForCausalLM.from_pretrained` or `from_config`, such as dtype or attn_implementation.
 
         Raises:
-            ValueError: the LLM's head has a bias, or its number of rows is not that of the embedding.
+            ValueError: the LLM's head has a bias, its number of rows is not that of the embedding, or their width not
+                that of the hidden states; or logits are computed in a way that is not supported (see
+                `semhitok.mllm.output`).
             OSError: `llm` cannot be read or fetched.
         """
         if isinstance(llm, str):
@@ -236,11 +192,14 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         bias = getattr(lm_head, "bias", None)
         if lm_head is None or bias is not None or lm_head.weight.shape != embedding.weight.shape:
             raise ValueError(f"llm: expected an output head without bias as large as the embedding, got {lm_head}")
+        if embedding.weight.shape[1] != llm.config.hidden_size:
+            got = f"{embedding.weight.shape[1]} in {type(llm).__name__}"
+            raise ValueError(f"llm: expected embeddings as wide as hidden states, {llm.config.hidden_size}, got {got}")
         sizes = image_tokenizer.config
         config = UnifiedMLLMConfig(
             llm.config,
             sizes.num_codes, sizes.num_sub_codes, sizes.sem_dim, sizes.pix_dim, sizes.grid_size, sizes.image_size,
-            resolution_id, image_tokenizer.codebook_hash, head, sizes.adaptive,
+            resolution_id, image_tokenizer.codebook_hash, head, sizes.adaptive, *output_rule(llm.config),
         )  # fmt: skip
         # The LLM's parts are built without memory and then replaced.
         with torch.device("meta"):
@@ -259,6 +218,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         model.tie_weights()
         if llm.generation_config is not None:
             model.generation_config = llm.generation_config
+        check_logits(llm, lambda ids: model(ids).logits)
         return model
 
     @classmethod
@@ -283,6 +243,22 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         """The text head only."""
         return self.text_head
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """The LLM's embedding. Other than in transformers it keeps its size, which all image ids depend on.
+
+        Raises:
+            ValueError: another number of rows. Nothing is changed.
+        """
+        rows = self.config.text_config.vocab_size
+        number, multiple = new_num_tokens or rows, pad_to_multiple_of or 1
+        if (number := -(-number // multiple) * multiple) != rows:
+            problem = f"expected {rows}, since image ids follow the text ids, got {number}"
+            raise ValueError(f"new_num_tokens: {problem}; resize the LLM before UnifiedMLLM.from_parts")
+        embedding: Any = self.get_input_embeddings()
+        return embedding
+
     def embed(self, input_ids: Tensor, image_features: Features | None = None) -> Tensor:
         """Ids [B, T] -> the LLM's input [B, T, width].
 
@@ -306,18 +282,28 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         embedded = self.model.get_input_embeddings()(torch.where(text, input_ids, 0))
         of_special = self.special_embedding((input_ids - vocabulary.begin_of_image).clamp_min(0))
         embedded = torch.where(special.unsqueeze(-1), of_special.to(embedded.dtype), embedded)
-        codes = input_ids[image] - vocabulary.text_size
-        if image_features is None:
+        if torch.compiler.is_compiling():  # shapes must not depend on ids: every position gets a vector
+            if image_features is None:
+                of_image = self.adapter(*self.codebooks(torch.where(image, input_ids - vocabulary.text_size, 0)))
+                return torch.where(image.unsqueeze(-1), of_image.to(embedded.dtype), embedded)
+        elif image_features is None:
+            codes = input_ids[image] - vocabulary.text_size
             if len(codes) and config.codebook_hash is None:
                 raise ValueError("input_ids: expected a model with codebooks for image ids, got one without")
             image_features = self.codebooks(codes)
+        else:
+            self._check_features(image_features, int(image.sum()))
         semantic, pixel = image_features
-        for name, x, dim in (("semantic", semantic, config.sem_dim), ("pixel", pixel, config.pix_dim)):
-            if x.shape[-1] != dim or x.numel() != len(codes) * dim:
-                problem = f"expected {len(codes)} vectors of dimension {dim}, got {list(x.shape)}"
-                raise ValueError(f"image_features.{name}: {problem}")
         of_image = self.adapter(semantic.reshape(-1, config.sem_dim), pixel.reshape(-1, config.pix_dim))
         return embedded.masked_scatter(image.unsqueeze(-1), of_image.to(embedded.dtype))
+
+    def _check_features(self, image_features: Features, count: int) -> None:
+        """Raise ValueError unless there are `count` vectors of both kinds."""
+        semantic, pixel = image_features
+        for name, x, dim in (("semantic", semantic, self.config.sem_dim), ("pixel", pixel, self.config.pix_dim)):
+            if x.shape[-1] != dim or x.numel() != count * dim:
+                problem = f"expected {count} vectors of dimension {dim}, got {list(x.shape)}"
+                raise ValueError(f"image_features.{name}: {problem}")
 
     def forward(
         self,
@@ -384,23 +370,26 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., width] -> logits [..., vocabulary.size], for one softmax over all ids."""
         text, image, special = self._rows()
+        hidden, cap = self.rule.scale_hidden(hidden), self.rule.cap_logits
         rows, grouping = self.image_head.weight, self.codebooks.grouping
         of_image = hidden @ rows.reshape(-1, hidden.shape[-1]).T
-        if self.semantic_head is not None:
+        if self.semantic_head is None:
+            of_image = cap(of_image)
+        else:
             # log p(i, j) = log p(i) + log p(j | i), up to a constant.
             wide = of_image.to(torch.promote_types(of_image.dtype, torch.float32))
             if grouping.offsets is None:
                 within = wide.unflatten(-1, rows.shape[:2]).log_softmax(-1)
-                of_image = ((hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
+                of_image = (cap(hidden @ image.T).unsqueeze(-1) + within).flatten(-2)
             else:
-                of_image = wide + grouping.repeat(hidden @ image.T - group_logsumexp(wide, grouping.offsets))
-        return torch.cat([hidden @ text.T, of_image, hidden @ special.T], dim=-1)
+                of_image = wide + grouping.repeat(cap(hidden @ image.T) - group_logsumexp(wide, grouping.offsets))
+        return torch.cat([cap(hidden @ text.T), of_image, cap(hidden @ special.T)], dim=-1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Last hidden states [N, width] and the ids [N] to predict -> cross-entropy [N] in fp32, 0 where -100."""
-        vocabulary = self.config.vocabulary
+        vocabulary, hidden = self.config.vocabulary, self.rule.scale_hidden(hidden)
         if self.semantic_head is None:
-            return linear_cross_entropy(hidden, self._rows(), targets)
+            return linear_cross_entropy(hidden, self._rows(), targets, self.rule.softcap)
         # In the outer softmax, codes i stand in place of the image ids.
         image = (targets >= vocabulary.text_size) & (targets < vocabulary.begin_of_image)
         codes = torch.where(image, targets - vocabulary.text_size, 0)
@@ -411,7 +400,7 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         coarse = torch.where(targets >= vocabulary.begin_of_image, targets - shorter, coarse)
         rows, bounds = self.image_head.weight.flatten(0, 1), grouping.bounds(hidden.device)
         within = group_cross_entropy(hidden, rows, code, torch.where(image, sub, IGNORE), bounds)
-        return linear_cross_entropy(hidden, self._rows(), coarse) + within
+        return linear_cross_entropy(hidden, self._rows(), coarse, self.rule.softcap) + within
 
     def _rows(self) -> list[Tensor]:
         """Rows of the outer softmax, [ids, width] each: text; flat ids or codes i; special."""
@@ -428,6 +417,23 @@ class UnifiedMLLM(PreTrainedModel, GenerationMixin):
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         self._init_weights(module)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """Repeat every row `expand_size` times, for beams and several sequences; vectors of images with their row."""
+        features = kwargs.pop("image_features", None)
+        if features is not None and expand_size > 1:
+            vocabulary = self.config.vocabulary
+            image = (input_ids >= vocabulary.text_size) & (input_ids < vocabulary.begin_of_image)
+            counts = image.sum(1).tolist()
+            self._check_features(features, sum(counts))
+            rows = zip(*(x.reshape(-1, x.shape[-1]).split(counts) for x in features), strict=True)
+            repeated = zip(*(row for row in rows for _ in range(expand_size)), strict=True)
+            features = Features(*map(torch.cat, repeated))
+        parent: Any = super()
+        ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, kwargs if features is None else {**kwargs, "image_features": features}
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Pass vectors of a prompt's images with the prompt only; later steps find them in the cache."""

@@ -130,7 +130,8 @@ class TrainingRows:
             ValueError: batch_size cannot be divided by processes x micro_batch, or the rows of a process by its
                 workers; or the position is of other sources or another number of processes.
         """
-        share, workers = share_of(batch_size, micro_batch, self.world_size), self.config.workers
+        share = share_of(batch_size, micro_batch, self.world_size)
+        workers = 0 if self.config.workers == "auto" else self.config.workers  # `train` puts a number in its place
         if share % max(1, workers):
             raise ValueError(f"data.workers: expected a divisor of the {share} rows of a process, got {workers}")
         for place in filter(None, (position or {}).get("rows", ())):

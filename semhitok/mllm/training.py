@@ -15,6 +15,7 @@ RUN/checkpoint/      model and text tokenizer, for `UnifiedMLLM.from_pretrained`
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from semhitok.mllm.prompts import word_tokenizer
 from semhitok.mllm.rows import MicroRows, TrainingRows
 from semhitok.mllm.sources import Source, open_source
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import parallel
+from semhitok.training import parallel, workers
 from semhitok.training.loop import Run, StopOnSignal, run_stage
 from semhitok.training.parts import Figures, Part
 from semhitok.training.run import identify_run
@@ -99,6 +100,11 @@ def train(
     def rows(sources: Sequence[Source], settings: RowsConfig) -> TrainingRows:
         return TrainingRows(sources, settings, model.config, text_tokenizer, config.seed, **places)
 
+    number, chosen = workers.choose(config.data.workers, folder, device.type)
+    if chosen:  # one that divides the rows of a process, in every stage
+        share = math.gcd(*(config.stage_configs[name].batch_size for name in config.stages)) // distributed.world_size()
+        number = next((n for n in range(number, 0, -1) if share % n == 0), 0)
+    config = replace(config, data=replace(config.data, workers=number))
     data = {name: rows(found, config.data) for name, found in opened.items()}
     if distributed.rank() == 0:
         sizes = {name: getattr(model.config, name) for name in ("codebook_hash", "head", "resolution_id")}

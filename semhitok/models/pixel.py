@@ -12,7 +12,7 @@ from semhitok.models.vit import Trunk
 
 
 class PixelEncoder(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] -> pixel features z_pix [B, H/p, W/p, Dp]."""
+    """Images [B, 3, H, W] in [0, 1], of any float dtype -> pixel features z_pix [B, H/p, W/p, Dp] in the module's."""
 
     def __init__(self, config: ViTConfig, patch_size: int, grid_size: int, pix_dim: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class PixelEncoder(nn.Module):
         self.project_out = nn.Linear(config.width, pix_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images * 2 - 1)
+        x = self.patch_embed((images * 2 - 1).to(self.patch_embed.weight.dtype))
         grid = x.shape[-2:]
         return self.project_out(self.trunk(x.flatten(2).transpose(1, 2))).unflatten(1, grid)
 
@@ -30,7 +30,7 @@ class PixelDecoder(nn.Module):
     """Quantised vectors (q_sem ++ q_pix) [B, h, w, Ds + Dp] -> images [B, 3, h*p, w*p].
 
     The last 3 x 3 convolution sees across the borders of patches, which would otherwise stay visible. The output is not
-    clamped to [0, 1], since a clamp would cut the gradient.
+    clamped to [0, 1], since a clamp would cut the gradient. Vectors of any float dtype give images in the module's.
     """
 
     CHANNELS = 16  # of the full-resolution map before the last convolution
@@ -49,7 +49,8 @@ class PixelDecoder(nn.Module):
     def maps(self, q: Tensor) -> Tensor:
         """All but the last layer: [B, h, w, Ds + Dp] -> [B, CHANNELS, h*p, w*p]."""
         h, w = q.shape[1:3]
-        x = self.project_out(self.trunk(self.project_in(q.flatten(1, 2))))
+        q = q.flatten(1, 2).to(self.project_in.weight.dtype)
+        x = self.project_out(self.trunk(self.project_in(q)))
         return torch.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h, w)), self.patch_size)
 
     def pixels(self, maps: Tensor) -> Tensor:

@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semhitok._buffers import ExactBuffers
 from semhitok.config import ViTConfig
 from semhitok.models.vit import Trunk
 
 
-class SemanticHead(nn.Module):
+class SemanticHead(ExactBuffers):
     """Standardise, Linear-Tanh-Linear, normalise: features [..., C] -> z_sem [..., Ds], fp32.
 
     The raw tokens of a Vision Transformer share a strong mean direction, so their cosines hardly differ. Features are
     therefore standardised per channel, with statistics that are set once from data. The part of teacher i is then
-    multiplied by sqrt(share_i C / C_i), so that it has that share of the expected squared norm, which stays C.
+    multiplied by sqrt(share_i C / C_i), so that it has that share of the expected squared norm, which stays C. The
+    statistics stay in fp32 when the module is cast; the layers run in the module's dtype.
 
     Args:
         widths: channels of each teacher.
@@ -59,7 +61,8 @@ class SemanticHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         # fp16 would change 0.3-0.5 % of the ids and bf16 3-6 %, so autocast is disabled.
         with torch.autocast(features.device.type, enabled=False):
-            return F.normalize(self.layers(self.standardize(features) * self.scale), dim=-1)
+            x = (self.standardize(features) * self.scale).to(next(self.layers.parameters()).dtype)
+            return F.normalize(self.layers(x).float(), dim=-1)
 
     def average(self, values: Sequence[Tensor]) -> Tensor:
         """The mean of a value for each teacher, weighted with their shares."""
@@ -81,5 +84,5 @@ class SemanticDecoder(nn.Module):
         self.project_out = nn.Linear(config.width, out_dim)
 
     def forward(self, q_sem: Tensor) -> Tensor:
-        x = self.trunk(self.project_in(q_sem.flatten(1, 2)))
+        x = self.trunk(self.project_in(q_sem.flatten(1, 2).to(self.project_in.weight.dtype)))
         return self.project_out(x).unflatten(1, q_sem.shape[1:3])

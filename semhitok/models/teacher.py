@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semhitok._buffers import ExactBuffers
 from semhitok._optional import require
 from semhitok.config import TeacherConfig
 
@@ -20,7 +21,7 @@ TRANSFORMERS = "transformers:"  # names of networks of transformers begin so
 MAPS: dict[str, Any] = {"norm": False, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
 
 
-class Teacher(nn.Module):
+class Teacher(ExactBuffers):
     """Images in [0, 1] -> the map of one inner block or stage, resampled to the grid of the image tokenizer.
 
     The network is any of timm's that has `forward_intermediates`: Vision Transformers, convolutional networks, hybrids;
@@ -59,6 +60,8 @@ class Teacher(nn.Module):
         transformer = hasattr(self.vit, "patch_embed") or isinstance(self.vit, TransformersNetwork)
         self.layout = torch.contiguous_format if transformer else torch.channels_last
         self.vit.to(memory_format=self.layout)
+        # Called as a module the network runs its hooks, such as those of accelerate that load offloaded weights.
+        self.vit.forward = partial(self.vit.forward_intermediates, indices=[self.block], **MAPS)
         cfg = self.vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
@@ -75,12 +78,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32."""
-        size = self.config.image_size
+        """Images [B, 3, H, W] in [0, 1] -> features [B, grid, grid, width], fp32; the network runs in its own dtype."""
+        size, images = self.config.image_size, images.float()
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         inputs = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
-        maps = self.vit.forward_intermediates(inputs, indices=[self.block], **MAPS)[0]
+        maps = self.vit(inputs.to(next(self.vit.parameters()).dtype))[0]
         maps = maps.float()  # on a CPU, bf16 cannot be resampled
         if maps.shape[-1] != self.grid_size:
             maps = F.interpolate(maps, (self.grid_size, self.grid_size), mode="bilinear", antialias=True)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from semhitok.config import EngineConfig, TrainConfig, from_dict
 from semhitok.data.batch import seed_everything
 from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import parallel
+from semhitok.training import parallel, workers
 from semhitok.training.decoder import DecoderStage
 from semhitok.training.fixed import FixedCrops, fingerprint
 from semhitok.training.loop import Run, StopOnSignal, run_stage
@@ -75,6 +76,11 @@ def train(
         data, config.model.image_size, config.data, config.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
+    number, chosen = workers.choose(config.data.workers, folder, device.type)
+    if chosen and images.shards:  # no more than there are shards for
+        number = min(number, len(images.shards) // distributed.world_size())
+    images.use_workers(number)
+    config = replace(config, data=replace(config.data, workers=number))
     if distributed.rank() == 0:
         identify_run(folder, config, images.description, ("train", "model"), accept_changes)
     model = _model(config, device)

@@ -291,3 +291,32 @@ def test_generate_command_refuses(saved, run, tmp_path):
     assert_refused(run(*common, "--prompts", nothing, *out), "No such file")
     assert_refused(run("generate", nothing, "it", "--tokenizer", tokenizer, *out), "expected a folder of a saved model")
     assert_refused(run(*common, *out), "CAPTION: expected at least one")
+
+
+def test_generate_command_names_settings_that_are_no_numbers(saved, run, tmp_path):
+    model, tokenizer = saved
+    common = ("generate", model, "it", "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    for name in ("guidance", "temperature"):
+        for value in ("nan", "inf"):
+            assert_refused(run(*common, f"--{name}", value), f"{name}: expected a finite number, got {value}")
+        assert_refused(run(*common, f"--{name}=-2"), f"{name}: expected at least 0, got -2.0")
+    assert_refused(run(*common, "--top-p", "0"), "top_p: expected more than 0 and at most 1, got 0.0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_and_questions_beyond_the_positions_are_named(assistant, saved, run, tmp_path, photos):
+    model, tokenizer = saved
+    long = "blue " * 80
+    common = ("generate", model, "--tokenizer", tokenizer, "--count", 1, "--device", "cpu", "--out", tmp_path / "out")
+    code, out, err = run(*common, "it", long, "blue")
+    assert code == 3 and "2 pictures of 2 captions, 1 skipped" in out
+    (line,) = (x for x in err if "skipped" in x)
+    assert (
+        "caption: expected at most 59 ids, as a picture takes 5 of 64 positions, got 8" in line and "blue blue" in line
+    )
+    names = ["000-it-0.png", "000-it-grid.png", "002-blue-0.png", "002-blue-grid.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    with pytest.raises(ValueError, match="caption: expected at most 59 ids"):
+        assistant.draw(["it", long], [0, 1])
+    asked = run("chat", model, "--tokenizer", tokenizer, photos[0], "--question", long)
+    assert_refused(asked, "prompt: expected fewer than 64 ids, the model's positions, got")

@@ -1,5 +1,7 @@
 """Generation: ids stay where they may be, caches and batches change nothing, guidance, hierarchical draws."""
 
+import math
+
 import pytest
 import torch
 
@@ -99,6 +101,51 @@ def test_prompts_of_vectors_are_prompts_of_ids():
     assert torch.equal(model.generate(marks, image_features=features, **options)[:, ids.shape[1] :], expected)
     swapped = Features(features.semantic.flip(0), features.pixel.flip(0))
     assert not torch.equal(model.generate(marks, image_features=swapped, **options)[:, ids.shape[1] :], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+)
+def test_prompts_of_vectors_have_beams_and_several_sequences(options):
+    model = small_model()
+    images, codes = image_ids(model, 3)
+    text = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    # rows with different numbers of images
+    ids, mask = left_pad([torch.cat([text[0], images[0], images[1]]), torch.cat([text[1], images[2]])])
+    options = {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": 10**9, **options}
+
+    def sequences(**more):
+        torch.manual_seed(0)
+        return model.generate(ids, **options, **more)
+
+    expected = sequences()
+    assert len(expected) == 2 * options.get("num_return_sequences", 1)
+    features = TOKENIZER.features(codes)
+    assert torch.equal(sequences(image_features=features), expected)
+    assert not torch.equal(sequences(image_features=type(features)(*(x.flip(0) for x in features))), expected)
+    with pytest.raises(ValueError, match=r"image_features.semantic: expected 12 vectors of dimension 6, got"):
+        sequences(image_features=TOKENIZER.features(codes[:2]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"guidance": math.nan}, "guidance: expected a finite number, got nan"),
+        ({"guidance": math.inf}, "guidance: expected a finite number, got inf"),
+        ({"guidance": -1.0}, "guidance: expected at least 0, got -1.0"),
+        ({"temperature": math.nan}, "temperature: expected a finite number, got nan"),
+        ({"temperature": math.inf}, "temperature: expected a finite number, got inf"),
+        ({"temperature": -0.5}, "temperature: expected at least 0, got -0.5"),
+        ({"top_k": -1}, "top_k: expected at least 1, or 0 for all, got -1"),
+        ({"top_p": 0.0}, "top_p: expected more than 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: expected more than 0 and at most 1, got 1.5"),
+        ({"top_p": math.nan}, "top_p: expected more than 0 and at most 1, got nan"),
+    ],
+)
+def test_sampling_names_what_is_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**setting)
 
 
 def test_text_mode_emits_no_image():

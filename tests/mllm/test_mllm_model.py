@@ -34,8 +34,9 @@ def close(a, b):
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
-def test_linear_cross_entropy_equals_the_plain_computation(frozen):
+def test_linear_cross_entropy_equals_the_plain_computation(frozen, softcap):
     torch.manual_seed(0)
     hidden = torch.randn(23, 8)
     weights = [torch.randn(n, 8) for n in (13, 29, 2)]
@@ -45,8 +46,10 @@ def test_linear_cross_entropy_equals_the_plain_computation(frozen):
     targets = torch.randint(44, (23,))
     targets[[3, 22]] = -100
     scale = torch.rand(23)
-    losses = linear_cross_entropy(hidden, weights, targets)
-    plain = F.cross_entropy(hidden @ torch.cat(weights).T, targets, reduction="none")
+    losses = linear_cross_entropy(hidden, weights, targets, softcap)
+    logits = hidden @ torch.cat(weights).T
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    plain = F.cross_entropy(logits, targets, reduction="none")
     close(losses, plain)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     got = torch.autograd.grad((losses * scale).sum(), wanted)
@@ -126,6 +129,7 @@ def test_losses_pass_gradcheck():
     hidden, rows, groups = (torch.randn(*s, 4, dtype=torch.float64, requires_grad=True) for s in ((7,), (9,), (3, 2)))
     targets, group = torch.tensor([0, 8, -100, 3, 3, 1, 7]), torch.tensor([0, 1, 2, 2, 0, 1, 1])
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, [w[:2], w[2:]], targets), (hidden, rows))
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, [w[:2], w[2:]], targets, 0.7), (hidden, rows))
     sub = torch.where(targets < 0, targets, targets % 2)
     assert torch.autograd.gradcheck(lambda h, w: group_cross_entropy(h, w, group, sub), (hidden, groups))
     ragged, sub = torch.tensor([0, 1, 5, 9]), torch.tensor([0, 3, -100, 2, 0, 1, 3])

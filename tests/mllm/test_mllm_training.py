@@ -19,7 +19,7 @@ from semhitok.mllm.config import TASKS, mllm_config  # noqa: E402
 from semhitok.mllm.rows import TrainingRows  # noqa: E402
 from semhitok.mllm.sources import Records  # noqa: E402
 from semhitok.mllm.training import ImageEncoder, MLLMStage, RowBatch, train  # noqa: E402
-from semhitok.training import checkpoint, log, loop  # noqa: E402
+from semhitok.training import checkpoint, log, loop, workers  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +343,15 @@ def test_the_command_trains_the_stages_it_is_told(world, tmp_path, run):
     assert code == 2 and "--out: expected" in err[-1]
     code, _, err = run("train-mllm", "mllm-tiny", "pixel", "--out", tmp_path, *flags)
     assert code == 2 and "stages: expected some of adapter, joint, instruct" in err[-1]
+
+
+def test_the_machine_uses_as_many_processes_as_divide_the_rows(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "of_machine", lambda device: 3)
+    config = small_config(world, "stages=[joint]", "joint.steps=2")
+    train(config, tmp_path / "run")
+    kept = json.loads((tmp_path / "run/config.json").read_text())["train"]["data"]["workers"]
+    assert config.joint.batch_size == 4 and kept == 2 and config.data.workers == "auto"
+    train(small_config(world, "stages=[joint]", "joint.steps=2", "data.workers=0"), tmp_path / "alone")
+    assert weights(tmp_path / "run") == weights(tmp_path / "alone")
+    monkeypatch.setattr(workers, "of_machine", lambda device: 8)
+    train(config, tmp_path / "run")  # on another machine: still the same run

@@ -452,3 +452,28 @@ def test_without_cuda_kernels_the_error_says_how_to_get_them() -> None:
     if torch.cuda.is_available() and _C.build_info()["cuda"] is None:
         with pytest.raises(RuntimeError, match=r"SEMHITOK_CUDA=1 pip install -e \."):
             ops.nearest_code(t(2, 4).cuda(), t(3, 4).cuda())
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("nearest_code", {"z": (3, 4), "codebook": (5, 4)}),
+        ("nearest_subcode", {"z": (3, 4), "sub_codebooks": (5, 2, 4), "group": (3,)}),
+        ("nearest_subcode", {"z": (3, 4), "sub_codebooks": (5, 4), "group": (3,), "offsets": (3,)}),
+        ("hier_quantize", {"z_sem": (3, 4), "z_pix": (3, 6), "sem_codebook": (5, 4), "pix_codebook": (5, 2, 6)}),
+        ("hier_lookup", {"codes": (3,), "sem_codebook": (2, 4), "pix_codebook": (5, 6), "offsets": (3,)}),
+        ("segment_sum", {"values": (3, 4), "ids": (3,)}),
+    ],
+)
+def test_tensors_on_the_meta_device_beside_others_are_refused(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    integers = ("group", "codes", "ids", "offsets")
+    made = {key: torch.zeros(shape, dtype=torch.int64 if key in integers else None) for key, shape in shapes.items()}
+    more = {"num_segments": 2} if name == "segment_sum" else {}
+    op, first = getattr(ops, name), next(iter(made))
+    for key in list(made)[1:]:
+        with pytest.raises(RuntimeError, match=rf"{key}: expected device cpu \(that of {first}\), got meta"):
+            op(**{**made, key: made[key].to("meta")}, **more)
+    with pytest.raises(RuntimeError, match=r"expected device meta \(that of .*, got cpu"):
+        op(**{**made, first: made[first].to("meta")}, **more)
+    found = op(**{key: t.to("meta") for key, t in made.items()}, **more)
+    assert all(t.is_meta for t in found)

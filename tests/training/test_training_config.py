@@ -1,7 +1,11 @@
 """Configurations: YAML fills dataclasses, strictly, and the command line shows and changes them."""
 
+import json
+import os
 import re
+import shutil
 import sys
+import tarfile
 import types
 from dataclasses import replace
 
@@ -13,7 +17,7 @@ from training_processes import small_config, write_pictures
 from semhitok.cli import main
 from semhitok.config import PRESETS, TrainConfig, from_dict, override, preset_names, train_config
 from semhitok.models.teacher import Teacher
-from semhitok.training import train
+from semhitok.training import train, workers
 
 
 def test_the_printed_configuration_is_the_configuration(capsys, tmp_path):
@@ -177,3 +181,101 @@ def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
     assert said[0]["project"] == "semhitok" and said[0]["resume"] == "allow" and said[0]["id"]
     steps = [step for step, values in (x for x in said[1:-1]) if "loss" in values]
     assert steps == [10, 20, 30, 40] and said[-1] == "finished"
+
+
+SHORT = ("semantic.steps=4", "semantic.continuous_steps=2", "semantic.init_tokens_per_code=2")
+
+
+def machine(monkeypatch, cores, processes=1):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "expected"),
+    [("cuda", 16, 1, 8), ("cuda", 8, 1, 7), ("cuda", 64, 8, 7), ("cuda", 256, 8, 8), ("cuda", 24, 8, 2),
+     ("cuda", 8, 8, 1), ("cuda", 1, 1, 1), ("cpu", 64, 1, 0)],
+)  # fmt: skip
+def test_the_machine_decides_how_many_processes_read(monkeypatch, device, cores, processes, expected):
+    machine(monkeypatch, cores, processes)
+    assert workers.of_machine(device) == expected
+
+
+def test_full_size_presets_leave_it_to_the_machine():
+    assert {train_config(name).data.workers for name in preset_names()} == {"auto"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("many", "config.data.workers: expected int or auto, got 'many'"),
+        ("-1", "data.workers: expected auto or at least 0, got -1"),
+        ("2.5", "config.data.workers: expected int, got 2.5"),
+        ("true", "config.data.workers: expected int, got True"),
+        ("null", "config.data.workers: expected int, got None"),
+    ],
+)
+def test_wrong_numbers_of_workers_are_one_clear_line(given, message, tmp_path, capsys):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"data: {{workers: {given}}}\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        train_config(str(path))
+    assert main(["train", "semhitok-tiny", "--set", f"data.workers={given}", "--print-config"]) == 2
+    assert message.removeprefix("config.") in capsys.readouterr().err
+
+
+def test_the_printed_configuration_says_the_number(monkeypatch, tmp_path, capsys):
+    def printed(*more):
+        assert main(["train", "semhitok-256", "--print-config", *more]) == 0
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("  workers:"))
+        return line
+
+    machine(monkeypatch, 6)
+    assert printed("--device", "cuda").startswith("  workers: auto  # 5 on this machine")
+    assert printed("--device", "cpu").startswith("  workers: auto  # 0 on this machine")
+    assert printed("--set", "data.workers=3") == "  workers: 3"
+    (tmp_path / "config.json").write_text('{"train": {"data": {"workers": 2}}}')
+    assert printed("--device", "cuda", "--out", str(tmp_path)) == "  workers: auto  # 2, with which the run began"
+
+
+def test_a_run_keeps_the_number_it_began_with(monkeypatch, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    write_pictures(tmp_path / "pictures")
+    config = small_config("stages=[semantic]", *SHORT, "semantic.checkpoint_every=2")
+    data, out = [tmp_path / "pictures"], tmp_path / "run"
+
+    def kept():
+        return json.loads((out / "config.json").read_text())["train"]["data"]["workers"]
+
+    monkeypatch.setattr(workers, "of_machine", lambda device: {"cpu": 2}[device])
+    train(config, data, out)
+    assert kept() == 2 and config.data.workers == "auto"
+    monkeypatch.setattr(workers, "of_machine", lambda device: 5)  # on another machine
+    shutil.rmtree(out / "checkpoint")
+    train(config, data, out)
+    assert kept() == 2 and (out / "checkpoint").is_dir()
+    with pytest.raises(ValueError, match=r"holds another run: train.data.workers was 2, now 3"):
+        train(replace(config, data=replace(config.data, workers=3)), data, out)
+    # a run from before "auto", whose preset said 0
+    saved = json.loads((out / "config.json").read_text())
+    saved["train"]["data"]["workers"] = 0
+    (out / "config.json").write_text(json.dumps(saved))
+    train(config, data, out)
+    assert kept() == 0
+
+
+def test_the_machine_uses_no_more_processes_than_there_are_shards(monkeypatch, tmp_path):
+    pytest.importorskip("webdataset")
+    (tmp_path / "pictures").mkdir()
+    write_pictures(tmp_path / "pictures")
+    for n in range(3):
+        with tarfile.open(tmp_path / f"{n}.tar", "w") as tar:
+            for path in sorted((tmp_path / "pictures").iterdir())[n::3]:
+                tar.add(path, path.name)
+    config = small_config("stages=[semantic]", *SHORT)
+    monkeypatch.setattr(workers, "of_machine", lambda device: 8)
+    train(config, [str(tmp_path / "{0..2}.tar")], tmp_path / "run")
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["train"]["data"]["workers"] == 3
+    with pytest.raises(ValueError, match="at least 4 shards"):
+        train(replace(config, data=replace(config.data, workers=4)), [str(tmp_path / "{0..2}.tar")], tmp_path / "new")
