@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
+_MAX_VALUES = 100_000  # in a YAML file
 
 
 @dataclass
@@ -41,7 +42,7 @@ class TeacherConfig:
     share: weight of this teacher among several; their sum does not matter.
 
     Raises:
-        ValueError: a share that is not positive.
+        ValueError: a share or image_size that is not positive.
     """
 
     name: str = "vit_large_patch16_siglip_256.webli"
@@ -53,17 +54,28 @@ class TeacherConfig:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"teacher.image_size: expected a positive integer, got {self.image_size}")
         if not 0 < self.share < math.inf:
             raise ValueError(f"teacher.share: expected a positive number, got {self.share}")
 
 
 @dataclass
 class ViTConfig:
-    """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads."""
+    """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads.
+
+    Raises:
+        ValueError: a size that is not positive; only `depth` may be 0.
+    """
 
     width: int
     depth: int
     heads: int
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < (name != "depth"):
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
 
 
 @dataclass
@@ -431,14 +443,28 @@ def read_config(cls: type[T], source: str, family: str) -> T:
         path, names = PRESETS / f"{source}.yaml", preset_names(family)
         if source not in names:
             raise ValueError(f"preset: expected one of {', '.join(names)}, or a .yaml file, got {source!r}")
+    text = path.read_bytes()
     try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        data = yaml.safe_load(text)
+    except Exception as error:  # a value that is none, such as a 13th month, raises one of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not YAML: {reason}") from None
     try:
+        _check_size(data)
         return from_dict(cls, {} if data is None else data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check_size(data: Any) -> None:
+    """Refuse what only aliases make so large, or that contains itself: a copy of it would fill the memory."""
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"expected at most {_MAX_VALUES} values, got more")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def preset(name: str) -> SemHiTokConfig:

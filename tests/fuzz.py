@@ -157,11 +157,11 @@ def fuzz(name: str, seed: int, count: int) -> bool:
     """Read all inputs of a kind and print its line, and the first failures; whether there were none."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    slowest = most = 0.0
+    slowest, slowest_number, most = 0.0, 0, 0
     for number, result, reason, seconds, used, said in results(name, seed, count):
         counts[result] += 1
         counts["noise"] += bool(said)
-        slowest, most = max(slowest, seconds), max(most, used)
+        (slowest, slowest_number), most = max((slowest, slowest_number), (seconds, number)), max(most, used)
         if reason:
             kind_of_failure = f"{result}: {''.join('#' if c.isdigit() else c for c in reason)[:60]}"
             reasons[kind_of_failure] += 1
@@ -170,7 +170,10 @@ def fuzz(name: str, seed: int, count: int) -> bool:
     if len(reasons) > SHOWN:
         print(f"  and {len(reasons) - SHOWN} failures of {name} of other kinds")
     figures = [f"{counts[key]:>7}" for key in OUTCOMES] + [f"{counts['noise']:>7}"]
-    print(f"{name:<11}{count:>7} {' '.join(figures)} {1e3 * slowest:>8.0f} {most / 2**20:>6.0f}", flush=True)
+    print(
+        f"{name:<11}{count:>7} {' '.join(figures)} {1e3 * slowest:>8.0f} {slowest_number:>7} {most / 2**20:>5.0f}",
+        flush=True,
+    )
     return not reasons
 
 
@@ -199,7 +202,7 @@ def main() -> int:
         return 0 if only(name, args.seed, int(number)) else 1
     weight = sum(kind.weight for kind in KINDS.values())
     head = " ".join(f"{key:>7}" for key in ("read", "refused", "failed", "hangs", "mispair", "noise"))
-    print(f"{'kind':<11}{'inputs':>7} {head} {'max ms':>8} {'MiB':>6}", flush=True)
+    print(f"{'kind':<11}{'inputs':>7} {head} {'max ms':>8} {'number':>7} {'MiB':>5}", flush=True)
     good = [fuzz(name, args.seed, -int(-args.count * KINDS[name].weight // weight)) for name in args.kinds]
     print(
         "nothing failed"

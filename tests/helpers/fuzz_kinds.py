@@ -71,8 +71,8 @@ def caption(number: int) -> str:
 
 def check_pair(number: int | None, text: Any) -> None:
     """WrongPairing if a sound caption is that of another picture than the one it comes with."""
-    found = re.search(r"picture \d+ [0-9a-f]{8}", text) if isinstance(text, str) else None
-    if number is not None and found and found[0] != caption(number):
+    found = re.search(r"picture (\d{1,3}) [0-9a-f]{8}", text) if isinstance(text, str) else None
+    if number is not None and found and found[0] == caption(int(found[1])) != caption(number):
         raise WrongPairing(f"picture {number} has the caption {found[0]!r}")
 
 
@@ -86,8 +86,8 @@ PICTURES = [content(picture(n)) for n in range(COUNT)]
 
 
 def check_problem(problem: str, path: Path) -> None:
-    """What is left out is named, in one line."""
-    if not problem.strip() or "\n" in problem or path.name not in problem:
+    """What is left out is named, in one line: the file, or the folder it belongs to."""
+    if not problem.strip() or "\n" in problem or not (path.name in problem or str(path.parent) in problem):
         raise Wrong(f"a problem that does not name its file in one line: {problem!r}")
 
 

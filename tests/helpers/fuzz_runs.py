@@ -32,6 +32,7 @@ from fuzz_kinds import (
 )
 from small_tokenizers import adaptive_tokenizer, small_config
 
+from semhitok.cli import main
 from semhitok.config import PRESETS, TrainConfig, override, train_config
 from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, load_codes, save_codes, verify
 from semhitok.mllm import prompts
@@ -44,6 +45,15 @@ from semhitok.vocabulary import Vocabulary
 
 HASH = "0123456789abcdef" * 4
 VOCABULARY = Vocabulary(COUNT, 1, codebook_hash=HASH)
+CODES = (torch.arange(COUNT)[:, None] + torch.arange(4)).remainder(COUNT).view(COUNT, 2, 2)  # of image n: n, n + 1, ...
+
+
+def check_command(*arguments: Any) -> None:
+    """Runs a command on what could be read: its exit code must be 0."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main([str(argument) for argument in arguments])
+    if code:
+        raise Wrong(f"semhitok {arguments[0]}: exit code {code}: {err.getvalue()}")
 
 
 class Records(Kind):
@@ -132,8 +142,7 @@ class Captions(Kind):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path = folder / "captions.json"
-        codes = torch.arange(COUNT)[:, None, None].expand(-1, 2, 2)
-        save_codes(folder / "a.safetensors", codes, [f"{n}.png" for n in range(COUNT)], VOCABULARY)
+        save_codes(folder / "a.safetensors", CODES, [f"{n}.png" for n in range(COUNT)], VOCABULARY)
         self.captions = {f"{n}.png": caption(n) for n in range(COUNT)}
 
     def intact(self) -> Iterator[Callable[[], None]]:
@@ -215,12 +224,11 @@ class Ids(Kind):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path = folder / "ids.safetensors"
-        codes = torch.arange(COUNT)[:, None, None].expand(-1, 2, 2)
         names = [caption(n) for n in range(COUNT)]
         adaptive = Vocabulary(4, 2, codebook_hash=HASH, offsets=(0, 1, 4, 7, 8))
         self.files = []
         for vocabulary in (VOCABULARY, adaptive):
-            save_codes(self.path, codes, names, vocabulary)
+            save_codes(self.path, CODES, names, vocabulary)
             self.files.append(self.path.read_bytes())
 
     def intact(self) -> Iterator[Callable[[], None]]:
@@ -236,9 +244,10 @@ class Ids(Kind):
 
     def read(self) -> None:
         file = load_codes(self.path)
+        check_command("info", self.path)
         file.vocabulary.check(file.codes)
         for codes, name in zip(file.codes, file.names, strict=True):
-            if self.paired and codes.numel() == 4 and codes.unique().numel() == 1:
+            if self.paired and codes.shape == (2, 2) and torch.equal(codes, CODES[int(codes[0, 0]) % COUNT]):
                 check_pair(int(codes[0, 0]), name)
 
 
@@ -340,6 +349,7 @@ class Corpora(Kind):
             self._encode()
         else:
             verify(self.out)
+            check_command("info", self.out)
             source = open_source(SourceConfig(str(self.out), "understanding"), RowsConfig())
             list(islice(source.stream(0, 1, 0, None), COUNT))
         for key, row in self._rows().items():

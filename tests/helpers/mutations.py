@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-DEEP = "@@deep@@"  # stands in a JSON value for a list nested 2000 deep
+DEEP, DEPTH = "@@deep@@", 1200  # stands in a JSON value for a list nested so deep
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 255, 2**31 - 1, 2**31, 2**63, 10**30, 10**400, 0.5, -0.5, 1e308, 1e-300),
     *(float("nan"), float("inf"), "", " ", "x" * 5000, "\ud800", "a\udc80b", "\0", "1e400", "nan", "../../x", "a\nb"),
@@ -130,7 +130,7 @@ def _places(parent: Any) -> Any:
 
 def dump(value: Any, random: Random) -> bytes:
     """JSON of a damaged value, sometimes with a key twice, in UTF-8 with half surrogates, UTF-16 or with a BOM."""
-    text = json.dumps(value, ensure_ascii=random.random() < 0.5).replace(json.dumps(DEEP), "[" * 2000 + "]" * 2000)
+    text = json.dumps(value, ensure_ascii=random.random() < 0.5).replace(json.dumps(DEEP), "[" * DEPTH + "]" * DEPTH)
     if random.random() < 0.1 and isinstance(value, dict) and value:
         key = random.choice(list(value))
         text = "{" + f"{json.dumps(key)}: {json.dumps(random.choice(VALUES[:24]))}, " + text[1:]
@@ -230,7 +230,7 @@ def plain_tar(members: Sequence[Member]) -> bytes:
 _SNIPPETS = (
     "\t", "- ", ": ", "? [a, b] : c\n", "--- 1\n", "...\n", "&a [*a]", "*nowhere", "!!python/object/apply:os.getcwd []",
     "!!binary x", "!!set {a, b}", "2001-13-45", "2001-01-01", "1e400", ".nan", "-.inf", "0x" + "f" * 300, "1_0:59:59",
-    "<<: 1\n", "<<: {stages: [pixel]}\n", "%YAML 9.9\n", "\x85", "\x00", "{", "[" * 2000, "{a: " * 2000, "'", '"\\ud800"',
+    "<<: 1\n", "<<: {stages: [pixel]}\n", "%YAML 9.9\n", "\x85", "\x00", "{", "[" * 600, "{a: " * 600, "'", '"\\ud800"',
     "| \n", "9" * 5000, "precision: 7\nprecision: fp32\n",
     "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
