@@ -85,7 +85,7 @@ class Layout:
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         if metadata.get("version") != VERSION:
-            raise ValueError(f"version: expected {VERSION}, got {metadata.get('version')}; update semhitok")
+            raise ValueError(f"version: expected {VERSION}, got {metadata.get('version')!r}; update semhitok")
         names = ("num_codes", "num_sub_codes", "codebook_hash", "grid", "packed")
         for name in names:
             if name not in metadata:

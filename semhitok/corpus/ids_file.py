@@ -120,7 +120,7 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
         raise ValueError(f"not an ids file: no metadata format={_FORMAT}")
     if metadata.get("version") != _VERSION:
         got = _field(metadata, "version")
-        raise ValueError(f"version: expected {_VERSION}, got {got}; update semhitok")
+        raise ValueError(f"version: expected {_VERSION}, got {got!r}; update semhitok")
     if sorted(file.keys()) not in (["codes"], ["codes", "offsets"]):
         raise ValueError(f"expected one tensor named codes, and optionally offsets, got {list(file.keys())}")
     codes = file.get_tensor("codes")
