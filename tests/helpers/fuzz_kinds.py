@@ -326,7 +326,8 @@ class Parquets(Pairs):
         key: Any = pa.array(keys)
         if odd == "key":
             key = random.choice((
-                pa.nulls(len(keys)), pa.array([None, *keys[1:]]), pa.array([k.encode() for k in keys]), _bad_strings(keys),
+                pa.nulls(len(keys)), pa.array([None, *keys[1:]]), pa.array([k.encode() for k in keys]),
+                _bad_strings(keys), pa.array([k.encode() for k in keys], pa.binary(3)),
                 pa.array(range(len(keys))), pa.array([keys[0]] * len(keys)), pa.array([[k] for k in keys]),
                 pa.array([float(n) for n in range(len(keys))]),
             ))  # fmt: skip

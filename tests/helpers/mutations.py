@@ -239,7 +239,7 @@ _SNIPPETS = (
 
 
 def insert_yaml(data: bytes, random: Random) -> bytes:
-    """A preset with one of the things that YAML has and settings do not, at a line's beginning, its value or its end."""
+    """A preset with one thing that YAML has and settings do not, at a line's beginning, its value or its end."""
     lines = data.decode().splitlines(keepends=True)
     place, snippet = random.randrange(len(lines)), random.choice(_SNIPPETS)
     line = lines[place]
