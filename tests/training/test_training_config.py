@@ -86,7 +86,7 @@ def test_aliases_that_would_fill_the_memory_are_refused(tmp_path):
     lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
     path = tmp_path / "my.yaml"
     path.write_text("model:\n  teacher:\n    options:\n      " + "\n      ".join(lines))
-    with pytest.raises(ValueError, match="my.yaml: expected at most 100000 values, got more"):
+    with pytest.raises(ValueError, match=r"my.yaml: expected at most 100000 values, got more"):
         train_config(str(path))
 
 
