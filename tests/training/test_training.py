@@ -310,7 +310,7 @@ def test_states_of_two_runs_are_not_mixed(pictures, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "semantic" / "step-00000040.pt"
     state = checkpoint.read_state(path)
-    state["parts"]["network"]["weights"]["head.mean"] += 1
+    state["parts"]["network"]["weights"]["quantizer.codebook"] *= -1
     torch.save(state, path)
     with pytest.raises(ValueError, match="pixel: its states are not of the same run as those of the stages before"):
         train(small_config(), [pictures], tmp_path / "run")
