@@ -6,14 +6,41 @@ import contextlib
 import dataclasses
 import reprlib
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from semhitok._optional import require
 
 T = TypeVar("T")
+_MAX_VALUES = 100_000  # in a YAML file
 
 _shown = reprlib.Repr()  # for messages: a value from a file may be of any size
 _shown.maxstring = _shown.maxother = _shown.maxlong = 100
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file; tags that stand for Python objects are refused.
+
+    Raises:
+        ValueError: not YAML, or a value that aliases make too large; the message names the file.
+        OSError: the file cannot be read.
+    """
+    text = path.read_bytes()
+    try:
+        data = require("yaml").safe_load(text)
+    except ImportError:
+        raise
+    except Exception as error:  # a value that is none, such as a 13th month, raises one of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not YAML: {reason}") from None
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MAX_VALUES:  # by aliases, or it contains itself: a copy of it would fill the memory
+            raise ValueError(f"{path}: expected at most {_MAX_VALUES} values, got more")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return data
 
 
 def override(config: Any, assignment: str) -> None:

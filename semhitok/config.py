@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semhitok._optional import require
 from semhitok._settings import from_dict as from_dict
 from semhitok._settings import override as override
+from semhitok._settings import read_yaml
 
 T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
-_MAX_VALUES = 100_000  # in a YAML file
 
 
 @dataclass
@@ -436,35 +435,17 @@ def train_config(source: str) -> TrainConfig:
 
 def read_config(cls: type[T], source: str, family: str) -> T:
     """A configuration from a YAML file or a preset of `family`; raises what `train_config` raises."""
-    yaml = require("yaml")
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
     else:
         path, names = PRESETS / f"{source}.yaml", preset_names(family)
         if source not in names:
             raise ValueError(f"preset: expected one of {', '.join(names)}, or a .yaml file, got {source!r}")
-    text = path.read_bytes()
+    data = read_yaml(path)
     try:
-        data = yaml.safe_load(text)
-    except Exception as error:  # a value that is none, such as a 13th month, raises one of many types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not YAML: {reason}") from None
-    try:
-        _check_size(data)
         return from_dict(cls, {} if data is None else data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _check_size(data: Any) -> None:
-    """Refuse what only aliases make so large, or that contains itself: a copy of it would fill the memory."""
-    waiting, count = [data], 0
-    while waiting:
-        value = waiting.pop()
-        count += 1
-        if count > _MAX_VALUES:
-            raise ValueError(f"expected at most {_MAX_VALUES} values, got more")
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def preset(name: str) -> SemHiTokConfig:
