@@ -25,6 +25,13 @@ PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
 
 
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
 @dataclass
 class TeacherConfig:
     """The frozen vision encoder whose features the semantic codes learn.
@@ -64,7 +71,7 @@ class ViTConfig:
     """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads.
 
     Raises:
-        ValueError: a size that is not positive; only `depth` may be 0.
+        ValueError: a size that is not a positive integer.
     """
 
     width: int
@@ -72,9 +79,7 @@ class ViTConfig:
     heads: int
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < (name != "depth"):
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        _check_positive(self, "width", "depth", "heads")
 
 
 @dataclass
@@ -107,10 +112,7 @@ class SemHiTokConfig:
     more_teachers: list[TeacherConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        _check_positive(self, "image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size {self.patch_size}, got {self.image_size}")
 
@@ -198,10 +200,8 @@ class StageConfig:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        optional = [] if self.micro_batch is None else ["micro_batch"]
+        _check_positive(self, "steps", "batch_size", "checkpoint_every", *optional)
 
 
 @dataclass
@@ -227,8 +227,7 @@ class SemanticStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_tokens_per_code < 1:
-            raise ValueError(f"init_tokens_per_code: expected a positive integer, got {self.init_tokens_per_code}")
+        _check_positive(self, "init_tokens_per_code")
 
 
 @dataclass
