@@ -68,18 +68,14 @@ class TeacherConfig:
 
 @dataclass
 class ViTConfig:
-    """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads.
-
-    Raises:
-        ValueError: a size that is not a positive integer.
-    """
+    """A stack of transformer blocks: `width` channels, `depth` blocks (or 0), `heads` attention heads."""
 
     width: int
     depth: int
     heads: int
 
     def __post_init__(self) -> None:
-        _check_positive(self, "width", "depth", "heads")
+        _check_positive(self, "width", "heads", *["depth"] * (self.depth != 0))
 
 
 @dataclass
@@ -200,7 +196,7 @@ class StageConfig:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        optional = [] if self.micro_batch is None else ["micro_batch"]
+        optional = ["micro_batch"] * (self.micro_batch is not None)
         _check_positive(self, "steps", "batch_size", "checkpoint_every", *optional)
 
 
