@@ -19,11 +19,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError for whatever is none, also where it is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("values nested too deep") from None
+
+
 def read_object(path: Path) -> Any:
     """The JSON object in a file; ValueError if there is none."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import reprlib
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from semhitok._optional import require
 
 T = TypeVar("T")
+_MAX_VALUES = 100_000  # in a YAML file
+
+_shown = reprlib.Repr()  # for messages: a value from a file may be of any size
+_shown.maxstring = _shown.maxother = _shown.maxlong = 100
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file; tags that stand for Python objects are refused.
+
+    Raises:
+        ValueError: not YAML, or a value that aliases make too large; the message names the file.
+        OSError: the file cannot be read.
+    """
+    text = path.read_bytes()
+    try:
+        data = require("yaml").safe_load(text)
+    except ImportError:
+        raise
+    except Exception as error:  # a value that is none, such as a 13th month, raises one of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not YAML: {reason}") from None
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MAX_VALUES:  # by aliases, or it contains itself: a copy of it would fill the memory
+            raise ValueError(f"{path}: expected at most {_MAX_VALUES} values, got more")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return data
+
 
 # Processes that read data for each training process. "auto" lets the machine decide when a run begins, see
 # `semhitok.training.workers`, and the run keeps the number.
@@ -51,11 +83,11 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
         ValueError: an unknown key, a value of a wrong type or out of range.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected an object, got {data!r}")
+        raise ValueError(f"{where}: expected an object, got {_shown.repr(data)}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(hints)}")
+        raise ValueError(f"{where}: unknown key {_shown.repr(unknown[0])}; expected {', '.join(hints)}")
     values: dict[str, Any] = {}
     for field_ in dataclasses.fields(typing.cast(Any, cls)):
         name = field_.name
@@ -83,18 +115,18 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         return from_dict(typing.cast(type, hint), value, where, default)
     if origin is list:
         if not isinstance(value, list):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
+            raise ValueError(f"{where}: expected a list, got {_shown.repr(value)}")
         return [_convert(arguments[0], v, f"{where}[{n}]") for n, v in enumerate(value)]
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
+            raise ValueError(f"{where}: expected {len(arguments)} values, got {_shown.repr(value)}")
         return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads "1e-3" (no dot) as text
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads "1e-3" (no dot) as text
             return float(value)
     expected = origin or hint
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
+        raise ValueError(f"{where}: expected {expected.__name__}, got {_shown.repr(value)}")
     return value
 
 

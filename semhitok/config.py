@@ -1,7 +1,7 @@
 """Configuration: plain dataclasses, which JSON and YAML fill, strictly.
 
-`SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the
-training stages need. Every default is a choice of this project unless a comment says otherwise.
+`SemHiTokConfig` describes a model and travels with every checkpoint; `TrainConfig` adds what the training stages need.
+Every default is a choice of this project unless a comment says otherwise.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semhitok._optional import require
-from semhitok._settings import Workers, check_workers
+from semhitok._settings import Workers, check_workers, read_yaml
 from semhitok._settings import from_dict as from_dict
 from semhitok._settings import override as override
 
@@ -24,6 +23,13 @@ T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
 PRESETS = Path(__file__).parent / "presets"
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 @dataclass
@@ -41,8 +47,7 @@ class TeacherConfig:
     options: further keyword arguments of `timm.create_model`; for transformers only `revision`.
     share: weight of this teacher among several; their sum does not matter.
 
-    Raises:
-        ValueError: a share that is not positive.
+    Raises: ValueError: a share or image_size that is not positive.
     """
 
     name: str = "vit_large_patch16_siglip_256.webli"
@@ -54,17 +59,22 @@ class TeacherConfig:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"teacher.image_size: expected a positive integer, got {self.image_size}")
         if not 0 < self.share < math.inf:
             raise ValueError(f"teacher.share: expected a positive number, got {self.share}")
 
 
 @dataclass
 class ViTConfig:
-    """A stack of transformer blocks: `width` channels, `depth` blocks, `heads` attention heads."""
+    """A stack of transformer blocks: `width` channels, `depth` blocks (or 0), `heads` attention heads."""
 
     width: int
     depth: int
     heads: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "width", "heads", *["depth"] * (self.depth != 0))
 
 
 @dataclass
@@ -97,10 +107,7 @@ class SemHiTokConfig:
     more_teachers: list[TeacherConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        _check_positive(self, "image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size {self.patch_size}, got {self.image_size}")
 
@@ -191,10 +198,8 @@ class StageConfig:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        optional = ["micro_batch"] * (self.micro_batch is not None)
+        _check_positive(self, "steps", "batch_size", "checkpoint_every", *optional)
 
 
 @dataclass
@@ -220,8 +225,7 @@ class SemanticStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_tokens_per_code < 1:
-            raise ValueError(f"init_tokens_per_code: expected a positive integer, got {self.init_tokens_per_code}")
+        _check_positive(self, "init_tokens_per_code")
 
 
 @dataclass
@@ -428,17 +432,13 @@ def train_config(source: str) -> TrainConfig:
 
 def read_config(cls: type[T], source: str, family: str) -> T:
     """A configuration from a YAML file or a preset of `family`; raises what `train_config` raises."""
-    yaml = require("yaml")
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
     else:
         path, names = PRESETS / f"{source}.yaml", preset_names(family)
         if source not in names:
             raise ValueError(f"preset: expected one of {', '.join(names)}, or a .yaml file, got {source!r}")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     try:
         return from_dict(cls, {} if data is None else data)
     except ValueError as error:

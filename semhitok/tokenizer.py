@@ -7,18 +7,17 @@ image -> pixel encoder ------------- z_pix --+-> hierarchical quantizer -> ids -
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from semhitok._files import write_atomic, write_json
+from semhitok._files import parse_json, write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import SemHiTokConfig
 from semhitok.grouping import check_offsets
@@ -229,27 +228,39 @@ class SemHiTok(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file; is {source} a SemHiTok checkpoint?")
         try:
-            description = json.loads(config_path.read_text())
+            description = parse_json(config_path.read_bytes())
             if not isinstance(description, dict) or description.get("format") != "semhitok":
                 raise ValueError('expected "format": "semhitok"')
             if description.get("version") != FORMAT_VERSION:
                 raise ValueError(f"expected version {FORMAT_VERSION}, got {description.get('version')!r}")
             config = SemHiTokConfig.from_dict(description.get("model", {}))
-        except (ValueError, TypeError) as error:  # UnicodeDecodeError, JSONDecodeError are ValueErrors
+        except ValueError as error:
             raise ValueError(f"{config_path}: not a SemHiTok config: {error}") from error
         try:
             state = safetensors.torch.load_file(weights_path)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{weights_path}: not a whole safetensors file: {error}") from error
-        model = cls(config, teacher=teacher, load_teacher=[t.pretrained for t in config.teachers])
+        try:
+            # Shapes are compared first on a model without memory: the config may ask for more than there is.
+            _check_sizes(config, state)
+            with torch.device("meta"):
+                expected = {
+                    k: v.shape for k, v in cls(config, teacher=teacher, load_teacher=False).stored_state().items()
+                }
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{config_path}: not a SemHiTok config: {' '.join(str(error).split())}") from error
         if not teacher:
             state = {k: v for k, v in state.items() if not k.startswith(TEACHERS)}
-        expected = {k: v.shape for k, v in model.stored_state().items()}
         found = {k: v.shape for k, v in state.items()}
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
                 shapes = f"expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
                 raise ValueError(f"{weights_path}: {key}: {shapes}")
+        try:
+            model = cls(config, teacher=teacher, load_teacher=[t.pretrained for t in config.teachers])
+        except (ValueError, OSError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{config_path}: {error}") from error
         if config.adaptive:
             offsets = state["quantizer.offsets"]
             try:
@@ -262,6 +273,24 @@ class SemHiTok(nn.Module):
         if description.get("codebook_sha256") != model.codebook_hash:
             raise ValueError(f"{weights_path}: codebooks do not match codebook_sha256 of config.json")
         return model.eval()
+
+
+def _check_sizes(config: SemHiTokConfig, state: dict[str, Tensor]) -> None:
+    """Refuse sizes that the weights cannot have, before networks of such sizes are built."""
+    weights = sum(value.numel() for value in state.values())
+    for name, value in _integers(config.to_dict(), "model"):
+        limit = len(state) if name.endswith("r.depth") else weights  # of the decoders and the encoder
+        if value > limit:
+            raise ValueError(f"{name}: expected at most {limit}, as {WEIGHTS_FILE} has no more, got {value}")
+
+
+def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """(dotted name, value) of all integers in a tree."""
+    if isinstance(value, int):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _integers(inner, f"{name}.{key}")
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -172,6 +172,7 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
         ("model.safetensors", None, "no such file"),
         ("config.json", lambda old: b"not json", "not a SemHiTok config"),
         ("config.json", lambda old: b"[1]", 'expected "format": "semhitok"'),
+        ("config.json", lambda old: b"[" * 3000, r"config.json: not a SemHiTok config: .*nested too deep"),
     ],
 )
 def test_damaged_checkpoints(tokenizer, tmp_path, name, content, message):
@@ -191,7 +192,19 @@ def test_damaged_checkpoints(tokenizer, tmp_path, name, content, message):
         ("model.num_codes", "many", "num_codes: expected int, got 'many'"),
         ("model.num_codes", 13, "expected shape .*13"),
         ("model.patch_size", -8, "patch_size: expected a positive integer"),
-        ("model.teacher.name", "no_such_vit", "timm cannot build 'no_such_vit'"),
+        ("model.teacher.name", "no_such_vit", "config.json: .*timm cannot build 'no_such_vit'"),
+        ("model.teacher.options", {"depth": "two"}, "config.json: .*timm cannot build"),
+        # what would take the machine's memory or hours to build is refused before
+        ("model.num_codes", 2**40, r"model.num_codes: expected at most \d+, as model.safetensors has no more"),
+        ("model.encoder.depth", 10_000, r"model.encoder.depth: expected at most \d+, as"),
+        ("model.teacher.options", {"depth": 2**31}, r"model.teacher.options.depth: expected at most \d+, as"),
+        ("model.image_size", 8 * 1024, "shape"),
+        ("model.encoder", {"width": 16, "depth": 1, "heads": 0}, "heads: expected a positive integer, got 0"),
+        (
+            "model.encoder",
+            {"width": 16, "depth": 1, "heads": 3},
+            "config.json: .*width: expected a multiple of heads 3",
+        ),
         ("version", 99, "expected version 1, got 99"),
         ("codebook_sha256", "0" * 64, "codebooks do not match codebook_sha256"),
     ],

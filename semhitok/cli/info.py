@@ -105,7 +105,10 @@ def _corpus(folder: str) -> Iterable[tuple[str, Any]]:
 
     layout, manifest = read_manifest(folder)
     usage = verify(folder)
-    totals = manifest["totals"]
+    totals = manifest.get("totals", {})
+    for key in ("images", "skipped", "rows", "captions", "bytes"):
+        if key not in totals:
+            raise ValueError(f"{folder}: manifest.json: totals: expected {key} among them")
     yield "shards", f"{len(manifest['shards']):,}, all as the manifest says"
     yield "images", f"{totals['images']:,}, {totals['skipped']:,} skipped"
     yield "rows", "{:,} of {} x {} ids, {:,} with captions".format(totals["rows"], *layout.grid, totals["captions"])

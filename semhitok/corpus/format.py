@@ -22,16 +22,18 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from semhitok._files import open_atomic
+from semhitok._files import open_atomic, parse_json, read_object
 from semhitok._optional import require
+from semhitok.config import from_dict
 from semhitok.usage import CodeUsage
 from semhitok.vocabulary import Vocabulary
 
@@ -84,19 +86,19 @@ class Layout:
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         if metadata.get("version") != VERSION:
-            raise ValueError(f"version: expected {VERSION}, got {metadata.get('version')}; update semhitok")
-        try:
-            height, width = map(int, metadata["grid"])
-            offsets = metadata.get("offsets")
-            layout = cls(
-                int(metadata["num_codes"]), int(metadata["num_sub_codes"]), str(metadata["codebook_hash"]),
-                (height, width), bool(metadata["packed"]),
-                None if offsets is None else tuple(map(int, offsets)),
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"layout: expected num_codes, num_sub_codes, codebook_hash, grid, packed: {error}"
-            ) from None
+            raise ValueError(f"version: expected {VERSION}, got {metadata.get('version')!r}; update semhitok")
+        names = ("num_codes", "num_sub_codes", "codebook_hash", "grid", "packed")
+        for name in names:
+            if name not in metadata:
+                raise ValueError(f"layout: expected {', '.join(names)}, got no {name}")
+        layout = from_dict(cls, {name: metadata[name] for name in names}, "layout")
+        if min(layout.grid) < 1:
+            raise ValueError(f"layout.grid: expected two positive numbers, got {list(layout.grid)}")
+        offsets = metadata.get("offsets")
+        if offsets is not None:
+            if not isinstance(offsets, list) or not all(type(offset) is int for offset in offsets):
+                raise ValueError("layout.offsets: expected a list of integers")
+            layout = replace(layout, offsets=tuple(offsets))
         layout.vocabulary  # noqa: B018  (checks K, m and the offsets)
         return layout
 
@@ -262,15 +264,34 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; is {folder} a finished corpus?")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_object(path)
         layout = Layout.parse(manifest)
-        for shard in manifest["shards"]:
-            name, rows, size, digest = (shard[key] for key in ("name", "rows", "bytes", "sha256"))
-            if Path(name).name != name or not isinstance(rows + size, int) or not isinstance(digest, str):
-                raise ValueError(f"shards: expected name, rows, bytes and sha256, got {shard}")
-    except (ValueError, TypeError, KeyError) as error:
+        shards = manifest.get("shards")
+        if not isinstance(shards, list) or not shards:
+            raise ValueError("shards: expected a list of at least one")
+        for shard in shards:
+            _check_entry(shard)
+        if len({shard["name"] for shard in shards}) < len(shards):
+            raise ValueError("shards: expected each once")
+        totals = manifest.get("totals", {})
+        if not isinstance(totals, dict) or not all(_is_count(total) for total in totals.values()):
+            raise ValueError("totals: expected numbers")
+    except ValueError as error:
         raise ValueError(f"{path}: not a corpus's manifest, or damaged: {error}") from None
     return layout, manifest
+
+
+def _check_entry(shard: Any) -> None:
+    """ValueError unless `shard` names and describes a shard, in the manifest's folder."""
+    entry = shard if isinstance(shard, dict) else {}
+    name, digest = entry.get("name"), entry.get("sha256")
+    named = isinstance(name, str) and name and Path(name).name == name and "\0" not in name
+    if not (named and isinstance(digest, str) and _is_count(entry.get("rows")) and _is_count(entry.get("bytes"))):
+        raise ValueError(f"shards: expected name, rows, bytes and sha256 of each, got {reprlib.repr(shard)}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def verify(folder: str | os.PathLike[str]) -> CodeUsage:
@@ -285,14 +306,17 @@ def verify(folder: str | os.PathLike[str]) -> CodeUsage:
             names the first such shard and says how many more there are.
     """
     layout, manifest = read_manifest(folder)
-    usage = CodeUsage(layout.num_codes, layout.num_sub_codes, offsets=layout.offsets)
+    usage = None
     problems = []
     for shard in manifest["shards"]:
         try:
+            if usage is None:  # which takes memory by the manifest's K and m: a shard must agree first
+                open_shard(Path(folder, shard["name"]), layout)
+                usage = CodeUsage(layout.num_codes, layout.num_sub_codes, offsets=layout.offsets)
             count_usage(Path(folder), layout, shard, usage)
         except ValueError as error:
             problems.append(str(error))
-    if problems:
+    if problems or usage is None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
     return usage
@@ -303,7 +327,10 @@ def count_usage(folder: Path, layout: Layout, record: Mapping[str, Any], usage: 
     path = folder / record["name"]
     check_shard(path, record)
     try:
-        for batch in open_shard(path, layout).iter_batches(_ROWS, columns=["ids"], use_threads=False):
+        file = open_shard(path, layout)
+        if file.metadata.num_rows != record["rows"]:
+            raise ValueError(f"expected {record['rows']} rows, got {file.metadata.num_rows}")
+        for batch in file.iter_batches(_ROWS, columns=["ids"], use_threads=False):
             usage.update(torch.from_numpy(layout.from_arrow(batch.column("ids")).astype("int64")))
     except ValueError as error:
         raise ValueError(error if str(error).startswith(str(path)) else f"{path}: {error}") from None
@@ -315,12 +342,13 @@ def open_shard(path: Path, layout: Layout) -> Any:
     Raises:
         ValueError: it is not a shard, or of another layout; the message names it.
     """
-    file = require("pyarrow.parquet", "corpus").ParquetFile(path, buffer_size=2**20, pre_buffer=False)
-    metadata = (file.schema_arrow.metadata or {}).get(_METADATA, b"{}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such shard")
     try:
-        found = Layout.parse(json.loads(metadata))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a shard of a corpus: {error}") from None
+        file = require("pyarrow.parquet", "corpus").ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        found = Layout.parse(parse_json((file.schema_arrow.metadata or {}).get(_METADATA, b"{}")))
+    except (ValueError, OSError) as error:  # pyarrow's are of these kinds
+        raise ValueError(f"{path}: not a shard of a corpus: {' '.join(str(error).split())}") from None
     if found != layout:
         pairs = zip(asdict(layout).items(), asdict(found).values(), strict=True)
         name, expected, got = next((name, a, b) for (name, a), b in pairs if a != b)

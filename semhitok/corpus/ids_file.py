@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from semhitok._files import write_atomic
+from semhitok._messages import printable
 from semhitok._optional import require
 from semhitok.vocabulary import Vocabulary
 
@@ -120,7 +121,7 @@ def _parse(metadata: dict[str, str], file) -> CodesFile:
         raise ValueError(f"not an ids file: no metadata format={_FORMAT}")
     if metadata.get("version") != _VERSION:
         got = _field(metadata, "version")
-        raise ValueError(f"version: expected {_VERSION}, got {got}; update semhitok")
+        raise ValueError(f"version: expected {_VERSION}, got {printable(got)}; update semhitok")
     if sorted(file.keys()) not in (["codes"], ["codes", "offsets"]):
         raise ValueError(f"expected one tensor named codes, and optionally offsets, got {list(file.keys())}")
     codes = file.get_tensor("codes")

@@ -7,6 +7,7 @@ is saved with the run. Nothing depends on timing: the same seed and position giv
 
 from __future__ import annotations
 
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -174,9 +175,13 @@ class Batches(Iterator[T]):
             got = position.get(key)
             if key not in ("skipped", "turn", self._key) and got != expected:
                 raise ValueError(f"position: {key}: expected {expected}, got {got}; a run resumes only as it began")
+        begun = start.get(self._key) or [None] * max(1, workers)
         self.skipped: int = position.get("skipped", 0)
         self._turn: int = position.get("turn", 0)
-        self._places: list[Place] = list(position.get(self._key) or start.get(self._key) or [None] * max(1, workers))
+        self._places: list[Place] = list(position.get(self._key) or begun)
+        counts = _is_count(self.skipped) and _is_count(self._turn) and self._turn < len(begun)
+        if not counts or len(self._places) != len(begun) or not all(map(_is_place, self._places, begun)):
+            raise ValueError(f"position: expected one of {len(begun)} streams, got {reprlib.repr(position)}")
         streams = list(enumerate(self._places))
         turns = _Turns(open_stream, streams[self._turn :] + streams[: self._turn])
         self._items: Iterator[Item | Exception] = iter(turns)
@@ -254,6 +259,19 @@ class _Turns(IterableDataset[Any]):
                     yield next(stream)
         except (ValueError, OSError, ImportError) as error:
             yield error  # raised in a worker, it would have the worker's traceback as its message
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_place(place: Place, begun: Place) -> bool:
+    """Whether a place has the numbers that the one its stream began at has."""
+    if isinstance(begun, dict):
+        return isinstance(place, dict) and all(_is_count(place.get(key)) for key in begun)
+    if isinstance(begun, (list, tuple)):
+        return isinstance(place, (list, tuple)) and len(place) == len(begun) and all(map(_is_count, place))
+    return True
 
 
 def _unchanged(item: Any) -> Any:

@@ -118,10 +118,12 @@ def timm_network(role: str, name: str, *, load: bool, checkpoint: str | None, im
             if "img_size" not in str(error):
                 raise
             network = create()  # convolutional networks take images of any size
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f"{role}: timm cannot build {name!r}: {error}") from error
-    except Exception as error:  # the hub's client raises many types when it finds no network
-        raise OSError(f"{role}: no weights for {name!r}: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        # The hub's client raises many types when it finds no network, and timm's layers for options that do not fit.
+        if load and not isinstance(error, (RuntimeError, TypeError, AssertionError)):
+            raise OSError(f"{role}: no weights for {name!r}: {reason}") from error
+        raise ValueError(f"{role}: timm cannot build {name!r}: {reason}") from error
     if not hasattr(network, "forward_intermediates"):
         raise ValueError(f"{role}: expected a timm network with forward_intermediates, got {name!r} without it")
     return network

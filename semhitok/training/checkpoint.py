@@ -10,7 +10,7 @@ import torch
 
 from semhitok import distributed
 from semhitok._files import open_atomic
-from semhitok.training.parts import Figures
+from semhitok.training.parts import Figures, check_like
 from semhitok.training.stage import Stage
 
 
@@ -70,12 +70,27 @@ def load(folder: Path, stage: Stage) -> tuple[int, dict[str, Any]]:
     path = folder / f"step-{int(step):08}.pt"
     state = read_state(path)
     if state["stage"] != stage.name:
-        raise ValueError(f"{path}: expected stage {stage.name}, got {state['stage']}")
-    for part in stage.parts:
-        part.load_state(state["parts"][part.name])
+        raise ValueError(f"{path}: expected stage {stage.name}, got {state['stage']!r}")
+    if state["step"] != int(step):
+        raise ValueError(f"{path}: expected step {int(step)}, got {state['step']!r}")
+    try:
+        check_like(state, {"step": 0, "parts": {part.name: {} for part in stage.parts}}, "state")
+        numbers = {key: 0.0 for key in ("seconds", "best") if state.get(key) is not None}
+        check_like(state, {**numbers, "counters": dict(stage.counters())}, "state")
+        positions = state.get("data", [{}])
+        if not isinstance(positions, list) or not positions or not all(isinstance(p, dict) for p in positions):
+            raise ValueError("state.data: expected the position of each process")
+        for part in stage.parts:
+            check_like(state["parts"][part.name], part.outline(), part.name)
+        for part in stage.parts:
+            part.load_state(state["parts"][part.name])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # loading raises many types for what does not fit
+        raise ValueError(f"{path}: not a complete training state: {' '.join(str(error).split())}") from error
     for name, tensor in stage.counters().items():
         tensor.copy_(state["counters"][name])
-    return state["step"], state
+    return int(step), state
 
 
 def save_debug_dump(folder: Path, stage: Stage, step: int, batches: Sequence[Any], figures: Figures) -> str:

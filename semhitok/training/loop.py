@@ -119,7 +119,10 @@ def run_stage(
             log.cut_log(folder / "log.jsonl", start)
         begun = time.perf_counter()
         stage.prepare(lambda: _check_stop(stage, run, start))
-        batches = run.data.batches(config.batch_size, micro_batch, start, position)
+        try:
+            batches = run.data.batches(config.batch_size, micro_batch, start, position)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}" if start else str(error)) from None
         logger = log.Log(run.folder, run.config.tracker, stage.name, start, steps, run.unit) if main else None
         try:
             for step in range(start, steps):

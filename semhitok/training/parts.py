@@ -105,6 +105,14 @@ class Part:
             state["ema"] = [distributed.whole_tensor(average).cpu() for average in self.ema]
         return state
 
+    def outline(self) -> dict[str, Any]:
+        """What a state must be like, see `check_like`."""
+        weights = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        averages = {name: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for name, p in weights.items()}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        outline = {"weights": weights, "optimizer": {"state": averages, "param_groups": groups}}
+        return outline if self.ema is None else {**outline, "ema": self.ema}
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         if self.ema is not None:
@@ -120,6 +128,33 @@ class Part:
 
 # Frozen weights belong to other files.
 _FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def check_like(found: Any, expected: Any, where: str) -> None:
+    """ValueError unless `found` has the keys, lengths, kinds and shapes of `expected`; of a dict it may have more keys.
+
+    In place of None anything may stand.
+    """
+    if isinstance(expected, Tensor):
+        shape = list(found.shape) if isinstance(found, Tensor) else None
+        if shape != list(expected.shape) or found.is_floating_point() != expected.is_floating_point():
+            got = f"{found.dtype} {shape}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{where}: expected {expected.dtype} {list(expected.shape)}, got {got}")
+        return
+    number = isinstance(expected, (int, float)) and not isinstance(expected, bool)
+    kinds = (int, float) if number else (list, tuple) if isinstance(expected, (list, tuple)) else (type(expected),)
+    if expected is not None and (not isinstance(found, kinds) or (number and isinstance(found, bool))):
+        raise ValueError(f"{where}: expected {kinds[0].__name__}, got {type(found).__name__}")
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            if key not in found:
+                raise ValueError(f"{where}: expected {key} in it, got none")
+            check_like(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        if len(found) != len(expected):
+            raise ValueError(f"{where}: expected {len(expected)} entries, got {len(found)}")
+        for n, value in enumerate(expected):
+            check_like(found[n], value, f"{where}.{n}")
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from semhitok import distributed
-from semhitok._files import write_json
+from semhitok._files import read_object, write_json
 from semhitok.config import EngineConfig, TrainConfig, from_dict
 from semhitok.data.batch import seed_everything
 from semhitok.data.training_images import TrainingImages, held_out_batches
 from semhitok.tokenizer import SemHiTok
-from semhitok.training import parallel, workers
+from semhitok.training import checkpoint, parallel, workers
 from semhitok.training.decoder import DecoderStage
 from semhitok.training.fixed import FixedCrops, fingerprint
 from semhitok.training.loop import Run, StopOnSignal, run_stage
@@ -92,9 +92,15 @@ def train(
             seed_everything(config.seed, name)  # for new weights, whatever ran before
             stage = STAGES[name](model, config)
             stage.fixed = FixedCrops(folder / "fixed", images, device) if images.fixed_count else None
+            resumed = bool(checkpoint.states(folder / name))
             seconds[name] = run_stage(stage, run, _evaluation(stage, config, held_out))
             # A resumed state must not bring back other results of earlier stages than the model now has.
             if _frozen(model, name) != before:
+                if resumed:
+                    raise ValueError(
+                        f"{folder / name}: its states are not of the same run as those of the stages before; remove it "
+                        "to train the stage again"
+                    )
                 raise RuntimeError(f"{folder}: stage {name} changed the results of earlier stages")
             model = _unsharded(model, config, device) if config.shard and distributed.world_size() > 1 else model
         if distributed.rank() == 0:
@@ -164,17 +170,14 @@ def identify_run(
         accept_changes: whether the rest may.
 
     Raises:
-        ValueError: the folder holds another run, or its config.json is not JSON.
+        ValueError: the folder holds another run, or its config.json is not a JSON object.
     """
     path, description = folder / "config.json", {"train": config.to_dict(), **more}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, description)
         return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    found = read_object(path)
     # A setting that did not exist when the run began has its default; one that exists no longer is a difference.
     with contextlib.suppress(ValueError, TypeError, KeyError):
         found["train"] = from_dict(type(config), found["train"]).to_dict()
@@ -184,7 +187,7 @@ def identify_run(
         raise ValueError(f"{folder}: holds another run: {difference}; choose another folder, or --accept-changes")
     old_model, new_model = found, new
     for key in model:
-        old_model, new_model = old_model.get(key, {}), new_model[key]
+        old_model, new_model = old_model.get(key, {}) if isinstance(old_model, dict) else {}, new_model[key]
     model_difference = _difference(old_model, new_model, ".".join(model))
     if model_difference:
         raise ValueError(f"{folder}: holds another model: {model_difference}; choose another folder")
@@ -202,4 +205,4 @@ def _difference(old: object, new: object, where: str) -> str:
         return ""
     # JSON has no tuples.
     old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))
-    return "" if old == new else f"{where} was {old!r}, now {new!r}"
+    return "" if old == new else f"{where} was {old!r:.200}, now {new!r:.200}"

@@ -731,11 +731,51 @@ def test_other_codebooks_and_shards_are_refused(large, whole, tokenizer, tmp_pat
         with pytest.raises(ValueError, match=r"s1.parquet: codebook_hash: expected abab"):
             for _ in range(1000):
                 next(batches)
-    (out / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json: not a corpus's manifest"):
-        EncodedCorpus(out)
+    damaged = [
+        ({"shards": []}, "shards: expected a list of at least one"), ({"shards": "ab"}, "shards: expected a list"),
+        ({"shards": [7]}, "shards: expected name, rows, bytes and sha256"),
+        ({"shards": manifest["shards"][:1] * 2}, "shards: expected each once"),
+        ({"shards": [manifest["shards"][0] | {"name": "../a"}]}, "shards: expected name"),
+        ({"shards": [manifest["shards"][0] | {"rows": -1}]}, "shards: expected name"),
+        ({"num_codes": "256"}, "layout.num_codes: expected int"), ({"num_codes": float("inf")}, "layout.num_codes"),
+        ({"grid": [0, 2]}, "layout.grid: expected two positive"), ({"packed": "no"}, "layout.packed: expected bool"),
+        ({"offsets": [0, 1.5]}, "layout.offsets: expected a list of integers"), ({"totals": {"rows": "7"}}, "totals"),
+        ({"version": "a\nb"}, r"version: expected 1, got 'a\\nb'"),
+    ]  # fmt: skip
+    for change, message in damaged:
+        (out / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=f"manifest.json: not a corpus's manifest, or damaged: {message}"):
+            EncodedCorpus(out)
+    for text in ("{", "[" * 3000):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json: not a corpus's manifest"):
+            EncodedCorpus(out)
     with pytest.raises(FileNotFoundError, match="finished corpus"):
         EncodedCorpus(tmp_path)
+
+
+def test_a_manifest_cannot_ask_for_memory_that_its_shards_do_not_need(large, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(large, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"num_codes": 2**50}))
+    with pytest.raises(ValueError, match=r"num_codes: expected 1125899906842624, got 256 \(and 8 more\)"):
+        verify(out)
+    manifest["shards"][0]["rows"] += 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\.parquet: expected \d+ rows, got \d+$"):
+        verify(out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"turn": 1}, {"turn": "0"}, {"skipped": -1}, {"streams": [[0, -1]]}, {"streams": [[0]]}, {"streams": "ab"}],
+)
+def test_damaged_positions_are_refused(large, change):
+    corpus = EncodedCorpus(large)
+    position = corpus.batches(5).position()
+    with pytest.raises(ValueError, match="position: expected one of 1 streams, got"):
+        corpus.batches(5, position=position | change)
 
 
 def test_positions_of_others_are_refused(large):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -265,6 +266,62 @@ def test_a_damaged_state_is_a_clear_error(pictures, finished, tmp_path, kind):
         state.write_bytes((finished / "pixel" / "step-00000060.pt").read_bytes())
     with pytest.raises(ValueError, match=r"step-00000007\.pt: (not a complete training state|expected stage)"):
         train(small_config(), [pictures], tmp_path)
+
+
+def _without_averages(state):
+    del state["parts"]["network"]["optimizer"]["state"]["head.layers.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(step=6), "expected step 7, got 6"),
+        (lambda s: s.update(seconds="long"), "state.seconds: expected int, got str"),
+        (lambda s: s.update(data=[]), "state.data: expected the position of each process"),
+        (lambda s: s.update(data=[{"data": "shards"}]), "semantic: position: data: expected files, got shards"),
+        (lambda s: s.update(parts={}), "state.parts: expected network in it, got none"),
+        (
+            lambda s: s["counters"].update(misses=s["counters"]["misses"][1:]),
+            r"state.counters.misses: expected torch.int64",
+        ),
+        (lambda s: s["parts"]["network"].update(weights=[]), "network.weights: expected dict, got list"),
+        (
+            lambda s: s["parts"]["network"]["weights"].update(extra=torch.zeros(1)),
+            "not a complete training state: .*extra",
+        ),
+        (_without_averages, "network.optimizer.state: expected head.layers.0.weight in it, got none"),
+        (
+            lambda s: s["parts"]["network"]["optimizer"]["param_groups"][0].update(betas=0.9),
+            "network.optimizer.param_groups.0.betas: expected list, got float",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_by_name(pictures, finished, tmp_path, change, message):
+    state = checkpoint.read_state(finished / "semantic" / "step-00000040.pt") | {"step": 7}
+    change(state)
+    (tmp_path / "semantic").mkdir()
+    torch.save(state, tmp_path / "semantic" / "step-00000007.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        train(small_config(), [pictures], tmp_path)
+    assert str(tmp_path / "semantic") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_states_of_two_runs_are_not_mixed(pictures, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "semantic" / "step-00000040.pt"
+    state = checkpoint.read_state(path)
+    state["parts"]["network"]["weights"]["quantizer.codebook"] *= -1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="pixel: its states are not of the same run as those of the stages before"):
+        train(small_config(), [pictures], tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"train": []}', '{"model": 1}', "[" * 3000])
+def test_a_damaged_description_of_a_run_is_refused_by_name(pictures, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for accept in (False, True):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            train(small_config(), [pictures], tmp_path, accept_changes=accept)
 
 
 def test_loading_a_state_runs_no_code_from_it(tmp_path):

@@ -64,12 +64,33 @@ def test_the_command_line_changes_what_a_file_says(capsys, tmp_path):
         ("model: {more_teachers: [{share: .nan}]}", "teacher.share: expected a positive number, got nan"),
         ("model: {more_teachers: [{}, {nam: a}]}", r"config.model.more_teachers\[1\]: unknown key 'nam'"),
         ("a: [", "not YAML"),
+        ("a: " + "[" * 600, "not YAML: maximum recursion depth"),
+        ("seed: 2001-13-45", "not YAML: month must be in"),
+        ("seed: !!int ''", "not YAML"),
+        ("seed: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        (
+            "pixel: {optimizer: {lr: 1" + "0" * 400 + "}}",
+            r"config.pixel.optimizer.lr: expected float, got 10+\.\.\.0+$",
+        ),
+        ("stages: " + "x" * 5000, r"config.stages: expected a list, got 'x+\.\.\.x+'$"),
+        ("model: {teacher: {options: &a {a: *a}}}", "expected at most 100000 values, got more"),
+        ("model: {encoder: {width: 8, depth: -1, heads: 2}}", "depth: expected a positive integer, got -1"),
+        ("model: {teacher: {image_size: 0}}", "teacher.image_size: expected a positive integer, got 0"),
     ],
 )
 def test_wrong_files_are_one_clear_line(text, message, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"my.yaml: .*{message}"):
+        train_config(str(path))
+
+
+def test_aliases_that_would_fill_the_memory_are_refused(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
+    path = tmp_path / "my.yaml"
+    path.write_text("model:\n  teacher:\n    options:\n      " + "\n      ".join(lines))
+    with pytest.raises(ValueError, match=r"my.yaml: expected at most 100000 values, got more"):
         train_config(str(path))
 
 
