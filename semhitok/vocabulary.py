@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 
+from semhitok._messages import printable
 from semhitok.grouping import Grouping, check_offsets
 
 Ids = TypeVar("Ids", int, torch.Tensor)
@@ -187,7 +188,8 @@ class Vocabulary:
     def check_hash(self, other: str | None) -> None:
         """Raise ValueError unless `other` is the codebook hash of this vocabulary, and neither is unknown."""
         if self.codebook_hash is None or self.codebook_hash != other:
-            expected, got = ("unknown" if digest is None else digest[:12] for digest in (self.codebook_hash, other))
+            both = (self.codebook_hash, other)
+            expected, got = ("unknown" if digest is None else printable(str(digest))[:12] for digest in both)
             raise ValueError(f"codebook_hash: expected ids of codebook {expected}, got ids of codebook {got}")
 
 

@@ -26,7 +26,17 @@ from semhitok._optional import require
 from semhitok.corpus import engines
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, encoder_hash
-from semhitok.corpus.format import JOB, MANIFEST, NOTES, SKIPPED, Layout, check_shard, count_usage
+from semhitok.corpus.format import (
+    JOB,
+    MANIFEST,
+    NOTES,
+    SKIPPED,
+    Layout,
+    check_entry,
+    check_shard,
+    count_usage,
+    is_count,
+)
 from semhitok.corpus.lock import locked, torchrun_group
 from semhitok.corpus.sources import keys_collide, plan, sort_out
 from semhitok.corpus.tables import check_columns
@@ -36,10 +46,10 @@ from semhitok.data.passed_over import PassedOver
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
-_COUNTS = (
-    *("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes"),
-    *("captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"),
-)
+# What a record counts; of the lists, the length counts. Earlier versions did not have the new ones.
+_NEW_COUNTS = ("captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes")
+_COUNTS = ("images", "rows", "captions", "skipped", "ids_compared", "ids_changed", "bytes", *_NEW_COUNTS)
+_LISTS = ("skipped", "notes")
 _PREFIXED = "source and key"  # the setting "keys" of a corpus whose keys begin with their source
 
 
@@ -223,9 +233,7 @@ def _finished(job: EncodingJob, unit: Unit) -> dict[str, Any] | None:
     """The record of a unit that is done, after a check of its shard; damage is reported on stderr."""
     path = job.record_path(unit)
     try:
-        record = json.loads(path.read_bytes())
-        if record["job"] != job.digest:
-            raise ValueError(f"{path}: belongs to another job")
+        record = _read_record(job, unit)
         if record.get("source_state") not in (None, source_state(unit)):  # None: not known
             source = f"image files of {path.stem}" if unit.kind == "images" else unit.source
             raise ValueError(f"{source}: changed after {path.stem} was encoded")
@@ -233,29 +241,48 @@ def _finished(job: EncodingJob, unit: Unit) -> dict[str, Any] | None:
         return record
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         print(f"semhitok: encoded again: {printable(str(error))}", file=sys.stderr)
         path.unlink(missing_ok=True)  # before any process takes the unit for done
         return None
 
 
+def _read_record(job: EncodingJob, unit: Unit) -> dict[str, Any]:
+    """The record of a unit; FileNotFoundError if there is none, ValueError if it is damaged or of another job."""
+    path = job.record_path(unit)
+    record = read_object(path)
+    if record.get("job") != job.digest:
+        raise ValueError(f"{path}: belongs to another job")
+    try:
+        check_entry(record)
+        if record["name"] != job.shard_path(unit).name:
+            raise ValueError(f"name: expected {job.shard_path(unit).name}, got {record['name']}")
+        for key in _COUNTS:
+            value = record.get(key, 0 if key in _NEW_COUNTS else None)
+            listed = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+            if not (listed if key in _LISTS and key in record else is_count(value)):
+                raise ValueError(f"{key}: expected a {'list' if key in _LISTS else 'count'}, got {value!r:.80}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return record
+
+
 def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
     """Check all shards and write the manifest; if a shard is missing or damaged, return why instead."""
-    if json.loads((job.out / JOB).read_bytes()) != job.settings:
+    if read_object(job.out / JOB) != job.settings:
         raise ValueError(f"{job.out}: another corpus was started in this folder in the meantime")
     usage = CodeUsage(job.layout.num_codes, job.layout.num_sub_codes, offsets=job.layout.offsets)
     shards = []
     for unit in units:
         try:
-            record = json.loads(job.record_path(unit).read_bytes())
+            record = _read_record(job, unit)
             count_usage(job.out, job.layout, record, usage)
         except FileNotFoundError:
             return f"{job.shard_path(unit)}: no such shard"
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             return str(error)
         hidden = ("job", "source_state")
         shards.append({k: len(v) if isinstance(v, list) else v for k, v in record.items() if k not in hidden})
-    # Earlier versions did not count all of these.
     totals = {key: sum(shard.get(key, 0) for shard in shards) for key in _COUNTS}
     for name, key in ((SKIPPED, "skipped"), (NOTES, "notes")):
         if key == "notes" and not totals["notes"]:
@@ -263,7 +290,7 @@ def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
             continue
         with open_atomic(job.out / name) as file:
             for unit in units:
-                record = json.loads(job.record_path(unit).read_bytes())
+                record = _read_record(job, unit)
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in record.get(key, ()))
     if not totals["images"]:
         raise ValueError(f"{job.out}: not one image could be encoded, see {job.out / SKIPPED}")
@@ -272,7 +299,7 @@ def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     summary.images, summary.rows, summary.skipped = totals["images"], totals["rows"], totals["skipped"]
     summary.bytes, summary.usage = totals["bytes"], rounded
-    for key in ("captions", "captions_listed", "captions_repaired", "captions_left_out", "captions_lacking", "notes"):
+    for key in ("captions", *_NEW_COUNTS):
         setattr(summary, key, totals[key])
     summary.changed = totals["ids_changed"] / max(1, totals["ids_compared"])
     return ""

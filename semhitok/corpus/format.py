@@ -270,27 +270,27 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any
         if not isinstance(shards, list) or not shards:
             raise ValueError("shards: expected a list of at least one")
         for shard in shards:
-            _check_entry(shard)
+            check_entry(shard)
         if len({shard["name"] for shard in shards}) < len(shards):
             raise ValueError("shards: expected each once")
         totals = manifest.get("totals", {})
-        if not isinstance(totals, dict) or not all(_is_count(total) for total in totals.values()):
+        if not isinstance(totals, dict) or not all(is_count(total) for total in totals.values()):
             raise ValueError("totals: expected numbers")
     except ValueError as error:
         raise ValueError(f"{path}: not a corpus's manifest, or damaged: {error}") from None
     return layout, manifest
 
 
-def _check_entry(shard: Any) -> None:
+def check_entry(shard: Any) -> None:
     """ValueError unless `shard` names and describes a shard, in the manifest's folder."""
     entry = shard if isinstance(shard, dict) else {}
     name, digest = entry.get("name"), entry.get("sha256")
     named = isinstance(name, str) and name and Path(name).name == name and "\0" not in name
-    if not (named and isinstance(digest, str) and _is_count(entry.get("rows")) and _is_count(entry.get("bytes"))):
+    if not (named and isinstance(digest, str) and is_count(entry.get("rows")) and is_count(entry.get("bytes"))):
         raise ValueError(f"shards: expected name, rows, bytes and sha256 of each, got {reprlib.repr(shard)}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from semhitok._files import write_atomic
+from semhitok._files import parse_json, write_atomic
 from semhitok._messages import printable
 from semhitok._optional import require
 from semhitok.vocabulary import Vocabulary
@@ -111,7 +111,7 @@ def load_codes(path: str | os.PathLike[str]) -> CodesFile:
 def _ordered(file: bytes) -> bytes:
     """The file with its header sorted, as safetensors shuffles the metadata: the same ids give the same bytes."""
     end = 8 + int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
+    header = json.dumps(parse_json(file[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)  # keeps the data aligned
     return len(header).to_bytes(8, "little") + header + file[end:]
 
@@ -164,6 +164,6 @@ def _count(metadata: dict[str, str], key: str) -> int:
 
 def _json(metadata: dict[str, str], key: str):
     try:
-        return json.loads(_field(metadata, key))
+        return parse_json(_field(metadata, key))
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{key}: expected JSON") from None

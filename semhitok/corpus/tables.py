@@ -63,7 +63,7 @@ def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[I
     count = 0
     try:
         # Without a buffer, a whole row group would be in memory, often hundreds of MB.
-        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             _check(path, file.schema_arrow)
             keys, texts = ([name for name in wanted if name in names] for wanted in (_KEYS, fields))

@@ -86,12 +86,24 @@ def parse_json(data: bytes, name: str = "") -> Any:
     where = f"{name}: " if name else ""
     text = decode_text(data)
     try:
-        value = json.loads(text, parse_int=_integer, strict=False)
+        value = json.loads(text, parse_int=_integer, strict=False, object_pairs_hook=_once)
         return clean(value) if _INVALID_ESCAPE.search(text) or "\0" in text else value
     except RecursionError:
         raise ValueError(f"{where}not JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}not JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError if it has a key twice: nobody knows which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"expected each key once, got {key!r:.80} twice")
+            seen.add(key)
+    return found
 
 
 def clean(value: Any) -> Any:

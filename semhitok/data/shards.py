@@ -19,6 +19,7 @@ from urllib.request import url2pathname
 
 from torch import Tensor
 
+from semhitok._messages import printable
 from semhitok._optional import require
 from semhitok.data.captions import MAX_TEXT, escaped
 from semhitok.data.images import decode_image
@@ -148,7 +149,7 @@ def first_key(path: str) -> str | None:
 
 def _named(url: str, sample: Sample) -> ShardSample:
     key = escaped(sample.key)
-    name = f"{url}: {key}"
+    name = printable(f"{url}: {key}")
     problem = sample.problem and f"{name}: {sample.problem}"
     return ShardSample(name, sample.data, problem, key=key, texts=sample.texts, notes=sample.notes)
 

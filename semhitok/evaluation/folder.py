@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from semhitok import distributed
-from semhitok._files import write_atomic, write_json
+from semhitok._files import parse_json, write_atomic, write_json
 from semhitok._messages import progress
 from semhitok.data.images import read_image, read_resized, read_uint8, save_png, to_uint8
 
@@ -119,7 +119,7 @@ def _read_protocol(out: Path) -> dict[str, Any]:
         raise NotADirectoryError(f"out: expected a folder, got the file {out}")
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
+            found = parse_json(path.read_text())
             if not isinstance(found, dict):
                 raise ValueError("expected an object")
             return found

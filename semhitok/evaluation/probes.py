@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from semhitok._files import parse_json
 from semhitok._optional import require
 
 _FOLDS = 5
@@ -160,7 +160,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            data = json.loads(text)
+            data = parse_json(text)
             if not isinstance(data, dict) or not all(isinstance(label, (str, int)) for label in data.values()):
                 raise ValueError("expected an object of names and labels")
             return [(name, str(label)) for name, label in data.items()]

@@ -223,7 +223,7 @@ class TrainingRows:
                 self.vocabulary.check_hash(record.get("codebook_hash"))
             except ValueError as error:
                 raise WrongCodebook(str(error)) from None
-            return [(self._image(torch.as_tensor(codes)), None) for codes in record["codes"]]
+            return [(self._image(codes), None) for codes in record["codes"]]
         images: list[tuple[Tensor, Tensor | None]] = []
         for image in record.get("images", ()):
             size = self.model.image_size
@@ -235,7 +235,11 @@ class TrainingRows:
             images.append((blank, to_uint8(pixels)))
         return images
 
-    def _image(self, codes: Tensor) -> Tensor:
+    def _image(self, codes: Any) -> Tensor:
+        try:
+            codes = torch.as_tensor(codes)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"codes: expected ids of an image, got {codes!r:.80}") from error
         grid, resolution = self.model.grid_size, self.model.image_size if self.model.resolution_id else None
         if codes.numel() != grid**2:
             raise ValueError(f"codes: expected {grid**2} ids an image, got {codes.numel()}")

@@ -248,7 +248,10 @@ def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
     options: dict[str, Any] = {"weight": config.weight, "question": config.question}
     if kind == JSONL:
         size = {"file": Path(path).name, "bytes": Path(path).stat().st_size}
-        return Records(Lines(path), config.task, folder=Path(path).parent, description=size, **options)
+        lines = Lines(path)
+        if not len(lines):
+            raise ValueError(f"{path}: expected at least one record, got none")
+        return Records(lines, config.task, folder=Path(path).parent, description=size, **options)
     if kind == IDS_FILE:
         images = CaptionedIds(path, config.captions)
         size = {"file": Path(path).name, "images": len(images)}

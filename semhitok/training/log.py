@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from semhitok._files import write_atomic
+from semhitok._files import parse_json, write_atomic
 from semhitok._optional import require
 from semhitok.usage import CodeUsage
 
@@ -103,7 +103,7 @@ def cut_log(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            if parse_json(line)["step"] > step:
                 break
         except ValueError:  # the half line of a killed process
             break

@@ -6,11 +6,11 @@ it is none: training uses the cores itself. A run keeps the number with which it
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from semhitok import distributed
+from semhitok._files import read_object
 from semhitok._settings import Workers
 
 MOST = 8
@@ -29,7 +29,7 @@ def of_machine(device: str) -> int:
 def of_run(folder: Path) -> int | None:
     """The number that the run in a folder began with; None if there is no run, or none that can be read."""
     try:
-        number = json.loads((folder / "config.json").read_text())["train"]["data"]["workers"]
+        number = read_object(folder / "config.json")["train"]["data"]["workers"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # what is wrong with the folder, `identify_run` says
     return number if isinstance(number, int) and number >= 0 else None

@@ -523,6 +523,26 @@ def test_a_damaged_record_is_no_record(whole, tmp_path):
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"images": "5"}, "images: expected a count, got '5'"), ({"captions": None}, "captions: expected a count"),
+        ({"skipped": [1]}, "skipped: expected a list"), ({"skipped": 0}, "skipped: expected a list"),
+        ({"bytes": -1}, "shards: expected name, rows"),
+        ({"name": "shard-000000.parquet"}, "name: expected shard-000001"),
+        ([[]], "expected a JSON object"),
+    ],
+)  # fmt: skip
+def test_a_record_of_wrong_types_is_no_record(whole, tmp_path, capsys, change, says):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    path = out / "shard-000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change} if isinstance(change, dict) else change))
+    assert encode_corpus("checkpoint", ["photos"], out, CONFIG).encoded == 5
+    assert "encoded again" in (err := capsys.readouterr().err) and "shard-000001.json" in err and says in err
+    assert_same(out, whole)
+
+
 def test_unreadable_images_are_listed(root, tmp_path, capsys):
     folder, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(root / "photos", folder)

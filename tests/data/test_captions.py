@@ -91,3 +91,9 @@ def test_all_strings_of_json_are_clean():
     assert found == {"a": ["\ufffd", {"b\ufffd": "\ufffd"}], "c": 1}
     with pytest.raises(ValueError, match=r"^x: not JSON"):
         parse_json(b"", "x")
+
+
+def test_a_key_that_comes_twice_is_refused():
+    with pytest.raises(ValueError, match="x: not JSON: expected each key once, got 'caption' twice"):
+        parse_json(b'{"id": 1, "caption": "a dog", "caption": "a cat"}', "x")
+    assert sample_caption(((".json", b'{"caption": "a dog", "caption": "a cat"}'),), ("caption",)).left_out

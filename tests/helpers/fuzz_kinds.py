@@ -22,9 +22,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, features
 
-from semhitok.corpus.sources import plan, read_unit
+from semhitok.corpus.items import Note
+from semhitok.corpus.sources import plan, sort_out
+from semhitok.corpus.units import read_unit
 from semhitok.data import shards
+from semhitok.data.captions import FIELDS
 from semhitok.data.images import decode_image
+from semhitok.data.passed_over import PassedOver
 from semhitok.mllm.config import RowsConfig, SourceConfig
 from semhitok.mllm.sources import open_source
 
@@ -188,15 +192,19 @@ class Pairs(Kind):
 
     def read_corpus(self) -> None:
         """As `semhitok encode` reads it."""
-        units, _ = plan([self.path], COUNT, self.folder, None)
+        passed_over = PassedOver()
+        units, _ = plan(sort_out([self.path], passed_over), COUNT, self.folder, passed_over)
         found: set[int | None] = set()
         keys: list[str] = []
         said = False
         for unit in units:
-            for item in read_unit(unit):
+            for item in read_unit(unit, FIELDS):
+                if isinstance(item, Note):
+                    said = True
+                    continue
                 try:
                     number = number_of(item.crops(SIZE, "centre")[0])
-                    text = item.read_caption()
+                    text = item.read_caption().text
                     keys.append(item.key)
                 except (ValueError, OSError) as error:
                     check_problem(str(error), self.path)

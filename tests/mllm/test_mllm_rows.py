@@ -276,19 +276,22 @@ def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
         {"caption": "a"},
         {"messages": [{"role": "user"}]},
         {"picture": 1},
+        {"caption": "a", "codes": [["one", None]], "codebook_hash": HASH},
+        {"caption": "a", "codes": [[[1, 2], [3]]], "codebook_hash": HASH},
     ]
     path = write_jsonl(tmp_path / "mixed.jsonl", [*good, *bad])
     path.write_text(path.read_text() + "[1]\n{broken\n\n")
     source = open_source(SourceConfig(str(path), "generation"), RowsConfig())
-    assert len(source.records) == 12 + 9
+    assert len(source.records) == 12 + 11
     batches = rows_of(source).batches(1, 1)
     found = {m[0] for _ in range(40) for micro in next(batches) for m in members(micro)}
-    assert len(found) == 12 and batches.skipped > 9
+    assert len(found) == 12 and batches.skipped > 11
     err = capfd.readouterr().err
     for words in (
         "missing.png", "expected 4 ids an image, got 3", "expected ids in [0, 15), got 15", "caption: expected text",
         "expected one beside a caption, got 0", "expected objects with role and content", "expected messages, caption",
-        "mixed.jsonl: record 20: expected an object, got list", "record 21: not JSON",
+        "mixed.jsonl: record 22: expected an object, got list", "record 23: not JSON",
+        "codes: expected ids of an image, got ['one', None]", "codes: expected ids of an image, got [[1, 2], [3]]",
     ):  # fmt: skip
         assert words in err
     hopeless = write_jsonl(tmp_path / "bad.jsonl", bad)
@@ -343,7 +346,7 @@ def test_sources_are_refused_before_training(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_source(SourceConfig(f"{tmp_path}/none.jsonl", "text"), RowsConfig())
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="records: expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"empty.jsonl: expected at least one record, got none"):
         open_source(SourceConfig(f"{tmp_path}/empty.jsonl", "text"), RowsConfig())
     with pytest.raises(ValueError, match="task: expected one of understanding, generation, text, got 'draw'"):
         SourceConfig("a.jsonl", "draw")

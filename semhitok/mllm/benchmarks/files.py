@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from semhitok._files import read_text
+from semhitok._files import parse_json, read_text
 
 NAMED = 3  # missing files that a message lists
 
@@ -42,7 +42,7 @@ def read_lines(path: Path) -> Iterator[tuple[Any, str]]:
         if line.strip():
             where = f"{path}: line {number}"
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: expected JSON, got {error}") from None
             yield row, where

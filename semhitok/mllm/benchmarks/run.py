@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from semhitok._files import read_object, write_json
+from semhitok._files import parse_json, read_object, write_json
 from semhitok._messages import progress
 from semhitok.mllm.assistant import DRAWING, Assistant, Job, draw_files
 from semhitok.mllm.benchmarks.files import check_files
@@ -82,7 +82,7 @@ class Run:
             answers: dict[str, str] = {}
             for number, line in enumerate(content[:end].splitlines(), start=1):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     id_, answer = row["id"], row["answer"]
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"{path}: line {number}: expected an answer, got {line!r:.80}") from None
