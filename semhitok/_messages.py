@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def warn(text: str) -> None:
+    """Print what the user should know on stderr, in one line."""
+    print(f"semhitok: {printable(text)}", file=sys.stderr)
+
+
 def progress(items: Iterable[Any] | None, label: str, total: int | None = None) -> Any:
     """A tqdm bar on stderr, over `items` or updated by the caller, shown by the first process.
 

@@ -62,4 +62,4 @@ def run(args: argparse.Namespace) -> int:
         for warning in report["warnings"]:
             print(printable(f"semhitok eval: warning: {warning}"), file=sys.stderr)
         print(text.table([*table_rows(report), ("page", f"{out}/index.html")]))
-    return text.DONE
+    return text.exit_code(len(report["skipped"]) + report["unreadable"])

@@ -43,4 +43,4 @@ def run(args: argparse.Namespace) -> int:
     out, model = arguments.make_output_folder(args.out), benchmarks.fingerprint(args.model)
     scores = benchmarks.evaluate(args.benchmark, args.data, assistant, out, model=model, **settings)
     print(text.table([*((name, f"{value:.2f}") for name, value in scores.items()), ("files", args.out)]))
-    return text.DONE
+    return text.exit_code(int(scores.get(benchmarks.SKIPPED, 0)))

@@ -19,11 +19,12 @@ from urllib.request import url2pathname
 
 from torch import Tensor
 
-from semhitok._messages import printable
+from semhitok._messages import printable, warn
 from semhitok._optional import require
 from semhitok.data.captions import MAX_TEXT, escaped
-from semhitok.data.images import decode_image
-from semhitok.data.kinds import expand_braces, is_url
+from semhitok.data.images import decode_image, decode_resized, decode_uint8
+from semhitok.data.kinds import SHARDS, expand_braces, is_url, kind_of
+from semhitok.data.listing import OTHER_KIND, walk_files
 from semhitok.data.passed_over import PassedOver
 from semhitok.data.samples import Member, Pairing, Sample, has_key, is_image, is_text
 
@@ -89,6 +90,18 @@ class ShardSample(NamedTuple):
             raise ValueError(self.problem)
         return decode_image(self.data, self.name)
 
+    def uint8(self) -> Tensor:
+        """`to_uint8(image())` in a quarter of the memory."""
+        if self.problem:
+            raise ValueError(self.problem)
+        return decode_uint8(self.data, self.name)
+
+    def resized(self, size: int) -> Tensor:
+        """`resize_crop(image(), size)` without the whole image in floating point."""
+        if self.problem:
+            raise ValueError(self.problem)
+        return decode_resized(self.data, self.name, size)
+
 
 @dataclass
 class _Fault:
@@ -132,6 +145,22 @@ def read_shard(
     if given >= skip:
         problem = f"{url}: cannot read the shard after {given} samples: {fault.reason}"
         yield ShardSample(url, b"", problem, True, fault.transient)
+
+
+def read_reporting(reported: set[str], url: str, skip: int = 0, *, texts: bool = False) -> Iterator[ShardSample]:
+    """`read_shard`; at the end of a shard that is not among `reported` yet, what it passes over is named on stderr."""
+    passed_over = PassedOver()
+    yield from read_shard(url, skip, texts=texts, passed_over=passed_over)
+    if passed_over.counts and url not in reported:
+        reported.add(url)
+        warn(f"{url}: {passed_over.summary()}")
+
+
+def shards_in(folder: str, passed_over: PassedOver) -> list[str]:
+    """The shards in a folder, in all depths; what else is there is counted in `passed_over`."""
+    # In a folder, braces are no pattern.
+    found = walk_files(folder, lambda name: kind_of(name.replace("{", "")) == SHARDS, OTHER_KIND, passed_over)
+    return [str(path) for path in found]
 
 
 def first_key(path: str) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import reprlib
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from semhitok._messages import printable
+from semhitok._messages import warn
 
 T = TypeVar("T")
 Place = Any  # numbers, text, lists and dicts, as JSON has them
@@ -290,4 +289,4 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 def warn_skipped(problem: str) -> None:
     """Report on stderr what is skipped and why."""
-    print(f"semhitok: skipped: {printable(problem)}", file=sys.stderr)
+    warn(f"skipped: {problem}")

@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semhitok._messages import warn
 from semhitok.config import DataConfig
 from semhitok.data.batch import Batch
 from semhitok.data.crops import RandomCrops, crop
-from semhitok.data.images import list_images, read_resized, resize_crop, to_uint8
-from semhitok.data.kinds import SHARDS, kind_of
-from semhitok.data.shards import ShardSample, expand_shards, read_shard
+from semhitok.data.images import read_resized
+from semhitok.data.kinds import FOLDER, IMAGE, SHARDS, kind_of
+from semhitok.data.listing import list_images, walk_images
+from semhitok.data.passed_over import PassedOver
+from semhitok.data.shards import ShardSample, expand_shards, read_reporting, read_shard, shards_in
 from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of, warn_skipped
 
 
@@ -80,9 +83,10 @@ class TrainingImages:
     ) -> None:
         self.size, self.config, self.seed = size, config, seed
         self.rank, self.world_size = rank, world_size
-        self.paths, self.shards = _find(sources)
+        self.paths, self.shards = _find(sources, rank)
         self.use_workers(0 if config.workers == "auto" else config.workers)
         self.fixed_count = 0
+        self._reported: set[str] = set()  # in this process: shards, and samples that cannot be used
         if self.shards:
             if config.fixed:
                 raise ValueError(f"fixed: expected image files, got shards ({self.shards[0]!r})")
@@ -190,9 +194,9 @@ class TrainingImages:
         """Crops [3, size, size], without end."""
         workers = max(1, self.workers)
         stream, streams = self.rank * workers + worker, self.world_size * workers
-        order = ShuffledShards(self.shards, read_shard, self.config.shuffle_buffer, self.seed, stream, streams)
+        read = partial(read_reporting, self._reported)
+        order = ShuffledShards(self.shards, read, self.config.shuffle_buffer, self.seed, stream, streams)
         epoch, number, images = (place[k] for k in ("epoch", "number", "images"))
-        reported: set[str] = set()
         skipped = 0
         for sample, after in order.endless(place):
             if after["epoch"] != epoch:
@@ -200,11 +204,11 @@ class TrainingImages:
                     raise order.empty_epoch(epoch)
                 epoch, images = after["epoch"], 0
             try:
-                image = to_uint8(sample.image())
+                image = sample.uint8()
             except ValueError as error:
                 skipped += 1
-                if sample.name not in reported:
-                    reported.add(sample.name)
+                if sample.name not in self._reported:
+                    self._reported.add(sample.name)
                     warn_skipped(str(error))
                 continue
             draws = torch.rand(4, generator=generator(self.seed, stream, number)).tolist()
@@ -237,7 +241,7 @@ def held_out_batches(
         ValueError, OSError, ImportError: when called, as `TrainingImages`. The iterator raises ValueError if there are
             no images, or if a shard is damaged or cannot be reached: every process would have to leave out the same.
     """
-    paths, shards = _find(sources)
+    paths, shards = _find(sources, rank)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     entries: Iterable[Path | ShardSample] = paths or _samples_in_order(shards)
@@ -253,7 +257,7 @@ def _held_out(
         if seen % world_size == rank:
             try:
                 if isinstance(entry, ShardSample):
-                    images.append(resize_crop(entry.image(), size))
+                    images.append(entry.resized(size))
                 else:
                     images.append(read_resized(entry, size))
             except (ValueError, OSError) as error:
@@ -281,17 +285,33 @@ def _samples_in_order(shards: Sequence[str]) -> Iterator[ShardSample]:
             yield sample
 
 
-def _find(sources: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[str]]:
-    """Image files, or URLs and paths of shards; one of the two lists is empty."""
-    names = [os.fspath(source) for source in sources]
-    shards = [name for name in names if kind_of(name) == SHARDS]
-    if not shards:
-        return list_images(names), []
-    files = [name for name in names if name not in shards]
-    if files:
+def _find(sources: Sequence[str | os.PathLike[str]], rank: int) -> tuple[list[Path], list[str]]:
+    """Image files, or URLs and paths of shards; one of the two lists is empty.
+
+    A folder without images stands for the shards in it. The first process names what is passed over.
+    """
+    passed_over = PassedOver()
+    files: list[str] = []
+    shards: list[str] = []
+    for source in sources:
+        name = os.fspath(source)
+        kind = kind_of(name)
+        if kind == SHARDS:
+            shards += expand_shards(name)
+        elif kind == FOLDER and next(walk_images(name, PassedOver()), None) is None:
+            inside = shards_in(name, passed_over)
+            shards += inside
+            files += [] if inside else [name]
+        elif kind in (FOLDER, IMAGE):
+            files.append(name)
+        else:
+            raise ValueError(f"data: expected images, folders or webdataset shards, got the {kind} {name}")
+    if files and shards:
         raise ValueError(f"data: expected either image files or shards, got {files[0]!r} beside {shards[0]!r}")
-    found = [url for name in shards for url in expand_shards(name)]
-    return [], list(dict.fromkeys(found))
+    paths = [] if shards else list_images(files, passed_over)
+    if passed_over.counts and rank == 0:
+        warn(f"data: {passed_over.summary()}")
+    return paths, list(dict.fromkeys(shards))
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -42,34 +42,42 @@ class EvaluationFolder:
         self._earlier = _read_protocol(path)
         distributed.gather_objects(None)  # nobody writes before everybody has read
 
-    def store_references(self, images: dict[str, Path], size: int, protocol: dict[str, Any]) -> dict[str, Any]:
+    def store_references(
+        self, images: dict[str, Path], size: int, protocol: Callable[[list[str]], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         """Store the centre crops of `images` {name: file}, and protocol.json; remove the results of an earlier run.
 
+        Args:
+            protocol: names of the images that can be read -> the protocol.
+
         Returns:
-            `protocol` with "reference_sha256".
+            the protocol with "reference_sha256"; and {name: why} of the images that cannot be read, which are left out.
 
         Raises:
-            ValueError: unreadable images, or an earlier evaluation in this folder had other references.
+            ValueError: fewer than two images that can be read, or an earlier evaluation in this folder had other
+                references.
         """
         if distributed.rank() == 0 and not self._earlier:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "protocol.json", b"{}\n")  # marks the folder as an evaluation's
 
-        def make(folder: Path) -> dict[str, Any]:
-            digest = _store(images, folder, lambda path: read_resized(path, size), "reference")
-            new = {**protocol, "reference_sha256": digest}
+        def make(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+            digest, bad = _store(images, folder, lambda path: read_resized(path, size), "reference")
+            if len(images) - len(bad) < 2:
+                raise ValueError(f"images: expected at least 2 that can be read; {_named(images, bad)}")
+            new = {**protocol([name for name in images if name not in bad]), "reference_sha256": digest}
             for key in ("images", "size", "filter", "rounding", "reference_sha256"):
                 if self._earlier and self._earlier.get(key) != new[key]:
                     change = f"{key} was {self._earlier.get(key)}, now {new[key]}; choose another folder"
                     raise ValueError(f"{self.path}: holds an evaluation on other references: {change}")
-            return new
+            return new, bad
 
-        protocol = _staged(make, self._references)
+        found, bad = _staged(make, self._references)
         if distributed.rank() == 0:
-            write_json(self.path / "protocol.json", protocol)
+            write_json(self.path / "protocol.json", found)
             for name in ("evaluation.json", "index.html"):
                 (self.path / name).unlink(missing_ok=True)
-        return protocol
+        return found, bad
 
     def clear_reconstructions(self) -> None:
         """Remove those of an earlier run, for `add_reconstructions`."""
@@ -89,7 +97,12 @@ class EvaluationFolder:
                 raise ValueError(f"expected {size} x {size} pixels (the width of the first), got {found}")
             return image
 
-        _staged(lambda folder: _store(images, folder, read, "copy"), self._reconstructions)
+        def make(folder: Path) -> None:
+            _, bad = _store(images, folder, read, "copy")
+            if bad:
+                raise ValueError(f"images: {_named(images, bad)}")
+
+        _staged(make, self._reconstructions)
 
     def add_reconstructions(self, names: Sequence[str], images: Tensor) -> None:
         """Store uint8 images [B, 3, S, S]. A name may occur more than once, with the same image."""
@@ -130,33 +143,39 @@ def _read_protocol(out: Path) -> dict[str, Any]:
     return {}
 
 
-def _store(images: dict[str, Path], folder: Path, read: Callable[[Path], Tensor], label: str) -> str:
+def _store(
+    images: dict[str, Path], folder: Path, read: Callable[[Path], Tensor], label: str
+) -> tuple[str, dict[str, str]]:
     """Write `read` of every image {name: file} to folder/NAME.png, 8 bits; the processes share the work.
 
-    Images that cannot be read are a ValueError on every process, which names them. Returns the SHA-256 of
-    names and pixels (uint8, [3, S, S] each), in order.
+    Returns:
+        the SHA-256 of names and pixels (uint8, [3, S, S] each), in order; and {name: why} of images that cannot be
+        read, which are left out. The same on every process.
     """
     digests: dict[str, str] = {}
-    bad: list[str] = []
+    bad: dict[str, str] = {}
     mine = list(images.items())[distributed.rank() :: distributed.world_size()]
     for name, path in progress(mine, label):
         try:
             image = read(path)
         except (ValueError, OSError) as error:
             text = str(error)
-            bad.append(text if str(path) in text else f"{path}: {text}")
+            bad[name] = text if str(path) in text else f"{path}: {text}"
             continue
         _write(image, folder / f"{name}.png")
         pixels = to_uint8(image).cpu().numpy()
         digests[name] = hashlib.sha256(pixels.tobytes()).hexdigest()
-    gathered = distributed.gather_objects((digests, bad))
-    bad = [text for _, texts in gathered for text in texts]
-    if bad:
-        more = f", and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        raise ValueError(f"images: {len(bad)} of {len(images)} cannot be used: {'; '.join(bad[:_LISTED])}{more}")
-    for other, _ in gathered:
+    for other, others_bad in distributed.gather_objects((digests, bad)):
         digests |= other
-    return hashlib.sha256("".join(f"{name}\n{digests[name]}\n" for name in images).encode()).hexdigest()
+        bad |= others_bad
+    lines = (f"{name}\n{digests[name]}\n" for name in images if name in digests)
+    return hashlib.sha256("".join(lines).encode()).hexdigest(), {name: bad[name] for name in images if name in bad}
+
+
+def _named(images: Sized, bad: dict[str, str]) -> str:
+    """How many images cannot be used, and why the first of them cannot."""
+    more = f", and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    return f"{len(bad)} of {len(images)} cannot be used: {'; '.join(list(bad.values())[:_LISTED])}{more}"
 
 
 def _write(image: Tensor, path: Path) -> None:

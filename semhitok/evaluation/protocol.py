@@ -32,7 +32,7 @@ from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import SMALLEST, sliced_wasserstein
 from semhitok.evaluation.named_images import check_same_names, named_images
 from semhitok.evaluation.page import html
-from semhitok.evaluation.probes import folds_of, probe, probe_ids, read_labels
+from semhitok.evaluation.probes import check_labels, folds_of, probe, probe_ids, read_labels
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -115,7 +115,7 @@ def evaluate_reconstructions(
     check_same_names(images, reconstructions, f"{folder}: reconstructions")
     size = read_uint8(next(iter(reconstructions.values()))).shape[-1]
     evaluation = _Evaluation(images, size, Path(out), features, torch.device(device), passed_over)
-    evaluation.folder.copy_reconstructions(reconstructions, size)
+    evaluation.folder.copy_reconstructions({name: reconstructions[name] for name in evaluation.names}, size)
 
     def compute(names: list[str]) -> dict[str, Tensor]:
         x, y = evaluation.folder.references(names), evaluation.folder.reconstructions(names)
@@ -141,11 +141,15 @@ class _Evaluation:
             raise ValueError(f"size: expected images of at least {SMALLEST} x {SMALLEST} pixels, got {size}")
         if len(images) < 2:
             raise ValueError(f"images: expected at least 2, got {len(images)}")
-        self.names, self.device, self.passed_over = list(images), device, passed_over
-        self.labels = read_labels(labels, images) if labels is not None else None
+        self.device, self.passed_over = device, passed_over
+        label_of = dict(zip(images, read_labels(labels, images), strict=True)) if labels is not None else {}
         self.folder = EvaluationFolder(out)
         self.metrics = PairMetrics(features, device)
-        self.protocol = self.folder.store_references(images, size, _protocol(len(images), size, self.labels))
+        self.protocol, self.skipped = self.folder.store_references(
+            images, size, lambda names: _protocol(len(names), size, [label_of[name] for name in names if label_of])
+        )
+        self.names = [name for name in images if name not in self.skipped]
+        self.labels = [label_of[name] for name in self.names] if label_of else None
 
     def run(
         self, subject: dict[str, Any], compute: Callable[[list[str]], dict[str, Tensor]], usage: CodeUsage | None = None
@@ -169,9 +173,12 @@ class _Evaluation:
             keys, columns = ["name", *measured.images], [self.names, *measured.images.values()]
             images = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
             messages = [self.passed_over.summary()] if self.passed_over.counts else []
+            messages += [f"skipped: {reason}" for reason in self.skipped.values()]
             messages += [str(w.message) for w in caught if w.category is UserWarning]
             report = {
                 "subject": subject, "figures": figures, "absent": self.metrics.absent, "warnings": messages,
+                "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped.items()],
+                "unreadable": self.passed_over.unreadable,
                 "images": images, "protocol": self.protocol, "versions": _versions(self.device),
             }  # fmt: skip
             self.folder.write_report(report, html(report))
@@ -186,7 +193,7 @@ class _Evaluation:
         return sliced_wasserstein(reconstructions.float() / 255, originals.float() / 255, generator)[1]
 
 
-def _protocol(count: int, size: int, labels: Sequence[str] | None) -> dict[str, Any]:
+def _protocol(count: int, size: int, labels: Sequence[str]) -> dict[str, Any]:
     protocol: dict[str, Any] = {
         "images": count,
         "size": size,
@@ -198,7 +205,8 @@ def _protocol(count: int, size: int, labels: Sequence[str] | None) -> dict[str, 
         "group": BATCH,
         "sliced_wasserstein_images": min(count, _SLICED),
     }
-    if labels is not None:
+    if labels:
+        check_labels(labels)
         counts = Counter(labels)
         split = f"stratified {folds_of(labels)}-fold, shuffled by seed 0"
         protocol["probes"] = {"split": split, "classes": len(counts), "largest_class": max(counts.values()) / count}

@@ -198,6 +198,8 @@ class Assistant:
         self, rows: list[list[int]], limit: int, sampling: Sampling, seed: int, callback: Callback | None = None
     ) -> list[str]:
         """The text that follows the ids of each prompt, at most `limit` ids of it."""
+        if not rows:
+            return []
         positions, longest = self.model.config.positions, max(map(len, rows))
         if positions is not None:
             if longest >= positions:

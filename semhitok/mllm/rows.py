@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semhitok.data.images import read_resized, resize_crop, to_uint8
+from semhitok.data.images import read_resized, to_uint8
 from semhitok.data.shards import ShardSample
 from semhitok.data.stream import Batches, Item, generator, share_of, warn_skipped
 from semhitok.mllm import prompts
@@ -227,10 +227,8 @@ class TrainingRows:
         images: list[tuple[Tensor, Tensor | None]] = []
         for image in record.get("images", ()):
             size = self.model.image_size
-            if isinstance(image, ShardSample):
-                pixels = resize_crop(image.image(), size)
-            else:
-                pixels = read_resized(Path(record["folder"], image), size)
+            shard = isinstance(image, ShardSample)
+            pixels = image.resized(size) if shard else read_resized(Path(record["folder"], image), size)
             blank = self._image(torch.zeros(self.model.grid_size**2, dtype=torch.int64))
             images.append((blank, to_uint8(pixels)))
         return images

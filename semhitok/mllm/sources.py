@@ -27,11 +27,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from semhitok._messages import warn
+from semhitok.corpus.format import MANIFEST
 from semhitok.corpus.ids_file import load_codes
 from semhitok.corpus.reader import Encoded, EncodedCorpus
 from semhitok.data.captions import FIELDS, caption_of, first_caption, parse_json, text_caption, value_caption
 from semhitok.data.kinds import FOLDER, IDS_FILE, JSONL, SHARDS, kind_of
-from semhitok.data.shards import ShardSample, expand_shards, read_shard
+from semhitok.data.passed_over import PassedOver
+from semhitok.data.shards import ShardSample, expand_shards, read_reporting, shards_in
 from semhitok.data.stream import START, ShuffledShards, epoch_order, warn_skipped
 from semhitok.mllm import prompts
 from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig
@@ -188,21 +191,23 @@ class Shards:
     With fewer shards than streams, every stream reads all shards and takes its share of the samples.
     """
 
-    def __init__(self, config: SourceConfig, rows: RowsConfig) -> None:
-        self.urls = list(dict.fromkeys(expand_shards(config.path)))
+    def __init__(self, urls: list[str], config: SourceConfig, rows: RowsConfig) -> None:
+        self.urls = urls
+        self._reported: set[str] = set()  # shards, in this process
         self.task, self.weight, self.question = config.task, config.weight, config.question
         self.shuffle_buffer = rows.shuffle_buffer
         digest = hashlib.sha256("\n".join(self.urls).encode(errors="surrogateescape")).hexdigest()
         self.description = {"shards": len(self.urls), "sha256": digest}
 
     def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
-        read, share_items = partial(read_shard, texts=True), len(self.urls) < streams
+        read, share_items = partial(read_reporting, self._reported, texts=True), len(self.urls) < streams
         order = ShuffledShards(self.urls, read, self.shuffle_buffer, seed, number, streams, share_items)
         for sample, after in order.endless(place or START):
             yield _record(sample), after
 
     def texts(self) -> Iterator[str]:
-        return _texts_of(_record(sample) for url in self.urls for sample in read_shard(url, texts=True))
+        read = partial(read_reporting, self._reported, texts=True)
+        return _texts_of(_record(sample) for url in self.urls for sample in read(url))
 
 
 class Corpus:
@@ -257,9 +262,15 @@ def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
         size = {"file": Path(path).name, "images": len(images)}
         return Records(images, config.task, codebook_hash=images.codebook_hash, description=size, **options)
     if kind == SHARDS:
-        return Shards(config, rows)
+        return Shards(list(dict.fromkeys(expand_shards(path))), config, rows)
     if kind == FOLDER:
-        return Corpus(config, rows)
+        passed_over = PassedOver()
+        urls = [] if Path(path, MANIFEST).exists() else shards_in(path, passed_over)
+        if not urls:
+            return Corpus(config, rows)
+        if passed_over.counts:
+            warn(f"{path}: {passed_over.summary()}")
+        return Shards(urls, config, rows)
     raise ValueError(f"path: expected .jsonl, .safetensors, webdataset shards or a corpus of ids, got {path}")
 
 

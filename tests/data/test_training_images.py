@@ -491,6 +491,30 @@ def test_compressed_shards(tmp_path, suffix, mode):
     assert batches.skipped > 0
 
 
+def test_a_folder_of_shards_stands_for_them_and_what_else_there_is_is_named(shards, tmp_path, capfd):
+    folder = tmp_path / "data"
+    (folder / "part").mkdir(parents=True)
+    write_tar(folder / "0.tar", [("a.png", png(10)), ("README", b"x"), ("link.png", b"")])
+    write_tar(folder / "part" / "1.tar", [("b.png", png(20)), ("b.mask.png", png(99))])
+    (folder / "notes.md").write_text("notes")
+    images = TrainingImages([folder], 8, WHOLE, 0)
+    assert images.shards == [str(folder / "0.tar"), str(folder / "part" / "1.tar")]
+    assert "data: passed over 1 file: 1 of another kind (notes.md)" in capfd.readouterr().err
+    batches = images.batches(2, 2)
+    assert [sorted(greys(next(batches)[0].images)) for _ in range(3)] == [[10, 20]] * 3
+    err = capfd.readouterr().err
+    assert err.count("0.tar: passed over 1 file: 1 hidden or without a suffix (README)") == 1
+    assert err.count("1.tar: passed over 1 file: 1 more images of samples (b.mask.png)") == 1
+    (folder / "photo.png").write_bytes(png(30))
+    assert [path.name for path in TrainingImages([folder], 8, WHOLE, 0).paths] == ["photo.png"]
+    assert "0.tar" in capfd.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"expected images, folders or webdataset shards, got the parquet file a\.parquet"
+    ):
+        TrainingImages(["a.parquet"], 8, WHOLE, 0)
+    assert TrainingImages([folder / "photo.png"], 8, WHOLE, 0, rank=1, world_size=2).paths
+
+
 def test_a_name_that_comes_again_is_another_sample(tmp_path):
     pytest.importorskip("webdataset")
     path = write_tar(tmp_path / "a.tar", [("x.png", png(1)), ("x.png", png(2)), ("y.txt", b""), ("y.png", png(3))])

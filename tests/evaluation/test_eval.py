@@ -418,12 +418,13 @@ def test_wrong_images_are_refused(run, checkpoint, photos, tmp_path):
         assert (code, text) == (2, "")
         return "\n".join(err)
 
-    mixed = tmp_path / "mixed"
-    shutil.copytree(photos, mixed)
-    (mixed / "bad.png").write_text("hello")
-    (mixed / "worse.png").write_bytes((photos / "a" / "no 0.png").read_bytes()[:80])
-    message = refused(mixed)
-    assert "2 of 39" in message and "bad.png" in message and "worse.png" in message
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    shutil.copy(photos / "a" / "no 0.png", bad / "good.png")
+    (bad / "bad.png").write_text("hello")
+    (bad / "worse.png").write_bytes((photos / "a" / "no 0.png").read_bytes()[:80])
+    message = refused(bad)
+    assert "at least 2 that can be read; 2 of 3" in message and "bad.png" in message and "worse.png" in message
     save_png(torch.rand(3, 40, 40), tmp_path / "No 0.ppm")
     message = refused(photos / "a" / "no 0.png", tmp_path / "No 0.ppm")
     assert "one image of each name" in message and "No 0.ppm" in message
@@ -433,7 +434,30 @@ def test_wrong_images_are_refused(run, checkpoint, photos, tmp_path):
     (tmp_path / "diary" / "reference").write_text("dear diary")
     assert "with other files" in refused(photos, out=tmp_path / "diary")
     assert (tmp_path / "diary" / "reference").read_text() == "dear diary"
-    assert "got the file" in refused(photos, out=mixed / "bad.png")
+    assert "got the file" in refused(photos, out=bad / "bad.png")
+
+
+def test_unreadable_images_are_left_out_by_name(run, checkpoint, evaluated, photos, tmp_path):
+    mixed, out = tmp_path / "mixed", tmp_path / "out"
+    shutil.copytree(photos, mixed)
+    (mixed / "a" / "bad.png").write_text("hello")
+    (mixed / "b" / "worse.png").write_bytes((photos / "a" / "no 0.png").read_bytes()[:80])
+    code, _, err = run("eval", checkpoint, mixed, "--out", out, "--labels", "folders")
+    assert code == 3
+    for name in ("bad.png", "worse.png"):
+        assert [line for line in err if "warning: skipped: " in line and name in line]
+    report = report_of(out)
+    assert [entry["name"] for entry in report["skipped"]] == ["a/bad", "b/worse"]
+    expected = report_of(evaluated)
+    assert report["protocol"]["images"] == COUNT and len(report["images"]) == COUNT
+    assert report["protocol"]["reference_sha256"] == expected["protocol"]["reference_sha256"]
+    assert report["figures"]["psnr"] == expected["figures"]["psnr"]
+    theirs = tmp_path / "theirs"
+    shutil.copytree(out / "reconstructions", theirs)
+    shutil.copy(theirs / "a" / "no 0.png", theirs / "a" / "bad.png")
+    shutil.copy(theirs / "a" / "no 0.png", theirs / "b" / "worse.png")
+    code, _, _ = run("eval", "--reconstructions", theirs, mixed, "--out", tmp_path / "again")
+    assert code == 3 and report_of(tmp_path / "again")["protocol"]["images"] == COUNT
 
 
 def test_labels_from_files(tmp_path):

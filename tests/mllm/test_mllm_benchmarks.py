@@ -214,6 +214,21 @@ def test_a_run_answers_every_question_once(assistant, tmp_path):
     assert (out / "answers.jsonl").read_bytes() == before
 
 
+def test_questions_about_unreadable_images_are_left_out(assistant, tmp_path, capsys):
+    data, out = write_gqa(tmp_path / "gqa"), tmp_path / "out"
+    for n in (2, 6):
+        (data / "images" / f"n{n}.jpg").write_text("hello")
+    scores = benchmarks.evaluate("gqa", data, assistant, out, batch_size=2)
+    assert scores["skipped"] == 2 and json.loads((out / "scores.json").read_text())["questions"] == 7
+    assert [row["id"] for row in rows_of(out / "answers.jsonl")] == list("01345")
+    err = capsys.readouterr().err
+    assert "skipped: question 2: " in err and "n6.jpg" in err
+    for path in (data / "images").iterdir():
+        path.write_text("hello")
+    with pytest.raises(ValueError, match="none of 7 questions has one that can be read"):
+        benchmarks.evaluate("gqa", data, assistant, tmp_path / "none")
+
+
 def test_a_stopped_run_goes_on(assistant, tmp_path, monkeypatch):
     data, out = write_gqa(tmp_path / "gqa"), tmp_path / "out"
     whole = tmp_path / "whole"
@@ -388,6 +403,13 @@ def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run):
     scores = json.loads((out / "scores.json").read_text())
     assert scores["pictures"] == 3
     assert scores[f"frechet[{features}]"] == pytest.approx(frechet_distance(*statistics), rel=1e-3)
+    (tmp_path / "mjhq30k_imgs" / "people" / "cd2.jpg").write_text("hello")
+    code, _, err = run(
+        "eval-mllm", "mjhq", tmp_path, model, "--tokenizer", tokenizer, "--out", out, "--features", features,
+        "--seed", "2", "--guidance", "1.5", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 3 and "cd2.jpg" in "".join(err)
+    assert json.loads((out / "scores.json").read_text())["skipped"] == 1
     content["../x"] = content["ab1"]
     (tmp_path / "meta_data.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"id: expected letters and digits, got '\.\./x'"):

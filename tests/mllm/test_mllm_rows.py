@@ -205,6 +205,16 @@ def test_shards_give_images_with_captions_and_conversations(tmp_path):
         assert max(found.values()) - min(found.values()) <= 6
 
 
+def test_a_folder_of_shards_stands_for_them(tmp_path, capfd):
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data" / "0.tar", tmp_path / "pictures", range(3), lambda n: [("txt", b"a text")])
+    (tmp_path / "data" / "notes.md").touch()
+    source = open_source(SourceConfig(f"{tmp_path}/data", "generation"), RowsConfig())
+    assert source.urls == [f"{tmp_path}/data/0.tar"] and list(source.texts()) == ["a text"] * 3
+    assert "passed over 1 file: 1 of another kind (notes.md)" in capfd.readouterr().err
+
+
 def test_ids_files_have_their_captions_beside_them(tmp_path):
     names = [f"{n}.png" for n in range(12)]
     save_codes(tmp_path / "ids.safetensors", codes(12), names, TOKENIZER.vocabulary)

@@ -22,6 +22,7 @@ from typing import Any
 from semhitok.mllm.assistant import Assistant
 from semhitok.mllm.benchmarks import geneval, gqa, mjhq, mme, pope, seed, textvqa
 from semhitok.mllm.benchmarks.questions import Scores
+from semhitok.mllm.benchmarks.run import SKIPPED as SKIPPED
 from semhitok.mllm.benchmarks.run import Benchmark, Drawing, Questions, Run, fingerprint
 
 __all__ = ["BENCHMARKS", "Benchmark", "Run", "Scores", "evaluate", "find", "fingerprint"]

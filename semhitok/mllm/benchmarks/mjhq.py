@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from semhitok._files import read_object
-from semhitok._messages import progress
+from semhitok._messages import message, progress, warn
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
 from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import Scores
-from semhitok.mllm.benchmarks.run import Run
+from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
 
 def draw(run: Run) -> Scores:
@@ -42,15 +42,27 @@ def draw(run: Run) -> Scores:
     size = run.assistant.image_size
     reference = _statistics(references, size, network, "reference")
     ours = _statistics([job.path for job in jobs], size, network, "drawn")
-    scores = {"fid" if label == "rfid" else label: frechet_distance(reference, ours), "pictures": float(len(jobs))}
+    scores: Scores = {
+        "fid" if label == "rfid" else label: frechet_distance(reference, ours),
+        "pictures": float(len(jobs)),
+    }
+    if reference.count < len(references):
+        scores[SKIPPED] = float(len(references) - reference.count)
     run.write_scores(scores)
     return scores
 
 
 def _statistics(paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str) -> FeatureStatistics:
     statistics = FeatureStatistics()
-    images = (to_uint8(read_resized(path, size))[None] for path in progress(paths, label))
+
+    def images() -> Iterator[Tensor]:
+        for path in progress(paths, label):
+            try:
+                yield to_uint8(read_resized(path, size))[None]
+            except (ValueError, OSError) as error:
+                warn(f"skipped: {message(error)}")
+
     with exact():
-        for rows in rows_in_order(images, lambda group: {"features": network(group)}):
+        for rows in rows_in_order(images(), lambda group: {"features": network(group)}):
             statistics.update(rows["features"])
     return statistics

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from semhitok._files import parse_json, read_object, write_json
-from semhitok._messages import progress
+from semhitok._messages import message, progress, warn
+from semhitok.data.images import read_resized
 from semhitok.mllm.assistant import DRAWING, Assistant, Job, draw_files
 from semhitok.mllm.benchmarks.files import check_files
 from semhitok.mllm.benchmarks.questions import Question, Scores
 from semhitok.mllm.generate import Sampling
 
+SKIPPED = "skipped"  # among the scores: questions or pictures left out, if there are any
 MAX_NEW_TOKENS = 16  # the most ids of an answer
 
 
@@ -60,7 +65,9 @@ class Run:
                 raise ValueError(f"--out: {self.out} is of a run with another {key}: {problem}")
 
     def ask(self, questions: Sequence[Question]) -> dict[str, str]:
-        """All answers by id. Questions without an answer in OUT/answers.jsonl are asked and added batch by batch.
+        """The answers by id, without those to images that cannot be read.
+
+        Questions without an answer in OUT/answers.jsonl are asked and added batch by batch.
 
         The file has a line {"id", "question", "answer"} for each. An incomplete last line, of a killed process, is
         removed.
@@ -93,16 +100,27 @@ class Run:
             left = [q for q in questions if q.id not in answers]
             with progress(left, "questions") as bar:
                 for start in range(0, len(left), self.batch_size):
-                    batch = left[start : start + self.batch_size]
-                    images = self.assistant.read(q.image for q in batch)
-                    texts = self.assistant.answer([q.text for q in batch], images, max_new_tokens=MAX_NEW_TOKENS)
-                    rows = [{"id": q.id, "question": q.text, "answer": t} for q, t in zip(batch, texts, strict=True)]
+                    asked, images = self._read(left[start : start + self.batch_size])
+                    texts = self.assistant.answer([q.text for q in asked], images, max_new_tokens=MAX_NEW_TOKENS)
+                    rows = [{"id": q.id, "question": q.text, "answer": t} for q, t in zip(asked, texts, strict=True)]
                     file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                     file.flush()
                     os.fsync(file.fileno())
                     answers |= {row["id"]: row["answer"] for row in rows}
-                    bar.update(len(batch))
+                    bar.update(min(self.batch_size, len(left) - start))
         return answers
+
+    def _read(self, questions: Sequence[Question]) -> tuple[list[Question], list[Tensor]]:
+        """The questions whose images can be read, and those; the others are named on stderr."""
+        asked: list[Question] = []
+        pixels: list[Tensor] = []
+        for question in questions:
+            try:
+                pixels.append(read_resized(question.image, self.assistant.image_size))
+                asked.append(question)
+            except (ValueError, OSError) as error:
+                warn(f"skipped: question {question.id}: {message(error)}")
+        return asked, self.assistant.encode(torch.stack(pixels)) if pixels else []
 
     def draw(self, jobs: Sequence[Job]) -> None:
         """Draw the pictures whose files do not exist yet.
@@ -138,7 +156,12 @@ class Questions(NamedTuple):
         _check_questions(questions)
         run.identify({"questions": _sha256([(q.id, q.image.name, q.text, q.gold) for q in questions])})
         answers = run.ask(questions)
-        scores = self.score(questions, [answers[q.id] for q in questions])
+        answered = [question for question in questions if question.id in answers]
+        if not answered:
+            raise ValueError(f"images: none of {len(questions)} questions has one that can be read")
+        scores = self.score(answered, [answers[q.id] for q in answered])
+        if len(answered) < len(questions):
+            scores = {**scores, SKIPPED: float(len(questions) - len(answered))}
         run.write_scores({"questions": len(questions), **scores})
         return scores
 
