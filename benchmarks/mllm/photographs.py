@@ -19,7 +19,8 @@ each (its first), by
                         histogram of semantic ids
 
 R@k is the share of photographs whose own caption is among the best k. text-to-image.png has the first eight held-out
-photographs with captions that the model wrote, reconstructions, and what it drew from their captions, one try each.
+photographs with captions that the model wrote, reconstructions, and what it drew from their captions, one try each;
+drawn.png has what it drew alone.
 
 Everything is kept in DIR, and an interrupted run continues. Exit status: 2 on an error.
 """
@@ -50,7 +51,7 @@ from benchmarks.tradeoff.run import say, spent
 from semhitok._files import write_atomic, write_json
 from semhitok._optional import require
 from semhitok.config import override
-from semhitok.data.images import SUFFIXES, decode_image, list_images, resize_crop, to_uint8
+from semhitok.data.images import SUFFIXES, decode_image, list_images, resize_crop, save_png, to_uint8
 from semhitok.demo import mllm as demo
 from semhitok.evaluation.probes import histograms
 from semhitok.mllm.assistant import Assistant
@@ -316,6 +317,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> None:
     counts = {"train": len(training.images), "test": count}
     write_json(out / "metrics.json", {**figures, "photographs": counts, "training_seconds": sum(seconds.values())})
     drawn = assistant.draw(captions[:DRAWN], list(range(len(captions[:DRAWN]))), sampling=demo.SAMPLINGS[-1])
+    save_png(torch.cat(list(drawn), dim=-1).repeat_interleave(2, 1).repeat_interleave(2, 2), out / "drawn.png")
     demo.draw_figure(assistant, test.images, test_ids, captions, drawn, out / "text-to-image.png", DRAWN)
     print(f"{text}\n\ntraining {sum(seconds.values()):.0f} s; this call {spent(began)}")
 
