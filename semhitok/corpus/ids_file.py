@@ -165,5 +165,5 @@ def _count(metadata: dict[str, str], key: str) -> int:
 def _json(metadata: dict[str, str], key: str):
     try:
         return parse_json(_field(metadata, key))
-    except (json.JSONDecodeError, RecursionError):
+    except ValueError:
         raise ValueError(f"{key}: expected JSON") from None

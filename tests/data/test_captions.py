@@ -33,7 +33,7 @@ def test_text_files(data, text, repaired):
     [
         ('{"caption": "nice \\ud83d"}', "nice \ufffd", "repaired"),
         ('{"caption": "nice \\ud83d\\ude00"}', "nice \U0001f600", ""),
-        ('{"caption": "a", "caption": "b"}', "b", ""),
+        ('{"caption": "a", "caption": "b"}', None, "expected each key once, got 'caption' twice"),
         ('{"caption": "a", "size": NaN, "n": %s}' % ("9" * 5000), "a", ""),
         ('{"caption": null, "text": "a"}', "a", ""),
         ('{"caption": 7, "text": "a"}', "a", "expected text, got int"),

@@ -535,7 +535,7 @@ def test_the_server_keeps_to_this_machine(server, files):
 def test_ctrl_c_ends_the_server(server, files):
     process, _ = server
     before = (files / "stderr").read_text()
-    skipped = "semhitok explore: skipped: images/broken.png: not an image of a known format\n"
+    skipped = "semhitok explore: skipped: images/broken.png: not an image of a known format, but text\n"
     assert before.startswith(2 * skipped)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130

@@ -41,13 +41,13 @@ def test_every_tensor_of_the_file_is_used_once(classifier):
 
 
 def test_the_teacher_gives_the_map_of_a_stage(classifier):
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    features = Teacher(CONFIG, 4)(images)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = Teacher(CONFIG, 4).double()(images)
     assert features.shape == (2, 4, 4, 320)
     dilated = timm.create_model("tf_efficientnet_lite0", output_stride=16).eval()
     dilated.load_state_dict(classifier.state_dict())
-    maps = dilated.forward_intermediates((images - 0.5) / 0.5, indices=[-1], intermediates_only=True)[0]
-    torch.testing.assert_close(features, maps.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    maps = dilated.double().forward_intermediates((images - 0.5) / 0.5, indices=[-1], intermediates_only=True)[0]
+    torch.testing.assert_close(features, maps.permute(0, 2, 3, 1).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_checkpoints_leave_it_out(tmp_path):

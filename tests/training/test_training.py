@@ -447,10 +447,13 @@ def test_bf16_checkpointing_and_micro_batches_train_like_the_plain_run(pictures,
 
 
 @pytest.mark.slow
-def test_compiled_trunks_train_like_plain_ones(pictures, finished, tmp_path):
-    train(small_config("compile=true"), [pictures], tmp_path)
+def test_compiled_trunks_train_like_plain_ones(pictures, tmp_path):
+    # Without quantisation but for the last step: a code that rounding changes would change what the trunks learn.
+    continuous = ("semantic.continuous_steps=39", "pixel.continuous_steps=59")
+    for compiled in ("true", "false"):
+        train(small_config(f"compile={compiled}", *continuous), [pictures], tmp_path / compiled)
     for stage in ("semantic", "pixel"):
-        assert losses(tmp_path, stage) == pytest.approx(losses(finished, stage), rel=1e-4)
+        assert losses(tmp_path / "true", stage) == pytest.approx(losses(tmp_path / "false", stage), rel=1e-5)
 
 
 def test_a_critic_that_sees_too_little_is_refused(pictures, tmp_path):
