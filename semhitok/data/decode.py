@@ -200,7 +200,7 @@ def _open(name: str, file: Stripped) -> Any:
     try:
         return make(io.BytesIO(file.data))
     except (SyntaxError, LookupError, TypeError, struct.error) as error:  # as Pillow finds out that it is none
-        raise ValueError(f"not an image of a known format, or a damaged {file.what or name}: {error}") from None
+        raise ValueError(f"not an image of a known format, or a damaged {file.what or name}") from error
 
 
 @functools.cache
