@@ -277,14 +277,16 @@ def test_answers_of_others_are_not_mixed_in(assistant, tmp_path):
         benchmarks.evaluate("gqa", data, assistant, out, model="a")
 
 
+# It answers three questions, then waits to be killed.
 KILLED = """
-import sys, time
+import itertools, sys, time
 from semhitok.mllm.assistant import Assistant
-read = Assistant.read
-def slow(self, paths):
-    time.sleep(0.15)
-    return read(self, paths)
-Assistant.read = slow
+encode, calls = Assistant.encode, itertools.count()
+def stopping(self, images):
+    if next(calls) == 3:
+        time.sleep(600)
+    return encode(self, images)
+Assistant.encode = stopping
 from semhitok.cli import main
 sys.exit(main(sys.argv[1:]))
 """
