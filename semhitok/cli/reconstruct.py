@@ -10,6 +10,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import os
 
 from semhitok._messages import printable
 from semhitok.cli import arguments, text
@@ -33,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     device = next(tokenizer.parameters()).device
     out = arguments.make_output_folder(args.out)
     targets = dict(zip(paths, text.png_names(map(str, paths)), strict=True))
-    originals = {path.resolve() for path in paths}
+    originals = {os.path.realpath(path) for path in paths}  # a link to itself is no error here
     for name in targets.values():
-        if (out / name).resolve() in originals:
+        if os.path.realpath(out / name) in originals:
             raise ValueError(f"--out: {out / name} is one of the originals; name another folder")
     config = tokenizer.config
     reader = ImageReader(paths, config.image_size, args.batch_size, "reconstruct")

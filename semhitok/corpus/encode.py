@@ -293,7 +293,8 @@ def _finish(job: EncodingJob, units: Sequence[Unit], summary: Summary) -> str:
                 record = _read_record(job, unit)
                 file.writelines((json.dumps(entry) + "\n").encode() for entry in record.get(key, ()))
     if not totals["images"]:
-        raise ValueError(f"{job.out}: not one image could be encoded, see {job.out / SKIPPED}")
+        where = f"see {job.out / SKIPPED}" if totals["skipped"] else "the sources hold none"
+        raise ValueError(f"{job.out}: not one image could be encoded, {where}")
     rounded = {view: {k: round(v, 6) for k, v in figures.items()} for view, figures in usage.summary().items()}
     manifest = {**job.settings, "shards": shards, "totals": totals, "usage": rounded}
     write_atomic(job.out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

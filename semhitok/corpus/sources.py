@@ -144,7 +144,10 @@ def plan(
         described = [(u.number, u.kind, u.source if u.kind != "images" else "", u.start, u.count) for u in units]
         digest.update(json.dumps(described).encode())
         if expected not in (None, digest.hexdigest()):
-            raise ValueError(f"{folder}: the sources have changed: images or shards were added, removed or renamed")
+            raise ValueError(
+                f"{folder}: the sources have changed: images or shards were added, removed or renamed; encode into a "
+                "new folder, or remove this one"
+            )
     if not sources.files:
         listing.unlink(missing_ok=True)
     return units, digest.hexdigest()

@@ -54,7 +54,7 @@ def strip_tiff(data: bytes) -> Stripped:
     if _DNG in tags or photometric in (32803, 34892) or (first(_SUBFILE, 0) & 1 and _SUB_IFDS in tags):
         raise ValueError(RAW)
     bits, samples = first(_BITS, 1), first(_SAMPLES, 1)
-    what = _check(bits, samples, photometric, numbers)
+    what = _check(bits, samples, photometric, numbers, order)
     grey = photometric in (0, 1) and bits > 8
     black_is_zero = struct.pack(order + "H", _PHOTOMETRIC), struct.pack(order + "H", 1).ljust(8 if big else 4, b"\0")
     one_short = struct.pack(order + ("HQ" if big else "HI"), 3, 1).join(black_is_zero)
@@ -108,7 +108,7 @@ def _integers(entry: _Entry, order: str) -> tuple[int, ...]:
     return struct.unpack(f"{order}{entry.number}{_INTEGERS[entry.kind]}", entry.value)
 
 
-def _check(bits: int, samples: int, photometric: int, numbers: dict[int, tuple[int, ...]]) -> str:
+def _check(bits: int, samples: int, photometric: int, numbers: dict[int, tuple[int, ...]], order: str) -> str:
     """The samples in words; ValueError if Pillow does not read them, or reads them wrongly."""
     compression = (numbers.get(_COMPRESSION) or (1,))[0]
     planes = (numbers.get(_PLANES) or (1,))[0]
@@ -119,7 +119,7 @@ def _check(bits: int, samples: int, photometric: int, numbers: dict[int, tuple[i
     if photometric == 6 and compression == 1 and samples > 1:
         raise ValueError(f"uncompressed TIFF of YCbCr colours {advice}")
     deep = samples == 1 or photometric not in (0, 1)
-    unsigned = bits in (1, 2, 4, 8) or (bits == 12 and samples == 1) or (bits == 16 and deep)
+    unsigned = bits in (1, 2, 4, 8) or (bits == 12 and samples == 1 and order == "<") or (bits == 16 and deep)
     floats = kind == "floating-point" and bits == 32 and samples == 1
     mixed = samples > 6 or len(set(numbers.get(_BITS, (1,)))) > 1
     if mixed or not (floats or (kind == "unsigned" and unsigned)):

@@ -94,7 +94,7 @@ class TrainingImages:
                 raise ValueError(f"shuffle_buffer: expected at least 1, got {config.shuffle_buffer}")
             self.description = {"shards": len(self.shards), "shards_sha256": _digest(self.shards)}
         else:
-            names = [f"{path.name} {path.stat().st_size}" for path in self.paths]
+            names = [f"{path.name} {_bytes(path)}" for path in self.paths]
             self.description = {"images": len(names), "images_sha256": _digest(names)}
             # Kept, so that the images decoded by one pass over the steps serve the next.
             self._crops = RandomCrops(self.paths, size, config, seed)
@@ -218,13 +218,15 @@ class TrainingImages:
             skipped = 0
 
 
-def held_out_batches(
-    sources: Sequence[str | os.PathLike[str]], size: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, int]]:
-    """Batches for evaluation: the `resize_crop` of every image, once, in the order listed.
+class HeldOutBatches:
+    """Batches for evaluation: the `resize_crop` of every image, once, in the order listed; any number of times.
 
     Process r takes the images r, r + world_size, ... Every process gets the same number of batches, which are read one
     at a time. An unreadable image is reported on stderr and left out of its batch.
+
+    Iterating yields (float32 [batch_size, 3, size, size] in [0, 1], count): the first `count` images are real,
+    0 <= count <= batch_size; the rest repeat one of them, or are black if there is none. It raises ValueError if there
+    are no images, or if a shard is damaged or cannot be reached: every process would have to leave out the same.
 
     Args:
         sources: as in `TrainingImages`.
@@ -233,19 +235,21 @@ def held_out_batches(
         rank: number of this process.
         world_size: processes.
 
-    Returns:
-        Iterator over (float32 [batch_size, 3, size, size] in [0, 1], count): the first `count` images
-        are real, 0 <= count <= batch_size; the rest repeat one of them, or are black if there is none.
-
     Raises:
-        ValueError, OSError, ImportError: when called, as `TrainingImages`. The iterator raises ValueError if there are
-            no images, or if a shard is damaged or cannot be reached: every process would have to leave out the same.
+        ValueError, OSError, ImportError: as `TrainingImages`.
     """
-    paths, shards = _find(sources, rank)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    entries: Iterable[Path | ShardSample] = paths or _samples_in_order(shards)
-    return _held_out(entries, size, batch_size, rank, world_size)
+
+    def __init__(
+        self, sources: Sequence[str | os.PathLike[str]], size: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.paths, self.shards = _find(sources, rank)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        entries: Iterable[Path | ShardSample] = self.paths or _samples_in_order(self.shards)
+        return _held_out(entries, self.size, self.batch_size, self.rank, self.world_size)
 
 
 def _held_out(
@@ -312,6 +316,14 @@ def _find(sources: Sequence[str | os.PathLike[str]], rank: int) -> tuple[list[Pa
     if passed_over.counts and rank == 0:
         warn(f"data: {passed_over.summary()}")
     return paths, list(dict.fromkeys(shards))
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file; 0 if it cannot be read, which is said when it is its turn."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _digest(lines: Iterable[str]) -> str:

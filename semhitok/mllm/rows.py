@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from semhitok._messages import message
+from semhitok.data.captions import caption_of
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.data.shards import ShardSample
 from semhitok.data.stream import Batches, Item, generator, share_of, warn_skipped
@@ -151,7 +153,7 @@ class TrainingRows:
         """The sample that a record gives; several of a text that is longer than a row.
 
         Raises:
-            ValueError: it cannot be used. OSError: an image cannot be read. WrongCodebook: ids of another codebook.
+            ValueError: it cannot be used. WrongCodebook: ids of another codebook.
         """
         if isinstance(record, ValueError):
             raise record
@@ -165,9 +167,9 @@ class TrainingRows:
                 pieces = zip(*(x.split(self.config.length) for x in sample), strict=True)
                 return [self._row_sample(Sample(*piece), task, []) for piece in pieces]
             return [self._row_sample(sample, task, [pixels for _, pixels in images])]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             name = f"{record['name']}: " if "name" in record else ""
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            reason = f"no {error}" if isinstance(error, KeyError) else message(error)
             raise (WrongCodebook if isinstance(error, WrongCodebook) else ValueError)(f"{name}{reason}") from None
 
     def row(self, samples: Sequence[RowSample]) -> MicroRows:
@@ -219,13 +221,19 @@ class TrainingRows:
     def _images(self, record: Record) -> list[tuple[Tensor, Tensor | None]]:
         """The ids of each image in the vocabulary, and its pixels if it has no ids yet."""
         if "codes" in record:
+            own = record.get("codebook_hash")
+            if not isinstance(own, (str, type(None))):
+                raise ValueError(f"codebook_hash: expected text, got {own!r:.80}")
             try:
-                self.vocabulary.check_hash(record.get("codebook_hash"))
+                self.vocabulary.check_hash(own)
             except ValueError as error:
                 raise WrongCodebook(str(error)) from None
             return [(self._image(codes), None) for codes in record["codes"]]
         images: list[tuple[Tensor, Tensor | None]] = []
-        for image in record.get("images", ()):
+        given = record.get("images", ())
+        if not isinstance(given, (list, tuple)) or not all(isinstance(i, (str, Path, ShardSample)) for i in given):
+            raise ValueError(f"images: expected a list of paths, got {given!r:.80}")
+        for image in given:
             size = self.model.image_size
             shard = isinstance(image, ShardSample)
             pixels = image.resized(size) if shard else read_resized(Path(record["folder"], image), size)
@@ -314,6 +322,8 @@ class _RowStream:
 
 
 def _text(record: Record, key: str) -> str:
-    if not isinstance(record[key], str):
+    """The text of a record, or the first one of a list, as in other sources."""
+    found = caption_of(record[key]).text
+    if found is None:
         raise ValueError(f"{key}: expected text, got {record[key]!r:.80}")
-    return record[key]
+    return found

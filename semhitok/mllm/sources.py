@@ -170,15 +170,16 @@ class CaptionedIds(Sequence[Record]):
         self.captions = parse_json(Path(captions).read_bytes(), captions)
         if not isinstance(self.captions, dict):
             raise ValueError(f"{captions}: expected an object {{name: caption}}, got {type(self.captions).__name__}")
-        lacking = [name for name in self.names if name not in self.captions]
-        if lacking:
-            raise ValueError(f"{captions}: expected a caption for each image of {path}, got none for {lacking[0]!r}")
+        if self.captions.keys().isdisjoint(self.names):
+            raise ValueError(f"{captions}: expected captions of images of {path}, got none")
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, n: Any) -> Any:
         name = self.names[n]
+        if name not in self.captions:
+            raise ValueError(f"{name}: expected a caption, got none")
         caption = caption_of(self.captions[name])
         if caption.text is None:
             raise ValueError(f"{name}: expected a caption, got {self.captions[name]!r:.80}")
@@ -316,8 +317,9 @@ def _texts_of(records: Iterable[Any]) -> Iterator[str]:
 def _texts(record: Record) -> Iterator[str]:
     """The texts of a record; what is none of them is left to whoever uses the record, and names it."""
     for key in ("caption", "text"):
-        if isinstance(record.get(key), str):
-            yield record[key]
+        text = caption_of(record.get(key)).text
+        if text:
+            yield text
     messages = record.get("messages")
     for message in messages if isinstance(messages, (list, tuple)) else ():
         if isinstance(message, Mapping) and isinstance(message.get("content"), str):

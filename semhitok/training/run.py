@@ -25,7 +25,7 @@ from semhitok import distributed
 from semhitok._files import read_object, write_json
 from semhitok.config import EngineConfig, TrainConfig, from_dict
 from semhitok.data.batch import seed_everything
-from semhitok.data.training_images import TrainingImages, held_out_batches
+from semhitok.data.training_images import HeldOutBatches, TrainingImages
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import checkpoint, parallel, workers
 from semhitok.training.decoder import DecoderStage
@@ -76,6 +76,10 @@ def train(
         data, config.model.image_size, config.data, config.seed,
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
+    batches = None
+    if held_out:  # found now: a wrong name must not end a run that has trained a stage
+        places = distributed.rank(), distributed.world_size()
+        batches = HeldOutBatches(held_out, config.model.image_size, config.evaluation.batch_size, *places)
     number, chosen = workers.choose(config.data.workers, folder, device.type)
     if chosen and images.shards:  # no more than there are shards for
         number = min(number, len(images.shards) // distributed.world_size())
@@ -93,7 +97,7 @@ def train(
             stage = STAGES[name](model, config)
             stage.fixed = FixedCrops(folder / "fixed", images, device) if images.fixed_count else None
             resumed = bool(checkpoint.states(folder / name))
-            seconds[name] = run_stage(stage, run, _evaluation(stage, config, held_out))
+            seconds[name] = run_stage(stage, run, _evaluation(stage, batches))
             # A resumed state must not bring back other results of earlier stages than the model now has.
             if _frozen(model, name) != before:
                 if resumed:
@@ -146,15 +150,9 @@ def _unsharded(model: SemHiTok, config: TrainConfig, device: torch.device) -> Se
     return unsharded
 
 
-def _evaluation(
-    stage: TokenizerStage, config: TrainConfig, held_out: Sequence[str | os.PathLike[str]]
-) -> Callable[[], Evaluation] | None:
+def _evaluation(stage: TokenizerStage, batches: HeldOutBatches | None) -> Callable[[], Evaluation] | None:
     """A function that evaluates the stage on all held-out images; None without any."""
-    if not held_out:
-        return None
-    places = distributed.rank(), distributed.world_size()
-    size, batch_size = config.model.image_size, config.evaluation.batch_size
-    return lambda: stage.evaluate(held_out_batches(held_out, size, batch_size, *places))
+    return None if batches is None else lambda: stage.evaluate(iter(batches))
 
 
 def identify_run(

@@ -440,6 +440,15 @@ def test_encode_names_what_a_folder_holds_beside_images(run, checkpoint, photos,
     assert_refused(run("encode", checkpoint, folder / "queue.png", "--out", tmp_path / "y.safetensors"), "got a pipe")
 
 
+def test_a_link_to_itself_is_skipped(run, checkpoint, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "loop.png").symlink_to("loop.png")
+    shutil.copy(photos / "rgb.png", tmp_path / "photos" / "good.png")
+    code, _, err = run("reconstruct", checkpoint, tmp_path / "photos", "--out", tmp_path / "out")
+    assert code == 3 and "loop.png" in "".join(err)
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["good.png"]
+
+
 def test_names_with_dots(run, checkpoint, photos, tmp_path):
     """Images whose names share what stands before the first dot, or have a number in place of a suffix."""
     folder, out = tmp_path / "folder", tmp_path / "out"

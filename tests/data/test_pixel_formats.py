@@ -25,6 +25,11 @@ def packed(values, bits):
     return bytes(int(text[n : n + 8].ljust(8, "0"), 2) for n in range(0, len(text), 8))
 
 
+def test_what_pillow_does_not_read_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"TIFF of 1 x 12-bit unsigned samples .* is not read; convert it"):
+        decode_image(tiff(packed([0, 4095], 12) + b"\0", 2, 1, order=">", bits=[12]), "x")
+
+
 @pytest.mark.parametrize("compression", [1, 8])
 @pytest.mark.parametrize("white_is_zero", [False, True])
 def test_grey_tiff_of_12_bits(white_is_zero, compression):

@@ -20,7 +20,7 @@ from semhitok.data import shards as shards_module
 from semhitok.data.crops import RandomCrops, crop
 from semhitok.data.images import list_images, read_image, resize_crop, save_png, to_uint8
 from semhitok.data.stream import generator
-from semhitok.data.training_images import TrainingImages, held_out_batches
+from semhitok.data.training_images import HeldOutBatches, TrainingImages
 
 WHOLE = DataConfig(crop_scale=(1.0, 1.0), flip=False, shuffle_buffer=3)  # a crop tells which image it is of
 
@@ -149,6 +149,16 @@ def test_unreadable_training_images_are_named_and_skipped(pictures, tmp_path, ca
     assert capsys.readouterr().err.count("bad.png") == 1
     with pytest.raises(ValueError, match="none of the 1 images can be read"):
         RandomCrops([bad], 16, DataConfig(), 0)[0]
+
+
+def test_links_to_nothing_are_named_and_skipped(pictures, tmp_path, capsys):
+    for name in ("nothing", "loop.png"):
+        (tmp_path / "loop.png" if name == "loop.png" else tmp_path / "broken.png").symlink_to(name)
+    (tmp_path / "good.png").symlink_to(pictures / "0.png")
+    images = TrainingImages([tmp_path], 8, WHOLE, 0)
+    assert len(next(images.batches(3, 3))[0].images) == 3
+    err = capsys.readouterr().err
+    assert "broken.png" in err and "loop.png" in err
 
 
 def test_small_images_are_enlarged_to_a_crop(tmp_path):
@@ -671,7 +681,7 @@ def test_shards_from_a_command(shards, tmp_path, monkeypatch):
 @pytest.mark.parametrize("processes, batch", [(1, 4), (2, 4), (4, 5), (5, 2)])
 def test_held_out_images_come_once_and_in_as_many_batches_to_each(pictures, shards, processes, batch):
     for source, total in ((pictures, 6), (shards, 36)):
-        got = [list(held_out_batches([source], 8, batch, rank, processes)) for rank in range(processes)]
+        got = [list(HeldOutBatches([source], 8, batch, rank, processes)) for rank in range(processes)]
         assert len({len(batches) for batches in got}) == 1
         assert all(images.shape == (batch, 3, 8, 8) for batches in got for images, _ in batches)
         real = [torch.cat([images[:count] for images, count in batches]) for batches in got]
@@ -687,7 +697,7 @@ def test_held_out_padding_and_unreadable_images(pictures, tmp_path, capsys):
     (tmp_path / "bad.png").write_text("no image")
     good = list_images([pictures])
     paths = [tmp_path / "bad.png", good[0], good[1], good[2], good[3]]
-    first, second = (list(held_out_batches(paths, 8, 2, rank, 2)) for rank in (0, 1))
+    first, second = (list(HeldOutBatches(paths, 8, 2, rank, 2)) for rank in (0, 1))
     assert [count for _, count in first] == [1, 1] and [count for _, count in second] == [2, 0]
     assert torch.equal(first[0][0][0], resize_crop(read_image(good[1]), 8))
     assert torch.equal(first[0][0][1], first[0][0][0])
@@ -699,13 +709,13 @@ def test_held_out_images_are_read_lazily_and_shards_must_be_whole(pictures, tmp_
     pytest.importorskip("webdataset")
     path = write_tar(tmp_path / "a.tar", grey_members(0, 6))
     damage_header(path)
-    batches = held_out_batches([path], 8, 2)
+    batches = iter(HeldOutBatches([path], 8, 2))
     assert greys(next(batches)[0]) == [0, 1]
     with pytest.raises(ValueError, match=r"a\.tar: cannot read the shard after 3 samples"):
         list(batches)
     with pytest.raises(ValueError, match="no images found"):
-        list(held_out_batches([write_tar(tmp_path / "empty.tar", [])], 8, 2))
+        list(HeldOutBatches([write_tar(tmp_path / "empty.tar", [])], 8, 2))
     with pytest.raises(FileNotFoundError):
-        held_out_batches([tmp_path / "none.png"], 8, 2)
+        HeldOutBatches([tmp_path / "none.png"], 8, 2)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        held_out_batches([pictures], 8, 0)
+        HeldOutBatches([pictures], 8, 0)

@@ -141,6 +141,14 @@ def test_long_texts_are_cut_and_other_long_samples_passed_over(capfd):
     assert "skipped: record 1: data.length: expected at least 56 for this sample, got 24" in capfd.readouterr().err
 
 
+def test_the_first_of_several_captions_counts(tmp_path):
+    one = {**captioned()[0], "codes": [captioned()[0]["codes"][0].tolist()], "codebook_hash": HASH}
+    path = write_jsonl(tmp_path / "a.jsonl", [{**one, "caption": [one["caption"], "another one"]}])
+    source = open_source(SourceConfig(str(path), "generation"), RowsConfig())
+    same(take(rows_of(source), 2)[0], take(rows_of(Records([one], "generation")), 2)[0])
+    assert list(source.texts()) == [one["caption"]]
+
+
 def test_samples_that_are_ready_are_taken_as_they_are():
     ready = join(([3, 4], False), ([5], True))
     data = rows_of(Records([ready], "text"), caption_drop=1.0)
@@ -225,7 +233,10 @@ def test_ids_files_have_their_captions_beside_them(tmp_path):
     found = take(rows_of(source), 5)[0]
     same(found, take(rows_of(Records(captioned(), "generation", codebook_hash=HASH)), 5)[0])
     captions.write_text(json.dumps(dict(zip(names[:-1], CAPTIONS, strict=False))))
-    with pytest.raises(ValueError, match=r"expected a caption for each image of .*, got none for '11.png'"):
+    records = [record for record, _ in itertools.islice(open_source(config, RowsConfig()).stream(0, 1, 0, None), 12)]
+    assert [str(r) for r in records if isinstance(r, ValueError)] == ["11.png: expected a caption, got none"]
+    captions.write_text(json.dumps({"another.png": "a text"}))
+    with pytest.raises(ValueError, match=r"expected captions of images of .*, got none"):
         open_source(config, RowsConfig())
 
 
@@ -286,21 +297,25 @@ def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
         {"caption": "a"},
         {"messages": [{"role": "user"}]},
         {"picture": 1},
+        {"caption": "a", "images": "missing.png"},
+        {"caption": "a", "codes": [[1, 2, 3, 4]], "codebook_hash": 5},
         {"caption": "a", "codes": [["one", None]], "codebook_hash": HASH},
         {"caption": "a", "codes": [[[1, 2], [3]]], "codebook_hash": HASH},
     ]
     path = write_jsonl(tmp_path / "mixed.jsonl", [*good, *bad])
     path.write_text(path.read_text() + "[1]\n{broken\n\n")
     source = open_source(SourceConfig(str(path), "generation"), RowsConfig())
-    assert len(source.records) == 12 + 11
+    assert len(source.records) == 12 + 13
     batches = rows_of(source).batches(1, 1)
     found = {m[0] for _ in range(40) for micro in next(batches) for m in members(micro)}
-    assert len(found) == 12 and batches.skipped > 11
+    assert len(found) == 12 and batches.skipped > 13
     err = capfd.readouterr().err
     for words in (
         "missing.png", "expected 4 ids an image, got 3", "expected ids in [0, 15), got 15", "caption: expected text",
         "expected one beside a caption, got 0", "expected objects with role and content", "expected messages, caption",
-        "mixed.jsonl: record 22: expected an object, got list", "record 23: not JSON",
+        "mixed.jsonl: record 24: expected an object, got list", "record 25: not JSON",
+        "record 20: images: expected a list of paths, got 'missing.png'", "codebook_hash: expected text, got 5",
+        "mixed.jsonl: record 13: ",
         "codes: expected ids of an image, got ['one', None]", "codes: expected ids of an image, got [[1, 2], [3]]",
     ):  # fmt: skip
         assert words in err

@@ -403,12 +403,12 @@ def test_evaluation_keeps_the_best_and_the_log_and_pictures_reach_tensorboard(pi
     assert best["psnr"] == max(held_out.values()) and held_out[best["step"]] == best["psnr"]
     tokenizer = SemHiTok.from_pretrained(tmp_path / "pixel" / "best")
     # what is published last is what the last evaluation saw
-    from semhitok.data.training_images import held_out_batches
+    from semhitok.data.training_images import HeldOutBatches
     from semhitok.evaluation.metrics import psnr
 
     last = SemHiTok.from_pretrained(tmp_path / "checkpoint")
     for model, value in ((tokenizer, best["psnr"]), (last, held_out[60])):
-        ((images, count),) = held_out_batches([pictures], 32, 16)
+        ((images, count),) = HeldOutBatches([pictures], 32, 16)
         found = psnr(model.reconstruct(images[:count]), images[:count]).mean().item()
         assert found == pytest.approx(value, abs=1e-4)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -459,6 +459,12 @@ def test_compiled_trunks_train_like_plain_ones(pictures, tmp_path):
 def test_a_critic_that_sees_too_little_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="critic: expected to see at least 24 pixels a side, got 16"):
         train(small_config(*CRITIC, "pixel.loss.critic.layers=3", "pixel.loss.critic.shift=16"), [pictures], tmp_path)
+
+
+def test_a_wrong_held_out_set_is_refused_before_training(pictures, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        train(small_config(), [pictures], tmp_path / "run", held_out=[tmp_path / "no-such-folder"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_batches_that_do_not_divide_are_refused(pictures, tmp_path):
