@@ -11,6 +11,7 @@ import io
 import json
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -99,7 +100,7 @@ def check_problem(problem: str, path: Path) -> None:
 # Kinds
 
 
-class Kind:
+class Kind(ABC):
     """Files of one kind in `folder`, an empty one. `make` writes the damaged input number so-and-so, `read` reads it.
 
     read: ends, if the input could be read, wholly or in part; ValueError or OSError if it was refused.
@@ -110,15 +111,17 @@ class Kind:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @abstractmethod
     def intact(self) -> Iterator[Callable[[], None]]:
         """Reads each of the valid inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, random: Random) -> Path:
-        raise NotImplementedError
+        """Writes a damaged input."""
 
+    @abstractmethod
     def read(self) -> None:
-        raise NotImplementedError
+        """Reads the damaged input."""
 
 
 class Images(Kind):
