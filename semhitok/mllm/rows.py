@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from semhitok._messages import message
+from semhitok._messages import message, printable
 from semhitok.data.captions import caption_of
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.data.shards import ShardSample
@@ -169,7 +169,7 @@ class TrainingRows:
             return [self._row_sample(sample, task, [pixels for _, pixels in images])]
         except (ValueError, KeyError, TypeError, OSError) as error:
             name = f"{record['name']}: " if "name" in record else ""
-            reason = f"no {error}" if isinstance(error, KeyError) else message(error)
+            reason = printable(f"no {error}" if isinstance(error, KeyError) else message(error))
             raise (WrongCodebook if isinstance(error, WrongCodebook) else ValueError)(f"{name}{reason}") from None
 
     def row(self, samples: Sequence[RowSample]) -> MicroRows:
