@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from semhitok.data.images import read_image, to_uint8
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm import Sampling, benchmarks
 from semhitok.mllm.benchmarks import gqa, mme, pope, seed, textvqa
+from semhitok.mllm.benchmarks.files import Skipped
 from semhitok.mllm.benchmarks.questions import SHORT
 
 
@@ -29,12 +31,29 @@ def assistant():
     return small_assistant()
 
 
+def load(benchmark, data, images=None):
+    skipped = Skipped()
+    questions = benchmark.load(data, images, skipped)
+    assert skipped.count == 0
+    return questions
+
+
+def assert_left_out(capsys, benchmark, data, images, ids, problems):
+    """The questions with these ids are loaded; the others are named with these problems, in order."""
+    capsys.readouterr()
+    skipped = Skipped()
+    assert [q.id for q in benchmark.load(data, images, skipped)] == ids
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == skipped.count == len(problems)
+    assert all(line.startswith("semhitok: skipped: ") and p in line for line, p in zip(lines, problems, strict=True))
+
+
 # ---- the benchmarks, by hand ----
 
 
-def test_pope(tmp_path):
+def test_pope(tmp_path, capsys):
     write_pope(tmp_path)
-    questions = pope.load(tmp_path)
+    questions = load(pope, tmp_path)
     assert [q.category for q in questions] == ["adversarial"] * 2 + ["popular"] * 2 + ["random"] * 4
     assert questions[4].text == f"Is there a dog?{SHORT}" and questions[4].id == "random/1"
     assert all(q.image.is_file() for q in questions)
@@ -52,16 +71,26 @@ def test_pope(tmp_path):
         "yes", "yes", "no", "yes", "yes",
     ]  # fmt: skip
     (path,) = tmp_path.glob("*random.json")
-    assert len(pope.load(path, tmp_path / "val2014")) == 4
-    path.write_text('{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "oui"}\n')
-    with pytest.raises(ValueError, match=r"random\.json: line 1: label: expected yes or no, got 'oui'"):
-        pope.load(tmp_path)
-    path.write_text('{"question_id": 1}\n')
-    with pytest.raises(ValueError, match="line 1: expected an object with 'label', got"):
-        pope.load(tmp_path)
+    assert len(load(pope, path, tmp_path / "val2014")) == 4
+    good = {"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}
+    rows = [{**good, "label": "oui"}, {"question_id": 1}, {**good, "image": 7}, {**good, "question_id": []}, [], good]
+    lines = [*(json.dumps(row).encode() for row in rows), b"\xff{}", b"[" * 100_000]
+    path.write_bytes(b"\n".join(lines))
+    assert_left_out(
+        capsys, pope, path, tmp_path / "val2014", ["random/1"],
+        [
+            "random.json: line 1: label: expected yes or no, got 'oui'",
+            "line 2: expected an object with 'label', got",
+            "line 3: image: expected str, got 7",
+            "line 4: question_id: expected int or str, got []",
+            "line 5: expected an object with 'label', got list",
+            "line 7: expected JSON, got",
+            "line 8: expected JSON, got values nested too deep",
+        ],
+    )  # fmt: skip
 
 
-def test_gqa(tmp_path):
+def test_gqa(tmp_path, capsys):
     content = {
         "201": {"imageId": "n1", "question": "Is it red?", "answer": "no", "types": {"structural": "verify"}},
         "202": {"imageId": "n2", "question": "What is it?", "answer": "red car", "types": {"structural": "query"}},
@@ -69,13 +98,17 @@ def test_gqa(tmp_path):
     }
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
     (tmp_path / "images").mkdir()
-    questions = gqa.load(tmp_path)
+    questions = load(gqa, tmp_path)
     assert [q.image.name for q in questions] == ["n1.jpg", "n2.jpg", "n2.jpg"]
     scores = gqa.score(questions, ["No.", " red car", "a man"])
     assert scores == {"accuracy": pytest.approx(200 / 3), "verify accuracy": 100, "query accuracy": 50}
+    content |= {"204": content["203"] | {"types": []}, "205": content["203"] | {"question": None}, "206": "Who?"}
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
+    problems = ["json: 205: question: expected str, got None", "json: 206: expected an object with 'imageId', got str"]
+    assert_left_out(capsys, gqa, tmp_path, None, ["201", "202", "203", "204"], problems)
 
 
-def test_mme(tmp_path):
+def test_mme(tmp_path, capsys):
     for subtask, texts in (("existence", ""), ("landmark", "questions_answers_YN"), ("code_reasoning", "")):
         for name in ("a", "b"):
             text = "Is it? Please answer yes or no.\tYes\nIs it not? Please answer yes or no.\tNo\n"
@@ -83,7 +116,7 @@ def test_mme(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             picture(tmp_path / subtask / ("images" if texts else "") / f"{name}.{'png' if name == 'b' else 'jpg'}")
-    questions = mme.load(tmp_path)
+    questions = load(mme, tmp_path)
     assert [q.id for q in questions[:2]] == ["existence/a/0", "existence/a/1"] and len(questions) == 12
     assert all(q.image.is_file() for q in questions) and questions[0].text == "Is it? Please answer yes or no." + SHORT
     existence = ["Yes", "no", "yes", "yes"]  # 3 of 4; one image of two wholly
@@ -95,17 +128,19 @@ def test_mme(tmp_path):
         "code_reasoning accuracy": 0, "code_reasoning accuracy+": 0,
         "perception, sum of 2": 250, "cognition, sum of 1": 0,
     }  # fmt: skip
+    ids = [q.id for q in questions if not q.id.startswith("existence/a")]
     (tmp_path / "existence" / "a.txt").write_text("Is it?\tYes\n")
-    with pytest.raises(ValueError, match=r"a\.txt: expected two questions, got 1"):
-        mme.load(tmp_path)
+    assert_left_out(capsys, mme, tmp_path, None, ids, ["a.txt: expected two questions, got 1"])
     (tmp_path / "existence" / "a.txt").write_text("Is it?\tYes\nIs it? No\n")
-    with pytest.raises(ValueError, match="expected a question, a tab, and Yes or No, got 'Is it"):
-        mme.load(tmp_path)
+    problem = "a.txt: expected a question, a tab, and Yes or No, got 'Is it? No'"
+    assert_left_out(capsys, mme, tmp_path, None, ids, [problem])
+    (tmp_path / "existence" / "a.txt").write_bytes(b"Is it?\tYes\n\xff\tNo\n")
+    assert_left_out(capsys, mme, tmp_path, None, ids, ["a.txt: expected UTF-8 text, got other bytes"])
     with pytest.raises(ValueError, match="expected folders of subtasks"):
-        mme.load(tmp_path / "existence")
+        load(mme, tmp_path / "existence")
 
 
-def test_seed(tmp_path):
+def test_seed(tmp_path, capsys):
     row = {"data_type": "image", "question": "What?", "choice_a": "A cat", "choice_b": "A dog", "choice_c": "Car"}
     row |= {"choice_d": "B", "answer": "B", "question_type_id": 1}
     rows = [row | {"question_id": str(n), "data_id": f"{n}_x"} for n in range(4)]
@@ -114,7 +149,7 @@ def test_seed(tmp_path):
     content = {"questions": rows, "question_type": {"Scene Understanding": 1, "Instances Counting": 5}}
     (tmp_path / "SEED-Bench.json").write_text(json.dumps(content))
     (tmp_path / "SEED-Bench-image").mkdir()
-    questions = seed.load(tmp_path)
+    questions = load(seed, tmp_path)
     assert [q.image.name for q in questions] == ["0_x", "1_x", "2_x"]  # as they are: without suffix
     assert questions[0].text == (
         "What?\nA. A cat\nB. A dog\nC. Car\nD. B\nAnswer with the option's letter from the given choices directly."
@@ -123,6 +158,17 @@ def test_seed(tmp_path):
     assert scores == {
         "accuracy": pytest.approx(200 / 3), "Scene Understanding accuracy": 50, "Instances Counting accuracy": 100,
     }  # fmt: skip
+    rows[0] |= {"answer": "E"}
+    rows[1] |= {"choice_c": None}
+    content["questions"] = [*rows, None, {"question": "What?"}]
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps(content))
+    problems = [
+        "question 0: answer: expected one of A, B, C, D, got 'E'",
+        "question 1: choice_c: expected str or int or float, got None",
+        "SEED-Bench.json: expected an object with 'question_id', got NoneType",
+        "SEED-Bench.json: expected an object with 'question_id', got ['question']",
+    ]
+    assert_left_out(capsys, seed, tmp_path, None, ["2"], problems)
     choices = questions[0].gold[1] | {"D": "Dog"}
     said = {
         "A": "A",
@@ -138,12 +184,12 @@ def test_seed(tmp_path):
     assert {text: seed.answer_of(text, choices) for text in said} == said
 
 
-def test_textvqa(tmp_path):
+def test_textvqa(tmp_path, capsys):
     answers = ["nokia"] * 2 + ["Nokia."] + ["a nokia"] + ["noka"] * 2 + ["none"] * 4
     row = {"question_id": 34602, "image_id": "003a", "question": "what is the brand?", "answers": answers}
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [row, row | {"question_id": 34603}]}))
     (tmp_path / "train_images").mkdir()
-    questions = textvqa.load(tmp_path)
+    questions = load(textvqa, tmp_path)
     assert questions[0].id == "34602" and questions[0].image == tmp_path / "train_images" / "003a.jpg"
     # four agree: 3 of the others by those who said so, 4 by the others, so always 1; of two, 1 or 2 others agree
     assert textvqa.vqa_accuracy("The Nokia", answers) == 1
@@ -152,9 +198,13 @@ def test_textvqa(tmp_path):
     assert textvqa.vqa_accuracy("samsung", answers) == 0
     scores = textvqa.score(questions, ["nokia", "noka"])
     assert scores == {"accuracy": pytest.approx(50 * (1 + 0.6))}
-    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [row | {"answers": ["a"]}]}))
-    with pytest.raises(ValueError, match="question 34602: answers: expected ten, got"):
-        textvqa.load(tmp_path)
+    rows = [row | {"answers": ["a"]}, row | {"answers": [1] * 10}, row]
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
+    problems = [f"question 34602: answers: expected ten texts, got {got}" for got in ("['a']", "[1, 1")]
+    assert_left_out(capsys, textvqa, tmp_path, None, ["34602"], problems)
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": {}}))
+    with pytest.raises(ValueError, match=r"val\.json: data: expected list, got \{\}"):
+        load(textvqa, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +253,7 @@ def test_a_run_answers_every_question_once(assistant, tmp_path):
     scores = benchmarks.evaluate("gqa", data, assistant, out, batch_size=3)
     rows = rows_of(out / "answers.jsonl")
     assert [row["id"] for row in rows] == [str(n) for n in range(7)]
-    questions = gqa.load(data)
+    questions = load(gqa, data)
     expected = assistant.answer([q.text for q in questions], assistant.read(q.image for q in questions))
     full = [assistant.answer([q.text], assistant.read([q.image]), max_new_tokens=16)[0] for q in questions]
     assert [row["answer"] for row in rows] == full and all(f in e for f, e in zip(full, expected, strict=True))
@@ -223,6 +273,19 @@ def test_questions_about_unreadable_images_are_left_out(assistant, tmp_path, cap
     assert [row["id"] for row in rows_of(out / "answers.jsonl")] == list("01345")
     err = capsys.readouterr().err
     assert "skipped: question 2: " in err and "n6.jpg" in err
+    # one that is missing, a row that is none, and a question that comes twice
+    (data / "images" / "n3.jpg").unlink()
+    path = data / "testdev_balanced_questions.json"
+    content = json.loads(path.read_text()) | {"7": {"imageId": "n1", "question": 1, "answer": "red"}}
+    path.write_text(json.dumps(content))
+    scores = benchmarks.evaluate("gqa", data, assistant, tmp_path / "more", batch_size=2)
+    assert scores["skipped"] == 4 and json.loads((tmp_path / "more" / "scores.json").read_text())["questions"] == 8
+    err = capsys.readouterr().err
+    assert "skipped: question 3: " in err and "No such file" in err and "7: question: expected str, got 1" in err
+    twice = benchmarks.Questions(lambda *arguments: 2 * gqa.load(*arguments), gqa.score)
+    run = benchmarks.Run("gqa", data, assistant, tmp_path / "twice")
+    assert twice.run(run)["skipped"] == 4 + 7
+    assert "question 0: expected every question once, got it again" in capsys.readouterr().err
     for path in (data / "images").iterdir():
         path.write_text("hello")
     with pytest.raises(ValueError, match="none of 7 questions has one that can be read"):
@@ -272,8 +335,9 @@ def test_answers_of_others_are_not_mixed_in(assistant, tmp_path):
     write_gqa(data, 3)
     with pytest.raises(ValueError, match="of a run with another questions"):
         benchmarks.evaluate("gqa", data, assistant, out, model="a")
-    (data / "images" / "n1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"images: 1 missing: .*n1\.jpg"):
+    for path in (data / "images").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"images: all missing: .*n0\.jpg, .*n1\.jpg, .*n2\.jpg"):
         benchmarks.evaluate("gqa", data, assistant, out, model="a")
 
 
@@ -372,12 +436,17 @@ def test_geneval_layout_and_resume(assistant, tmp_path, monkeypatch):
     assert [json.loads((out / "images" / f"{n:05}" / "metadata.jsonl").read_text()) for n in range(2)] == rows
     with pytest.raises(ValueError, match="of a run with another seed: expected 10, got 11"):
         benchmarks.evaluate("geneval", tmp_path, assistant, out, seed=11)
+    with open(tmp_path / "evaluation_metadata.jsonl", "a") as file:
+        file.write('{"tag": "colors"}\nhello\n')
+    assert benchmarks.evaluate("geneval", tmp_path, assistant, tmp_path / "more", batch_size=8) == {
+        "prompts": 2, "pictures": 8, "skipped": 2,
+    }  # fmt: skip
     with pytest.raises(ValueError, match=r"of a run with another guidance: expected 2\.0, got 3\.0"):
         benchmarks.evaluate("geneval", tmp_path, assistant, out, seed=10, sampling=Sampling(guidance=3.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*images for features of dimension")
-def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run):
+def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run, capsys):
     captions = {"ab1": ("animals", "a red circle"), "cd2": ("people", "blue"), "ef3": ("people", "it is red .")}
     content = {id_: {"category": category, "prompt": caption} for id_, (category, caption) in captions.items()}
     (tmp_path / "meta_data.json").write_text(json.dumps(content))
@@ -413,6 +482,13 @@ def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run):
     assert code == 3 and "cd2.jpg" in "".join(err)
     assert json.loads((out / "scores.json").read_text())["skipped"] == 1
     content["../x"] = content["ab1"]
+    content["gh4"] = {"category": "people", "prompt": None}
     (tmp_path / "meta_data.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"id: expected letters and digits, got '\.\./x'"):
-        benchmarks.evaluate("mjhq", tmp_path, assistant, tmp_path / "other")
+    scores = benchmarks.evaluate("mjhq", tmp_path, assistant, tmp_path / "other", features=features)
+    assert (scores["pictures"], scores["skipped"]) == (3, 3)
+    err = capsys.readouterr().err
+    assert "id: expected letters and digits, got '../x'" in err and "gh4: prompt: expected str, got None" in err
+    shutil.rmtree(tmp_path / "mjhq30k_imgs" / "people")
+    (tmp_path / "mjhq30k_imgs" / "animals" / "ab1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="images: all missing"):
+        benchmarks.evaluate("mjhq", tmp_path, assistant, tmp_path / "none", features=features)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from semhitok._files import parse_json, read_text
+from semhitok._files import parse_json
+from semhitok._messages import message, warn
 
 NAMED = 3  # missing files that a message lists
+
+
+class Skipped:
+    """Counts the questions and images that are left out, each named on stderr."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, problem: str) -> None:
+        self.count += 1
+        warn(f"skipped: {problem}")
+
+    @contextlib.contextmanager
+    def errors(self, what: str = "") -> Iterator[None]:
+        """Skip the body's remainder after a ValueError or OSError, which names `what` is left out."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self(f"{what}: {message(error)}" if what else message(error))
 
 
 def data_files(data: Path, *patterns: str) -> list[Path]:
@@ -36,29 +56,34 @@ def image_folder(data: Path, given: Path | None, *names: str) -> Path:
     raise FileNotFoundError(f"{base}: expected the images in {names[0]} there, or --images, found none")
 
 
-def read_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """The JSON value in each line of a file, and the name of the line in messages."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+def read_lines(path: Path, skipped: Skipped) -> Iterator[tuple[Any, str]]:
+    """The JSON value in each line of a file, and the name of the line in messages. Other lines are skipped."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
             where = f"{path}: line {number}"
             try:
                 row = parse_json(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected JSON, got {error}") from None
+            except ValueError as error:
+                skipped(f"{where}: expected JSON, got {error}")
+                continue
             yield row, where
 
 
-def field(row: Any, key: str, where: str) -> Any:
-    """row[key]; `where` names the row in the error if it is missing."""
+def field(row: Any, key: str, where: str, kinds: type | tuple[type, ...] = str) -> Any:
+    """row[key], a value of these types; `where` names the row in the ValueError if there is none."""
     if not isinstance(row, dict) or key not in row:
         got = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: expected an object with {key!r}, got {got!s:.80}")
-    return row[key]
+    value = row[key]
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"{where}: {key}: expected {expected}, got {value!r:.80}")
+    return value
 
 
-def check_files(paths: Iterable[Path]) -> None:
-    """Raise FileNotFoundError if a file is missing."""
-    missing = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
-    if missing:
-        more = f", and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        raise FileNotFoundError(f"images: {len(missing)} missing: {', '.join(missing[:NAMED])}{more}")
+def check_any_exists(paths: Iterable[Path]) -> None:
+    """Raise FileNotFoundError if every file is missing; single ones are skipped where they are read."""
+    names = list(dict.fromkeys(paths))
+    if names and not any(path.is_file() for path in names):
+        more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise FileNotFoundError(f"images: all missing: {', '.join(map(str, names[:NAMED]))}{more}")

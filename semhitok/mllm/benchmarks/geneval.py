@@ -6,9 +6,9 @@ import json
 
 from semhitok._files import write_atomic
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import data_files, field, read_lines
+from semhitok.mllm.benchmarks.files import Skipped, data_files, field, read_lines
 from semhitok.mllm.benchmarks.questions import Scores
-from semhitok.mllm.benchmarks.run import Run
+from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
 SAMPLES = 4  # pictures of a prompt
 
@@ -20,13 +20,15 @@ def draw(run: Run) -> Scores:
     OUT/images/0000n/metadata.jsonl and samples/0000k.png, drawn with the seeds seed + 4 n + k.
     """
     path, *_ = data_files(run.data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
-    jobs, rows = [], []
-    for n, (row, where) in enumerate(read_lines(path)):
-        caption, folder = str(field(row, "prompt", where)), run.out / "images" / f"{n:05}"
-        for k in range(SAMPLES):
-            jobs.append(Job(folder / "samples" / f"{k:05}.png", caption, run.seed + SAMPLES * n + k))
-        rows.append((folder, row))
+    jobs, rows, skipped = [], [], Skipped()
+    for n, (row, where) in enumerate(read_lines(path, skipped)):
+        with skipped.errors():
+            caption, folder = field(row, "prompt", where), run.out / "images" / f"{n:05}"
+            for k in range(SAMPLES):
+                jobs.append(Job(folder / "samples" / f"{k:05}.png", caption, run.seed + SAMPLES * n + k))
+            rows.append((folder, row))
     run.draw(jobs)
     for folder, row in rows:
         write_atomic(folder / "metadata.jsonl", (json.dumps(row) + "\n").encode())
-    return {"prompts": float(len(rows)), "pictures": float(len(jobs))}
+    scores: Scores = {"prompts": float(len(rows)), "pictures": float(len(jobs))}
+    return scores | ({SKIPPED: float(skipped.count)} if skipped.count else {})

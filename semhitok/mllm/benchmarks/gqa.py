@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
+def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """{id: {"imageId", "question", "answer", "types": {"structural"}}} of testdev_balanced_questions.json."""
     folder = image_folder(data, images, "images")
     (path,) = data_files(data, "testdev_balanced_questions.json")
     questions = []
     for id_, row in read_object(path).items():
         where = f"{path}: {id_}"
-        image = folder / f"{field(row, 'imageId', where)}.jpg"
-        category = row.get("types", {}).get("structural", "")
-        gold = field(row, "answer", where)
-        questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, category))
+        with skipped.errors():
+            image = folder / f"{field(row, 'imageId', where)}.jpg"
+            types = row.get("types")
+            category = types.get("structural", "") if isinstance(types, dict) else ""
+            gold = field(row, "answer", where)
+            questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, str(category)))
     return questions
 
 

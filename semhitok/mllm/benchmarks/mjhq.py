@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from semhitok._files import read_object
-from semhitok._messages import message, progress, warn
+from semhitok._messages import progress
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import check_files, data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import Skipped, check_any_exists, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
@@ -27,40 +27,44 @@ def draw(run: Run) -> Scores:
     """
     folder = image_folder(run.data, run.images, "mjhq30k_imgs")
     path, *_ = data_files(run.data, "meta_data.json")
-    jobs, references = [], []
+    jobs, references, skipped = [], [], Skipped()
     for n, (id_, row) in enumerate(read_object(path).items()):
-        category, caption = (str(field(row, key, f"{path}: {id_}")) for key in ("category", "prompt"))
-        for key, value in (("id", id_), ("category", category)):
-            if not re.fullmatch(r"[\w\- ]+", value):
-                raise ValueError(f"{path}: {key}: expected letters and digits, got {value!r:.80}")
-        jobs.append(Job(run.out / "images" / category / f"{id_}.png", caption, run.seed + n))
-        references.append(folder / category / f"{id_}.jpg")
-    check_files(references)
+        with skipped.errors():
+            category, caption = (field(row, key, f"{path}: {id_}") for key in ("category", "prompt"))
+            for key, value in (("id", id_), ("category", category)):
+                if not re.fullmatch(r"[\w\- ]+", value):
+                    raise ValueError(f"{path}: {key}: expected letters and digits, got {value!r:.80}")
+            jobs.append(Job(run.out / "images" / category / f"{id_}.png", caption, run.seed + n))
+            references.append(folder / category / f"{id_}.jpg")
+    check_any_exists(references)
     # Loaded before the pictures are drawn, so that an error is raised early.
     label, network = feature_network(run.features, run.assistant.model.device)
     run.draw(jobs)
     size = run.assistant.image_size
-    reference = _statistics(references, size, network, "reference")
-    ours = _statistics([job.path for job in jobs], size, network, "drawn")
+    reference = _statistics(references, size, network, "reference", skipped)
+    ours = _statistics([job.path for job in jobs], size, network, "drawn", skipped)
     scores: Scores = {
         "fid" if label == "rfid" else label: frechet_distance(reference, ours),
         "pictures": float(len(jobs)),
     }
-    if reference.count < len(references):
-        scores[SKIPPED] = float(len(references) - reference.count)
+    if skipped.count:
+        scores[SKIPPED] = float(skipped.count)
     run.write_scores(scores)
     return scores
 
 
-def _statistics(paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str) -> FeatureStatistics:
+def _statistics(
+    paths: Sequence[Path], size: int, network: Callable[[Tensor], Tensor], label: str, skipped: Skipped
+) -> FeatureStatistics:
     statistics = FeatureStatistics()
 
     def images() -> Iterator[Tensor]:
         for path in progress(paths, label):
-            try:
-                yield to_uint8(read_resized(path, size))[None]
-            except (ValueError, OSError) as error:
-                warn(f"skipped: {message(error)}")
+            image = None
+            with skipped.errors():
+                image = to_uint8(read_resized(path, size))[None]
+            if image is not None:
+                yield image
 
     with exact():
         for rows in rows_in_order(images(), lambda group: {"features": network(group)}):

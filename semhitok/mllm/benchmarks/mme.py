@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_text
+from semhitok.mllm.benchmarks.files import Skipped
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 PERCEPTION = (
@@ -15,7 +16,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
+def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """A folder for each subtask, with NAME.txt of two lines "question<TAB>Yes" each, and images of these names.
 
     Both are in the subtask's folder itself, or in questions_answers_YN and images in it; `images` must be None.
@@ -31,19 +32,28 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
         texts, pictures = (folder / "questions_answers_YN", folder / "images") if inner else (folder, folder)
         files = {path.stem: path for path in sorted(pictures.iterdir()) if path.suffix in (".jpg", ".png", ".jpeg")}
         for path in sorted(texts.glob("*.txt")):
-            lines = [line for line in read_text(path).splitlines() if line.strip()]
-            if len(lines) != 2:
-                raise ValueError(f"{path}: expected two questions, got {len(lines)}")
-            for n, line in enumerate(lines):
-                text, tab, gold = line.strip().partition("\t")
-                gold = gold.strip().lower()
-                if not tab or gold not in ("yes", "no"):
-                    raise ValueError(f"{path}: expected a question, a tab, and Yes or No, got {line!r:.80}")
+            with skipped.errors():
                 image = files.get(path.stem, pictures / f"{path.stem}.jpg")
-                questions.append(Question(f"{subtask}/{path.stem}/{n}", image, text + SHORT, gold, subtask))
+                for n, (text, gold) in enumerate(_two_questions(path)):
+                    questions.append(Question(f"{subtask}/{path.stem}/{n}", image, text + SHORT, gold, subtask))
     if not questions:
         raise ValueError(f"{data}: expected folders of subtasks such as existence, with questions, found none")
     return questions
+
+
+def _two_questions(path: Path) -> list[tuple[str, str]]:
+    """The questions in a file, and yes or no for each. Accuracy+ needs both, so an error costs both."""
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    if len(lines) != 2:
+        raise ValueError(f"{path}: expected two questions, got {len(lines)}")
+    found = []
+    for line in lines:
+        text, tab, gold = line.strip().partition("\t")
+        gold = gold.strip().lower()
+        if not tab or gold not in ("yes", "no"):
+            raise ValueError(f"{path}: expected a question, a tab, and Yes or No, got {line!r:.80}")
+        found.append((text, gold))
+    return found
 
 
 def answer_of(text: str) -> str:

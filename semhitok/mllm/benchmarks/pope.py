@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_lines
+from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder, read_lines
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
+def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """Lines {"question_id", "image", "text", "label"} of coco_pope_{random,popular,adversarial}.json."""
     folder = image_folder(data, images, "val2014", "images")
     questions = []
     for path in data_files(data, "coco_pope_*.json", "coco/coco_pope_*.json"):
         category = path.stem.removeprefix("coco_pope_")
-        for row, where in read_lines(path):
-            label = field(row, "label", where)
-            if label not in ("yes", "no"):
-                raise ValueError(f"{where}: label: expected yes or no, got {label!r}")
-            id_ = f"{category}/{field(row, 'question_id', where)}"
-            image = folder / field(row, "image", where)
-            questions.append(Question(id_, image, field(row, "text", where) + SHORT, label, category))
+        for row, where in read_lines(path, skipped):
+            with skipped.errors():
+                label = field(row, "label", where)
+                if label not in ("yes", "no"):
+                    raise ValueError(f"{where}: label: expected yes or no, got {label!r}")
+                id_ = f"{category}/{field(row, 'question_id', where, (int, str))}"
+                image = folder / field(row, "image", where)
+                questions.append(Question(id_, image, field(row, "text", where) + SHORT, label, category))
     return questions
 
 

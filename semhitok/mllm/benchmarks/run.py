@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import fcntl
 import hashlib
 import json
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from semhitok._files import parse_json, read_object, write_json
-from semhitok._messages import message, progress, warn
+from semhitok._messages import progress
 from semhitok.data.images import read_resized
 from semhitok.mllm.assistant import DRAWING, Assistant, Job, draw_files
-from semhitok.mllm.benchmarks.files import check_files
+from semhitok.mllm.benchmarks.files import Skipped, check_any_exists, field
 from semhitok.mllm.benchmarks.questions import Question, Scores
 from semhitok.mllm.generate import Sampling
 
@@ -64,7 +63,7 @@ class Run:
                 problem = f"expected {found.get(key)!s:.20}, got {own.get(key)!s:.20}"
                 raise ValueError(f"--out: {self.out} is of a run with another {key}: {problem}")
 
-    def ask(self, questions: Sequence[Question]) -> dict[str, str]:
+    def ask(self, questions: Sequence[Question], skipped: Skipped) -> dict[str, str]:
         """The answers by id, without those to images that cannot be read.
 
         Questions without an answer in OUT/answers.jsonl are asked and added batch by batch.
@@ -90,8 +89,8 @@ class Run:
             for number, line in enumerate(content[:end].splitlines(), start=1):
                 try:
                     row = parse_json(line)
-                    id_, answer = row["id"], row["answer"]
-                except (ValueError, KeyError, TypeError):
+                    id_, answer = field(row, "id", ""), field(row, "answer", "")
+                except ValueError:
                     raise ValueError(f"{path}: line {number}: expected an answer, got {line!r:.80}") from None
                 if id_ not in known or id_ in answers:
                     problem = "answered twice" if id_ in answers else "not of this benchmark"
@@ -100,7 +99,7 @@ class Run:
             left = [q for q in questions if q.id not in answers]
             with progress(left, "questions") as bar:
                 for start in range(0, len(left), self.batch_size):
-                    asked, images = self._read(left[start : start + self.batch_size])
+                    asked, images = self._read(left[start : start + self.batch_size], skipped)
                     texts = self.assistant.answer([q.text for q in asked], images, max_new_tokens=MAX_NEW_TOKENS)
                     rows = [{"id": q.id, "question": q.text, "answer": t} for q, t in zip(asked, texts, strict=True)]
                     file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -110,16 +109,14 @@ class Run:
                     bar.update(min(self.batch_size, len(left) - start))
         return answers
 
-    def _read(self, questions: Sequence[Question]) -> tuple[list[Question], list[Tensor]]:
-        """The questions whose images can be read, and those; the others are named on stderr."""
+    def _read(self, questions: Sequence[Question], skipped: Skipped) -> tuple[list[Question], list[Tensor]]:
+        """The questions whose images can be read, and those."""
         asked: list[Question] = []
         pixels: list[Tensor] = []
         for question in questions:
-            try:
+            with skipped.errors(f"question {question.id}"):
                 pixels.append(read_resized(question.image, self.assistant.image_size))
                 asked.append(question)
-            except (ValueError, OSError) as error:
-                warn(f"skipped: question {question.id}: {message(error)}")
         return asked, self.assistant.encode(torch.stack(pixels)) if pixels else []
 
     def draw(self, jobs: Sequence[Job]) -> None:
@@ -147,22 +144,24 @@ class Run:
 class Questions(NamedTuple):
     """A benchmark of questions about images: how they are read from DATA and the folder of images, and scored."""
 
-    load: Callable[[Path, Path | None], list[Question]]
+    load: Callable[[Path, Path | None, Skipped], list[Question]]
     score: Callable[[Sequence[Question], Sequence[str]], Scores]
     reads_images: bool = True
 
     def run(self, run: Run) -> Scores:
-        questions = self.load(run.data, run.images)
-        _check_questions(questions)
+        skipped = Skipped()
+        questions = _each_once(self.load(run.data, run.images, skipped), skipped)
+        total = len(questions) + skipped.count
+        check_any_exists(q.image for q in questions)
         run.identify({"questions": _sha256([(q.id, q.image.name, q.text, q.gold) for q in questions])})
-        answers = run.ask(questions)
+        answers = run.ask(questions, skipped)
         answered = [question for question in questions if question.id in answers]
         if not answered:
             raise ValueError(f"images: none of {len(questions)} questions has one that can be read")
         scores = self.score(answered, [answers[q.id] for q in answered])
-        if len(answered) < len(questions):
-            scores = {**scores, SKIPPED: float(len(questions) - len(answered))}
-        run.write_scores({"questions": len(questions), **scores})
+        if skipped.count:
+            scores = {**scores, SKIPPED: float(skipped.count)}
+        run.write_scores({"questions": total, **scores})
         return scores
 
 
@@ -191,10 +190,18 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def _check_questions(questions: Sequence[Question]) -> None:
-    if not questions:
+def _each_once(questions: Sequence[Question], skipped: Skipped) -> list[Question]:
+    """The questions, without those whose id came before.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: dict[str, Question] = {}
+    for question in questions:
+        if question.id in found:
+            skipped(f"question {question.id}: expected every question once, got it again")
+        else:
+            found[question.id] = question
+    if not found:
         raise ValueError("data: expected at least one question, got none")
-    ((id_, count),) = collections.Counter(q.id for q in questions).most_common(1)
-    if count > 1:
-        raise ValueError(f"data: expected every question once, got {id_!r} {count} times")
-    check_files(q.image for q in questions)
+    return list(found.values())

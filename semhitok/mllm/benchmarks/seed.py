@@ -7,32 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies
 
 CHOICES = ("a", "b", "c", "d")
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
+def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """Image questions of {"questions": [{"question_id", "question", "choice_a", ..., "answer", "data_id", ...}]}."""
     folder = image_folder(data, images, "SEED-Bench-image", "images")
     (path,) = data_files(data, "SEED-Bench.json")
     content = read_object(path)
-    names = {number: name for name, number in content.get("question_type", {}).items()}
+    types = content.get("question_type")
+    names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
     questions = []
-    for row in field(content, "questions", str(path)):
-        where = f"{path}: question {field(row, 'question_id', str(path))}"
-        if row.get("data_type", "image") != "image":
-            continue
-        choices = {c.upper(): str(field(row, f"choice_{c}", where)) for c in CHOICES}
-        gold = field(row, "answer", where)
-        if gold not in choices:
-            raise ValueError(f"{where}: answer: expected one of {', '.join(choices)}, got {gold!r}")
-        text = "\n".join([field(row, "question", where), *(f"{letter}. {c}" for letter, c in choices.items())])
-        kind = row.get("question_type_id")
-        category = names.get(kind, str(kind))
-        image = folder / str(field(row, "data_id", where))
-        questions.append(Question(str(row["question_id"]), image, text + LETTER, (gold, choices), category))
+    for row in field(content, "questions", str(path), list):
+        with skipped.errors():
+            id_ = str(field(row, "question_id", str(path), (int, str)))
+            where = f"{path}: question {id_}"
+            if row.get("data_type", "image") != "image":
+                continue
+            choices = {c.upper(): str(field(row, f"choice_{c}", where, (str, int, float))) for c in CHOICES}
+            gold = field(row, "answer", where)
+            if gold not in choices:
+                raise ValueError(f"{where}: answer: expected one of {', '.join(choices)}, got {gold!r}")
+            text = "\n".join([field(row, "question", where), *(f"{letter}. {c}" for letter, c in choices.items())])
+            kind = str(row.get("question_type_id"))
+            image = folder / str(field(row, "data_id", where, (int, str)))
+            questions.append(Question(id_, image, text + LETTER, (gold, choices), names.get(kind, kind)))
     return questions
 
 

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
+def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """{"data": [{"question_id", "image_id", "question", "answers": ten texts}]} of TextVQA_0.5.1_val.json."""
     folder = image_folder(data, images, "train_images", "images")
     (path,) = data_files(data, "TextVQA_0.5.1_val.json")
     questions = []
-    for row in field(read_object(path), "data", str(path)):
-        where = f"{path}: question {field(row, 'question_id', str(path))}"
-        gold = field(row, "answers", where)
-        if not isinstance(gold, list) or len(gold) != 10:
-            raise ValueError(f"{where}: answers: expected ten, got {gold!r:.80}")
-        image = folder / f"{field(row, 'image_id', where)}.jpg"
-        text = field(row, "question", where)
-        questions.append(Question(str(row["question_id"]), image, text + SHORT, gold, ""))
+    for row in field(read_object(path), "data", str(path), list):
+        with skipped.errors():
+            id_ = str(field(row, "question_id", str(path), (int, str)))
+            where = f"{path}: question {id_}"
+            gold = field(row, "answers", where, list)
+            if len(gold) != 10 or not all(isinstance(answer, str) for answer in gold):
+                raise ValueError(f"{where}: answers: expected ten texts, got {gold!r:.80}")
+            image = folder / f"{field(row, 'image_id', where)}.jpg"
+            questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, ""))
     return questions
 
 
