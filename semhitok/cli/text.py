@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from semhitok._messages import printable
-from semhitok.data.formats import is_image_name
+from semhitok.data.formats import image_stem
 
 DONE, FAILED, UNUSABLE, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -49,9 +49,7 @@ def png_names(names: Iterable[str]) -> list[str]:
     result = []
     for name in names:
         base = unicodedata.normalize("NFC", re.split(r"[/\\]", name)[-1])
-        # "scan.000", like a name without a dot, has no suffix.
-        stem = base if is_image_name(base) is None else base.rpartition(".")[0]
-        stem = re.sub(r"[^\w\-. ()]", "_", stem).lstrip(".").strip()
+        stem = re.sub(r"[^\w\-. ()]", "_", image_stem(base)).lstrip(".").strip()
         stem = stem.encode("utf-8", "ignore")[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
         stem = stem.strip() or "image"
         key = stem.casefold()

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -17,6 +16,7 @@ from semhitok.corpus.items import Item, Note
 from semhitok.corpus.tables import read_table
 from semhitok.data.captions import escaped, left_out, sample_caption
 from semhitok.data.kinds import is_url
+from semhitok.data.listing import caption_file
 from semhitok.data.passed_over import PassedOver
 from semhitok.data.shards import read_shard
 
@@ -116,4 +116,4 @@ def _listed(unit: Unit) -> Iterator[Item]:
         listing.seek(unit.start)
         for _ in range(unit.count):
             path, name = json.loads(listing.readline())
-            yield Item(escaped(name), path, path=path, caption_path=str(Path(path).with_suffix(".txt")))
+            yield Item(escaped(name), path, path=path, caption_path=caption_file(path))

@@ -66,6 +66,15 @@ def sniff(head: bytes) -> str:
     raise ValueError(f"not an image of a known format{_what_else(head)}")
 
 
+def is_image_content(head: bytes) -> bool:
+    """Whether the first `HEAD` bytes of a file are those of an image that is read."""
+    try:
+        sniff(head)
+    except ValueError:
+        return False
+    return True
+
+
 def _what_else(head: bytes) -> str:
     if not head:
         return ": the file is empty"
@@ -85,3 +94,8 @@ def is_image_name(name: str) -> bool | None:
     if not (stem and dot) or suffix.isdecimal():
         return None
     return name.lower().endswith(SUFFIXES)
+
+
+def image_stem(name: str) -> str:
+    """An image file's name without its suffix; a number, as in scan.000, is none."""
+    return name if is_image_name(name) is None else name.rpartition(".")[0]

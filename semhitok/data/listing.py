@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from semhitok.data.formats import HEAD, is_image_name, sniff
+from semhitok.data.formats import HEAD, image_stem, is_image_content, is_image_name
 from semhitok.data.passed_over import UNREADABLE
 
 # Reasons for which something in a folder is passed over.
@@ -19,6 +19,7 @@ NOT_A_FILE = "not a file"
 BROKEN_LINK = "a link to nothing"
 LOOP = "a link to a folder around it"
 TWICE = "a folder that is listed elsewhere"
+CAPTIONS = (".txt", ".TXT")  # suffixes of the text file beside an image
 _SYSTEM = ("thumbs.db", "desktop.ini")
 
 
@@ -128,8 +129,15 @@ def _entries(folder: str | os.PathLike[str]) -> list[tuple[os.DirEntry[str], boo
     """The entries of a folder, sorted by name, each with whether it would be an image's caption."""
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
-    stems = {os.path.splitext(entry.name)[0] for entry in entries if is_image_name(entry.name) is not False}
-    return [(entry, entry.name.endswith(".txt") and entry.name[:-4] in stems) for entry in entries]
+    stems = {image_stem(entry.name) for entry in entries if is_image_name(entry.name) is not False}
+    return [(entry, entry.name.endswith(CAPTIONS) and entry.name[:-4] in stems) for entry in entries]
+
+
+def caption_file(path: str) -> str:
+    """The text file beside an image file that holds its caption, if it exists."""
+    folder, name = os.path.split(path)
+    found = [os.path.join(folder, image_stem(name) + suffix) for suffix in CAPTIONS]
+    return next(filter(os.path.exists, found), found[0])
 
 
 def _is_hidden(name: str) -> bool:
@@ -176,11 +184,7 @@ def _reason(
         return None if named else BROKEN_LINK  # the name of an image: an error when it is read
     if named is None:
         with open(entry.path, "rb") as file:
-            try:
-                sniff(file.read(HEAD))
-            except ValueError:
-                return other
-        return None
+            named = is_image_content(file.read(HEAD))
     return None if named else other
 
 

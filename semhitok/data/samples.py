@@ -11,6 +11,9 @@ first dot is the *root*.
   and the key is `0001`.
 - `0001.caption.txt` and `0001.text.json` are texts of either.
 
+An image whose name has no suffix, or a number for one as in `scan.000`, is called as a whole: its text is
+`scan.000.txt`. Of two images of one sample, as `a.jpg` and `a.png`, the first counts; the other is a problem.
+
 Files of a sample need not be neighbours, but must lie within a window of 64 MiB and 16,384 files. A text without an
 image is a sample with a problem. If a name comes again, a new sample begins. The texts of both are used only if both
 have the same suffixes in the same order: otherwise nobody could say which text belongs to which image.
@@ -41,6 +44,11 @@ class Member(NamedTuple):
     name: str
     data: bytes = b""
     problem: str = ""
+    bare: bool = False  # an image whose name has no suffix
+
+    @property
+    def key(self) -> str:
+        return self.name if self.bare else self.name.rpartition(".")[0]
 
 
 class Sample(NamedTuple):
@@ -65,11 +73,6 @@ def is_image(name: str) -> bool:
 def is_text(name: str) -> bool:
     """Whether a file's name, or a suffix without its dot, is that of a text that may be a caption."""
     return f".{name}".lower().endswith(TEXTS)
-
-
-def has_key(name: str) -> bool:
-    """Whether a file can be a part of a sample: it has a suffix and is not hidden."""
-    return name.rpartition("/")[2].find(".") > 0
 
 
 @dataclass(eq=False)
@@ -110,7 +113,7 @@ class _Entry:
 
     @property
     def images(self) -> list[str]:
-        return [suffix for suffix in self.members if is_image(suffix)]
+        return [suffix for suffix, member in self.members.items() if member.bare or is_image(suffix)]
 
     @property
     def has_text(self) -> bool:
@@ -140,10 +143,10 @@ class Pairing:
         self._last: _Entry | None = None  # the entry that got a file last
 
     def add(self, member: Member) -> Iterator[Sample]:
-        """Add the next file, for which `has_key`; gives the samples that need not wait any longer."""
-        key, _, suffix = member.name.rpartition(".")
+        """Add the next file; gives the samples that need not wait any longer."""
+        key = member.key
         folder, slash, base = key.rpartition("/")
-        root, suffix = folder + slash + base.partition(".")[0], suffix.lower()
+        root, suffix = folder + slash + base.partition(".")[0], member.name[len(key) + 1 :].lower()
         entry = self._keys.get(key)
         if entry is None or suffix in entry.members:
             new = _Entry(key, root, after=entry)
@@ -178,6 +181,9 @@ class Pairing:
             pass
         elif owner is entry:
             yield self._sample(entry, family)
+            first, *more = (entry.members[suffix].name.rpartition("/")[2] for suffix in entry.images)
+            for name in more:
+                yield Sample(entry.key, problem=f"{name}: another image of the sample; {first} is used")
         elif owner is not None:
             owner.relatives.append(entry)
             self._count(owner, entry.files, entry.size)
@@ -246,9 +252,7 @@ class Pairing:
                 for suffix in other.members:
                     self._pass_over(other, suffix)
         key = entry.root if entry.word and any(other.named != entry.key for other in relatives) else entry.key
-        image, *more = entry.images
-        for suffix in more:
-            self._pass_over(entry, suffix)
+        image = entry.images[0]
         problem = entry.members[image].problem
         notes = [member.problem for _, member in texts if member.problem]
         if texts and not entry.is_clear():

@@ -22,11 +22,12 @@ from torch import Tensor
 from semhitok._messages import printable, warn
 from semhitok._optional import require
 from semhitok.data.captions import MAX_TEXT, escaped
+from semhitok.data.formats import HEAD, is_image_content, is_image_name
 from semhitok.data.images import decode_image, decode_resized, decode_uint8
 from semhitok.data.kinds import SHARDS, expand_braces, is_url, kind_of
-from semhitok.data.listing import OTHER_KIND, walk_files
+from semhitok.data.listing import HIDDEN, NOT_A_FILE, NOT_AN_IMAGE, OTHER_KIND, walk_files
 from semhitok.data.passed_over import PassedOver
-from semhitok.data.samples import Member, Pairing, Sample, has_key, is_image, is_text
+from semhitok.data.samples import Member, Pairing, Sample, is_image, is_text
 
 RETRIES = 3
 PAUSE = 1.0  # seconds before each retry
@@ -169,8 +170,9 @@ def first_key(path: str) -> str | None:
         with open(path, "rb") as file, _Archive.open(fileobj=_decompressed(file), mode="r|") as tar:
             for member in tar:
                 vars(tar)["members"] = []
-                if member.isreg() and has_key(member.name):
-                    return member.name.rpartition(".")[0]
+                found = _member(tar, member, False, PassedOver()) if member.isreg() else None
+                if found is not None:
+                    return found.key
     except Exception:  # as in `_members`; whoever reads the whole tar reports it
         return None
     return None
@@ -318,10 +320,19 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo, texts: bool, passed_o
     name = header.name
     if header.isdir() or _META.match(name):
         return None
-    if not has_key(name):
-        passed_over(name, "hidden or without a suffix")
+    base = name.rpartition("/")[2]
+    if base.startswith("."):
+        passed_over(name, HIDDEN)
         return None
-    image = is_image(name)
+    file, head, bare = None, b"", False
+    if is_image_name(base) is None:  # its content tells
+        file = tar.extractfile(header) if header.isreg() else None
+        head = file.read(HEAD) if file else b""
+        bare = is_image_content(head)
+        if not bare and "." not in base:
+            passed_over(name, NOT_AN_IMAGE if header.isreg() else NOT_A_FILE)
+            return None
+    image = bare or is_image(name)
     if not image and not is_text(name):
         return Member(name) if header.isreg() else None
     limit = MAX_IMAGE if image else MAX_TEXT
@@ -330,6 +341,7 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo, texts: bool, passed_o
         target = f" to {header.linkname}" if kind == "link" else ""
         return Member(name, problem=f"{name}: a {kind}{target}, which is not read from a tar")
     if header.size > limit:
-        return Member(name, problem=f"{name}: expected at most {limit} bytes, got {header.size}")
-    file = tar.extractfile(header) if image or texts else None
-    return Member(name, file.read() if file else b"")
+        return Member(name, problem=f"{name}: expected at most {limit} bytes, got {header.size}", bare=bare)
+    if file is None and (image or texts):
+        file = tar.extractfile(header)
+    return Member(name, head + file.read() if file else b"", bare=bare)

@@ -1,7 +1,8 @@
 """Images by name, so that originals and reconstructions can be paired.
 
 An image's name is its path below the given folder, or its file's name, without suffix: what follows the last dot, if it
-is not a number.
+is not a number. Where that name is taken, it is the path with its suffix, followed by -2, -3, ... where that is taken,
+too; upper and lower case count as equal.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
+from itertools import chain, count
 from pathlib import Path
 
-from semhitok.data.formats import is_image_name
+from semhitok.data.formats import image_stem
 from semhitok.data.listing import list_images
 
 _LISTED = 5  # names in a message
@@ -23,23 +25,31 @@ def named_images(
     """{name: file} of the images behind `sources`, in the order of names. `passed_over`: as in `list_images`.
 
     Raises:
-        ValueError: no images, or two of the same name (upper and lower case count as equal).
+        ValueError: no images, or two sources with an image of the same path or file name.
         OSError: no such file or folder.
     """
     given = [Path(source) for source in sources]
     folders = [source for source in given if source.is_dir()]
     found: dict[str, Path] = {}
-    taken: dict[str, Path] = {}
+    given_as: dict[str, Path] = {}
+    taken: set[str] = set()
     for path in list_images(given, passed_over):
         folder = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
-        name = path.relative_to(folder).as_posix()
-        if is_image_name(path.name) is not None:
-            name = name.rpartition(".")[0]
-        other = taken.setdefault(unicodedata.normalize("NFC", name).casefold(), path)
+        whole = path.relative_to(folder).as_posix()
+        other = given_as.setdefault(whole, path)
         if other != path:
-            raise ValueError(f"images: expected one image of each name, got {other} and {path}")
+            problem = f"expected one image of each name, got {other} and {path}"
+            raise ValueError(f"images: {problem}; give the folder that holds both")
+        stem = path.relative_to(folder).with_name(image_stem(path.name)).as_posix()
+        names = chain([stem, whole], (f"{whole}-{n}" for n in count(2)))
+        name = next(name for name in names if _folded(name) not in taken)
+        taken.add(_folded(name))
         found[name] = path
     return dict(sorted(found.items()))
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def check_same_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:

@@ -464,5 +464,22 @@ def test_names_with_dots(run, checkpoint, photos, tmp_path):
     assert sorted(os.listdir(out)) == pngs
     assert list(named_images([folder])) == list(named_images([out])) == [name[:-4] for name in pngs]
     shutil.copy(photos / "rgb.png", folder / "v1.0_cat.JPG")
-    with pytest.raises(ValueError, match=r"one image of each name, got .*v1\.0_cat\.JPG and .*v1\.0_cat\.png"):
-        named_images([folder])
+    for name in ("V1.0_CAT.JPG", "V1.0_cat.jpg"):
+        shutil.copy(photos / "rgb.png", folder / name)
+    found = {name: path.name for name, path in named_images([folder]).items()}
+    assert found == {
+        "V1.0_CAT": "V1.0_CAT.JPG", "V1.0_cat.jpg": "V1.0_cat.jpg", "noext": "noext", "scan.000": "scan.000",
+        "scan.001": "scan.001", "v1.0_cat.JPG-2": "v1.0_cat.JPG", "v1.0_cat.png": "v1.0_cat.png",
+        "v1.0_dog": "v1.0_dog.png",
+    }  # fmt: skip
+    # What `eval` stores, NAME.png, has the same names again.
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    for name in found:
+        shutil.copy(photos / "rgb.png", stored / f"{name}.png")
+    assert list(named_images([stored])) == list(found)
+    (folder / "b").mkdir()
+    shutil.copy(photos / "rgb.png", folder / "b" / "noext")
+    with pytest.raises(ValueError, match=r"one image of each name, got .*noext and .*b/noext; give the folder that"):
+        named_images([folder / "noext", folder / "b" / "noext"])
+    assert "b/noext" in named_images([folder])

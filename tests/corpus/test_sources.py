@@ -144,6 +144,21 @@ def test_captions_beside_image_files(workers):
     assert [note["key"] for note in lines("notes.jsonl")] == ["1.png", "2.png", "3.png"]
 
 
+def test_captions_beside_images_without_a_suffix():
+    folder = Path("scans")
+    folder.mkdir()
+    for name in ("scan.000", "scan.001", "photo", "IMG_1.JPG"):
+        (folder / name).write_bytes(image())
+    for name, text in {
+        "scan.txt": "of none",
+        "scan.001.txt": "of 1",
+        "photo.txt": "a photo",
+        "IMG_1.TXT": "one",
+    }.items():
+        (folder / name).write_text(text)
+    assert encode("scans")[1] == [("IMG_1.JPG", "one"), ("photo", "a photo"), ("scan.000", None), ("scan.001", "of 1")]
+
+
 # ------------------------------------------------------------------------------------------------
 # Keys
 

@@ -65,8 +65,11 @@ def test_images_by_content(tmp_path):
 
 
 def test_captions_beside_images_are_not_passed_over(tmp_path):
-    fill(tmp_path, **{"a.png": b"", "a.txt": b"a cat", "b.txt": b"", "scan": picture("PNG"), "scan.txt": b""})
-    assert found(tmp_path) == (["a.png", "scan"], {"b.txt": listing.NOT_AN_IMAGE})
+    images = {"a.png": b"", "B.JPG": b"", "scan": picture("PNG"), "scan.01": picture("PNG")}
+    fill(
+        tmp_path, **images, **{f"{name}.txt": b"" for name in ("a", "scan", "scan.01", "c", "a.png")}, **{"B.TXT": b""}
+    )
+    assert found(tmp_path) == (sorted(images), dict.fromkeys(["a.png.txt", "c.txt"], listing.NOT_AN_IMAGE))
 
 
 def test_what_systems_leave_behind(tmp_path):

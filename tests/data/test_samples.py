@@ -163,11 +163,38 @@ def test_links_and_devices_are_named_and_nothing_else_is_lost(tmp_path):
     assert [(key, image) for key, image, _ in found] == [
         ("a", "a"), ("f", ""), ("g", "g"), ("i", "i"), ("n" * 300, "n")
     ]  # fmt: skip
+    assert problems.pop() == f"{tmp_path}/a.tar: i: i.jpg: another image of the sample; i.png is used"
     for name, problem in zip("bcdeg", problems, strict=True):
         assert f"{name}." in problem and "which is not read from a tar" in problem
     assert "a link to a.png" in problems[0] and "a device, pipe" in problems[3]
-    assert passed.counts == {"hidden or without a suffix": 2, "more images of samples": 2}
-    assert "2 hidden or without a suffix (README, .h.png)" in passed.summary()
+    assert passed.counts == {"of no image format": 1, "hidden or the system's": 1, "more images of samples": 1}
+    assert "1 of no image format (README)" in passed.summary()
+    assert "1 more images of samples (i.mask.png)" in passed.summary()
+
+
+def test_images_without_a_suffix_are_known_by_their_content(tmp_path):
+    passed = PassedOver()
+    heads = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
+    content = tar_of(
+        ("photo", heads["jpeg"]), ("photo.txt", b"of photo"), ("README", b"about"), ("empty", b""),
+        ("scan.000", heads["png"]), ("scan.001", heads["png"] + bytes(9000)), ("scan.001.txt", b"of 1"),
+        ("array.000", b"\x93NUMPY"), ("x.jpg", b"x"), ("x", heads["png"]), (".hidden", heads["png"]),
+        special("link", tarfile.SYMTYPE, "photo"),
+    )  # fmt: skip
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    found = list(shards.read_shard(str(path), texts=True, passed_over=passed))
+    assert [(sample.key, len(sample.data), dict(sample.texts)) for sample in found] == [
+        ("photo", 3, {"txt": b"of photo"}), ("scan.000", 8, {}), ("scan.001", 9008, {"txt": b"of 1"}),
+        ("array", 0, {}), ("x", 1, {}), ("x", 0, {}),
+    ]  # fmt: skip
+    assert [sample.problem.partition(": ")[2] for sample in found if sample.problem] == [
+        "array: no image among 000", "x: x: another image of the sample; x.jpg is used",
+    ]  # fmt: skip
+    assert passed.counts == {"of no image format": 2, "hidden or the system's": 1, "not a file": 1}
+    assert shards.first_key(str(path)) == "photo"
+    path.write_bytes(tar_of(("README", b"about"), (".x.png", b""), ("scan.000", heads["png"])))
+    assert shards.first_key(str(path)) == "scan.000"
 
 
 def test_names_that_are_not_utf8_are_escaped(tmp_path):

@@ -513,7 +513,7 @@ def test_a_folder_of_shards_stands_for_them_and_what_else_there_is_is_named(shar
     batches = images.batches(2, 2)
     assert [sorted(greys(next(batches)[0].images)) for _ in range(3)] == [[10, 20]] * 3
     err = capfd.readouterr().err
-    assert err.count("0.tar: passed over 1 file: 1 hidden or without a suffix (README)") == 1
+    assert err.count("0.tar: passed over 1 file: 1 of no image format (README)") == 1
     assert err.count("1.tar: passed over 1 file: 1 more images of samples (b.mask.png)") == 1
     (folder / "photo.png").write_bytes(png(30))
     assert [path.name for path in TrainingImages([folder], 8, WHOLE, 0).paths] == ["photo.png"]

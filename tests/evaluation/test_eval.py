@@ -425,9 +425,9 @@ def test_wrong_images_are_refused(run, checkpoint, photos, tmp_path):
     (bad / "worse.png").write_bytes((photos / "a" / "no 0.png").read_bytes()[:80])
     message = refused(bad)
     assert "at least 2 that can be read; 2 of 3" in message and "bad.png" in message and "worse.png" in message
-    save_png(torch.rand(3, 40, 40), tmp_path / "No 0.ppm")
-    message = refused(photos / "a" / "no 0.png", tmp_path / "No 0.ppm")
-    assert "one image of each name" in message and "No 0.ppm" in message
+    save_png(torch.rand(3, 40, 40), tmp_path / "no 0.png")
+    message = refused(photos / "a" / "no 0.png", tmp_path / "no 0.png")
+    assert "one image of each name" in message and "a/no 0.png and" in message
     assert "at least 2" in refused(photos / "a" / "no 0.png")
     assert "expected after CHECKPOINT" in refused()
     (tmp_path / "diary").mkdir()
