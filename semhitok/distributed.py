@@ -21,6 +21,11 @@ def join(device: torch.device) -> torch.device:
     return state.device
 
 
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

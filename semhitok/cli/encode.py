@@ -122,12 +122,7 @@ def _corpus(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if summary.passed_over:
         print(f"semhitok encode: {summary.passed_over}", file=sys.stderr)
     print(text.table(_rows(args.out, config, summary)))
-    code = text.exit_code(summary.skipped + summary.unreadable + summary.captions_left_out)
-    if code and given.get("engine") == "torchrun":
-        note = f"torchrun takes any exit code but 0 for a crash: this is 0 in place of {code}, as inputs were skipped"
-        print(f"semhitok encode: {note}", file=sys.stderr)
-        return text.DONE
-    return code
+    return text.exit_code_of_process("encode", summary.skipped + summary.unreadable + summary.captions_left_out)
 
 
 def _rows(out: str, config: EncodingConfig, summary: Summary) -> Iterator[tuple[str, Any]]:

@@ -39,18 +39,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("CAPTION: expected at least one, here or in --prompts, got none")
 
     from semhitok.data.images import save_png
-    from semhitok.data.stream import warn_skipped
+    from semhitok.data.skipped import Skipped
     from semhitok.mllm.assistant import Job, draw_files, file_stem, grid
 
     sampling = arguments.sampling(args)
     assistant = arguments.load_assistant(args, teacher=False)
     out = arguments.make_output_folder(args.out)
-    stems, jobs = [], []
+    stems, jobs, left_out = [], [], Skipped()
     for number, caption in enumerate(captions):
         try:
             assistant.caption_ids(caption)
         except ValueError as error:
-            warn_skipped(message(error))
+            left_out(message(error))
             continue
         stem = file_stem(caption, number)
         stems.append(stem)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +20,19 @@ _MAX_NAME_BYTES = 200  # file systems take 255, and a number and suffix are adde
 def exit_code(skipped: int) -> int:
     """The exit code of a command that finished but skipped so many inputs."""
     return SKIPPED if skipped else DONE
+
+
+def exit_code_of_process(command: str, skipped: int) -> int:
+    """`exit_code`; but 0, and the first process says so, under a launcher: any other code is a crash to torchrun."""
+    from semhitok import distributed
+
+    code = exit_code(skipped)
+    if not (code and distributed.launched()):
+        return code
+    if os.environ.get("RANK", "0") == "0":
+        problem = f"torchrun takes any exit code but 0 for a crash: this is 0 in place of {code}"
+        print(f"semhitok {command}: {problem}, as inputs were skipped", file=sys.stderr)
+    return DONE
 
 
 def count(number: int, noun: str) -> str:

@@ -35,5 +35,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("IMAGES: expected, got none")
     options = {"held_out": args.held_out, "accept_changes": args.accept_changes}
     return training.run_training(
-        args, config, lambda device: train(config, args.sources, args.out, device=device, **options)
+        args,
+        config,
+        "image",
+        lambda device, skipped: train(config, args.sources, args.out, device=device, skipped=skipped, **options),
     )

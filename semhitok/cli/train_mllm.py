@@ -34,5 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if args.stages:
         args.set.append(f"stages={json.dumps(args.stages)}")
     return training.run_training(
-        args, config, lambda device: train(config, args.out, device=device, accept_changes=args.accept_changes)
+        args,
+        config,
+        "record",
+        lambda device, skipped: train(
+            config, args.out, device=device, accept_changes=args.accept_changes, skipped=skipped
+        ),
     )

@@ -13,6 +13,8 @@ from semhitok.cli import arguments, text
 if TYPE_CHECKING:
     import torch
 
+    from semhitok.data.skipped import Skipped
+
 
 def add_training_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     """The arguments that `run_training` reads; `example` is a setting for the help."""
@@ -24,9 +26,15 @@ def add_training_arguments(parser: argparse.ArgumentParser, example: str) -> Non
     arguments.add_device_argument(parser)
 
 
-def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.device], dict[str, float]]) -> int:
-    """Apply `--set` to `config`; then print it, or call `train(device)`, which returns the seconds of each stage."""
+def run_training(
+    args: argparse.Namespace, config: Any, unit: str, train: Callable[[torch.device, Skipped], dict[str, float]]
+) -> int:
+    """Apply `--set` to `config`; then print it, or call `train`, which returns the seconds of each stage.
+
+    unit: what training leaves out if it cannot be used: image or record.
+    """
     from semhitok.config import override
+    from semhitok.data.skipped import Skipped
 
     for assignment in args.set:
         override(config, assignment)
@@ -34,14 +42,17 @@ def run_training(args: argparse.Namespace, config: Any, train: Callable[[torch.d
         print(_described(args, config), end="")
         return text.DONE
 
+    skipped = Skipped()
+
     def work() -> str:
         if not args.out:
             raise ValueError("--out: expected, got none")
-        seconds = train(arguments.find_device(args.device))
+        seconds = train(arguments.find_device(args.device), skipped)
         rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
-        return text.table([*rows, ("checkpoint", f"{args.out}/checkpoint")])
+        left_out = [("skipped", f"{text.count(len(skipped), unit)}, named above")] if skipped else []
+        return text.table([*rows, *left_out, ("checkpoint", f"{args.out}/checkpoint")])
 
-    return run_resumable(args.command, work)
+    return run_resumable(args.command, work) or text.exit_code_of_process(args.command, len(skipped))
 
 
 def _described(args: argparse.Namespace, config: Any) -> str:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semhitok._messages import message
 from semhitok.config import DataConfig
 from semhitok.data.images import read_uint8, resize_crop
-from semhitok.data.stream import epoch_order, generator, warn_skipped
+from semhitok.data.stream import epoch_order, generator
 
 _CACHE_BYTES = 2**29
 
@@ -21,12 +22,12 @@ class Sample(NamedTuple):
     """A crop [3, size, size], float32 in [0, 1].
 
     number: that of a fixed crop, otherwise meaningless.
-    replaced: whether its image takes the place of an unreadable one.
+    skipped: why the images whose place its image takes cannot be read.
     """
 
     crop: Tensor
     number: int
-    replaced: bool
+    skipped: tuple[str, ...] = ()
 
 
 class RandomCrops:
@@ -40,7 +41,7 @@ class RandomCrops:
         config: how crops are drawn.
         seed: another seed gives another order and other crops.
 
-    An unreadable image is reported once on stderr, and the next readable one takes its place, the same one every time.
+    The next readable image takes the place of an unreadable one, the same one every time.
 
     Attributes:
         fixed_count: number of the fixed crops; 0 if they are not fixed.
@@ -60,7 +61,7 @@ class RandomCrops:
         self.config = config
         self.seed = seed
         self.fixed_count = (2 if config.flip else 1) * len(self.paths) if config.fixed else 0
-        self.unreadable: set[int] = set()
+        self.unreadable: dict[int, str] = {}  # why, by the index of the image
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
         self._order: tuple[int, list[int]] = (-1, [])
@@ -78,35 +79,37 @@ class RandomCrops:
         draws = torch.rand(4, generator=generator(self.seed, number)).tolist()
         if self.config.fixed:
             return self.fixed_crop(index, mirrored=self.config.flip and draws[3] < 0.5)
-        image, found = self._load(index)
-        return Sample(crop(image, self.size, self.config, draws), found, found != index)
+        image, found, skipped = self._load(index)
+        return Sample(crop(image, self.size, self.config, draws), found, skipped)
 
     def fixed_crop(self, index: int, mirrored: bool) -> Sample:
         """The fixed crop of an image, or of the readable one that takes its place."""
-        image, found = self._load(index)
+        image, found, skipped = self._load(index)
         part = resize_crop(image / 255, self.size)
         number = found + len(self.paths) * mirrored
-        return Sample(part.flip(-1) if mirrored else part, number, found != index)
+        return Sample(part.flip(-1) if mirrored else part, number, skipped)
 
-    def _load(self, index: int) -> tuple[Tensor, int]:
-        """The image at `index`, or the next readable one, as uint8 [3, H, W]; and the index of that."""
+    def _load(self, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
+        """The image at `index`, or the next readable one, as uint8 [3, H, W]; its index; why others cannot be read."""
+        skipped: list[str] = []
         for place in range(index, index + len(self.paths)):
             candidate = place % len(self.paths)
             if candidate in self._cache:
-                return self._cache[candidate], candidate
+                return self._cache[candidate], candidate, tuple(skipped)
             if candidate in self.unreadable:
+                skipped.append(self.unreadable[candidate])
                 continue
             try:
                 image = read_uint8(self.paths[candidate])
             except (ValueError, OSError) as error:
-                self.unreadable.add(candidate)
-                warn_skipped(str(error))
+                self.unreadable[candidate] = message(error)
+                skipped.append(message(error))
                 continue
             if self._cached_bytes + image.numel() <= _CACHE_BYTES:
                 self._cache[candidate] = image
                 self._cached_bytes += image.numel()
-            return image, candidate
-        raise ValueError(f"none of the {len(self.paths)} images can be read")
+            return image, candidate, tuple(skipped)
+        raise ValueError(f"none of the {len(self.paths)} images can be read; the first: {skipped[0]}")
 
 
 def crop(image: Tensor, size: int, config: DataConfig, draws: Sequence[float]) -> Tensor:

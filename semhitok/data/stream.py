@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from semhitok._messages import warn
+from semhitok.data.skipped import Skipped
 
 T = TypeVar("T")
 Place = Any  # numbers, text, lists and dicts, as JSON has them
@@ -104,10 +104,12 @@ class ShuffledShards(Generic[T]):
                 raise self.empty_epoch(place["epoch"])
             place = {**place, "epoch": place["epoch"] + 1, "shard": 0, "offset": 0, "block": 0, "inside": 0}
 
-    def empty_epoch(self, epoch: int) -> ValueError:
+    def empty_epoch(self, epoch: int, skipped: Sequence[str] = ()) -> ValueError:
         """The error of an epoch in which nothing can be used."""
         shards = ", ".join(map(str, self.order(epoch)[:3]))
-        return ValueError(f"data: expected an image that can be used, got none in an epoch of shards {shards}, ...")
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        problem = f"expected an image that can be used, got none in an epoch of shards {shards}, ...{first}"
+        return ValueError(f"data: {problem}")
 
     def _in_order(self, epoch: int, shard: int, offset: int) -> Iterator[tuple[T, int, int]]:
         """(item, its shard's number, items of that shard up to it) to the end of the epoch."""
@@ -127,12 +129,12 @@ class Item(NamedTuple):
 
     value: data of a batch; it may come from a worker process.
     place: where the stream stands after it. A stream opened there gives the items that follow.
-    skipped: images or records left out since the item before, because they cannot be used.
+    skipped: what was left out since the item before because it cannot be used, each with the reason.
     """
 
     value: Any
     place: Place
-    skipped: int = 0
+    skipped: Sequence[str] = ()
 
 
 OpenStream = Callable[[int, Place], Iterable[Item]]
@@ -151,10 +153,7 @@ class Batches(Iterator[T]):
         collate: the values of `size` items -> a batch.
         workers: reading processes, a divisor of the number of streams; 0 reads in this process.
         position: `position` to resume from; None begins at `start`.
-
-    Attributes:
-        skipped: images or records left out of this process's batches because they cannot be used, including those
-            before the position it started from.
+        skipped: is told what the streams leave out, and what they left out before the position.
 
     `next` raises the ValueError, OSError or ImportError of a stream. After an error, and after `close`, there are no
     more batches.
@@ -165,7 +164,7 @@ class Batches(Iterator[T]):
 
     def __init__(
         self, open_stream: OpenStream, start: Mapping[str, Any], size: int, collate: Callable[[list[Any]], T], *,
-        workers: int, position: Mapping[str, Any] | None,
+        workers: int, position: Mapping[str, Any] | None, skipped: Skipped | None = None,
     ) -> None:  # fmt: skip
         position = position or start
         self._start, self._size, self._collate = start, size, collate
@@ -175,12 +174,15 @@ class Batches(Iterator[T]):
             if key not in ("skipped", "turn", self._key) and got != expected:
                 raise ValueError(f"position: {key}: expected {expected}, got {got}; a run resumes only as it began")
         begun = start.get(self._key) or [None] * max(1, workers)
-        self.skipped: int = position.get("skipped", 0)
+        self.skipped = Skipped() if skipped is None else skipped
+        known = position.get("skipped", [])
         self._turn: int = position.get("turn", 0)
         self._places: list[Place] = list(position.get(self._key) or begun)
-        counts = _is_count(self.skipped) and _is_count(self._turn) and self._turn < len(begun)
-        if not counts or len(self._places) != len(begun) or not all(map(_is_place, self._places, begun)):
+        # Older positions have a number in place of the state.
+        counts = Skipped.is_state(known) or _is_count(known), _is_count(self._turn) and self._turn < len(begun)
+        if not all(counts) or len(self._places) != len(begun) or not all(map(_is_place, self._places, begun)):
             raise ValueError(f"position: expected one of {len(begun)} streams, got {reprlib.repr(position)}")
+        self.skipped.know(known if isinstance(known, list) else [])
         streams = list(enumerate(self._places))
         turns = _Turns(open_stream, streams[self._turn :] + streams[: self._turn])
         self._items: Iterator[Item | Exception] = iter(turns)
@@ -206,14 +208,15 @@ class Batches(Iterator[T]):
         batch = self._collate([item.value for item in items])
         # Nothing can fail from here on: the position is that of a complete batch.
         for item in items:
-            self.skipped += item.skipped
+            for problem in item.skipped:
+                self.skipped(problem)
             self._places[self._turn] = item.place
             self._turn = (self._turn + 1) % len(self._places)
         return batch
 
     def position(self) -> dict[str, Any]:
         """Where the streams stand after the last batch: numbers and text, as JSON has them."""
-        now = {"skipped": self.skipped, "turn": self._turn, self._key: list(self._places)}
+        now = {"skipped": self.skipped.state(), "turn": self._turn, self._key: list(self._places)}
         return {key: now.get(key, value) for key, value in self._start.items()}
 
     def close(self) -> None:
@@ -285,8 +288,3 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def warn_skipped(problem: str) -> None:
-    """Report on stderr what is skipped and why."""
-    warn(f"skipped: {problem}")

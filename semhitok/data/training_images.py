@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semhitok._messages import warn
+from semhitok._messages import message, warn
 from semhitok.config import DataConfig
 from semhitok.data.batch import Batch
 from semhitok.data.crops import RandomCrops, crop
@@ -29,7 +29,8 @@ from semhitok.data.kinds import FOLDER, IMAGE, SHARDS, kind_of
 from semhitok.data.listing import list_images, walk_images
 from semhitok.data.passed_over import PassedOver
 from semhitok.data.shards import ShardSample, expand_shards, read_reporting, read_shard, shards_in
-from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of, warn_skipped
+from semhitok.data.skipped import Skipped
+from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of
 
 
 class TrainingImages:
@@ -45,9 +46,8 @@ class TrainingImages:
     own part of the shards in every epoch, in an order that follows from the seed and the epoch. It shuffles
     config.shuffle_buffer samples at a time, which it holds in memory undecoded.
 
-    What cannot be used is reported on stderr, once in a process, and counted in `Batches.skipped`: an unreadable file
-    is replaced by the next readable one; in a shard, a bad sample is left out, and everything after damage. A shard
-    that cannot be reached is retried three times.
+    What cannot be used is named and counted by `skipped`: an unreadable file is replaced by the next readable one; in a
+    shard, a bad sample is left out, and everything after damage. A shard that cannot be reached is retried three times.
 
     Args:
         sources: files and folders, or shards.
@@ -56,6 +56,7 @@ class TrainingImages:
         seed: another seed gives another order and other crops.
         rank: number of this training process.
         world_size: training processes.
+        skipped: that of the run.
 
     Attributes:
         workers: reading processes, config.workers; for "auto" 0, unless `use_workers` says another number.
@@ -80,13 +81,15 @@ class TrainingImages:
         *,
         rank: int = 0,
         world_size: int = 1,
+        skipped: Skipped | None = None,
     ) -> None:
         self.size, self.config, self.seed = size, config, seed
         self.rank, self.world_size = rank, world_size
         self.paths, self.shards = _find(sources, rank)
         self.use_workers(0 if config.workers == "auto" else config.workers)
         self.fixed_count = 0
-        self._reported: set[str] = set()  # in this process: shards, and samples that cannot be used
+        self.skipped = Skipped() if skipped is None else skipped
+        self._reported: set[str] = set()  # shards, in this process
         if self.shards:
             if config.fixed:
                 raise ValueError(f"fixed: expected image files, got shards ({self.shards[0]!r})")
@@ -136,11 +139,11 @@ class TrainingImages:
         share = share_of(batch_size, micro_batch, self.world_size)
         firsts = range(self.rank * share, (self.rank + 1) * share, micro_batch)
         workers = self.workers
-        start: dict[str, Any] = {"data": "files", "skipped": 0}
+        start: dict[str, Any] = {"data": "files", "skipped": []}
         open_stream = partial(self._of_files, batch_size, firsts, step * len(firsts))
         if self.shards:
             start = {"data": "shards", "processes": self.world_size, "rank": self.rank, "workers": workers}
-            start |= {"skipped": 0, "turn": 0, "streams": [START] * max(1, workers)}
+            start |= {"skipped": [], "turn": 0, "streams": [START] * max(1, workers)}
             open_stream = partial(self._of_shards, micro_batch)
 
         def collate(values: list[tuple[Tensor, Tensor | None]]) -> list[Batch]:
@@ -149,7 +152,9 @@ class TrainingImages:
                 for (images, crops), first in zip(values, firsts, strict=True)
             ]
 
-        return Batches(open_stream, start, len(firsts), collate, workers=workers, position=position)
+        return Batches(
+            open_stream, start, len(firsts), collate, workers=workers, position=position, skipped=self.skipped
+        )
 
     def fixed_batches(self, size: int) -> Generator[Batch, None, None]:
         """Every fixed crop once, by number: this process's part of them, in batches of `size`.
@@ -163,12 +168,16 @@ class TrainingImages:
             for number in itertools.count(worker, max(1, self.workers)):
                 first = (number * self.world_size + self.rank) * size
                 numbers = [min(n, last) for n in range(first, first + size)]
-                crops = [self._crops.fixed_crop(n % paths, mirrored=n >= paths).crop for n in numbers]
-                yield Item(Batch(torch.stack(crops), first, self.fixed_count, crops=torch.tensor(numbers)), place)
+                found = [self._crops.fixed_crop(n % paths, mirrored=n >= paths) for n in numbers]
+                crops = torch.stack([sample.crop for sample in found])
+                batch = Batch(crops, first, self.fixed_count, crops=torch.tensor(numbers))
+                yield Item(batch, place, [problem for sample in found for problem in sample.skipped])
 
         rounds = -(-self.fixed_count // (size * self.world_size))
         start = {"data": "fixed crops"}
-        batches: Batches[Batch] = Batches(read, start, 1, lambda x: x[0], workers=self.workers, position=None)
+        batches: Batches[Batch] = Batches(
+            read, start, 1, lambda x: x[0], workers=self.workers, position=None, skipped=self.skipped
+        )
         with contextlib.closing(batches):
             yield from itertools.islice(batches, rounds)
 
@@ -180,7 +189,7 @@ class TrainingImages:
             samples = [self._crops.sample(n) for n in range(first, first + firsts.step)]
             crops = torch.tensor([s.number for s in samples]) if self.fixed_count else None
             value = torch.stack([s.crop for s in samples]), crops
-            yield Item(value, place, sum(s.replaced for s in samples))
+            yield Item(value, place, [problem for s in samples for problem in s.skipped])
 
     def _of_shards(self, micro_batch: int, number: int, place: Mapping[str, int]) -> Iterator[Item]:
         """Micro-batches of crops from the samples of reading process `number`, from `place` on."""
@@ -188,7 +197,7 @@ class TrainingImages:
         while True:
             taken = list(itertools.islice(crops, micro_batch))
             value = torch.stack([i.value for i in taken]), None
-            yield Item(value, taken[-1].place, sum(i.skipped for i in taken))
+            yield Item(value, taken[-1].place, [problem for i in taken for problem in i.skipped])
 
     def _crops_of_shards(self, worker: int, place: Mapping[str, int]) -> Iterator[Item]:
         """Crops [3, size, size], without end."""
@@ -197,32 +206,29 @@ class TrainingImages:
         read = partial(read_reporting, self._reported)
         order = ShuffledShards(self.shards, read, self.config.shuffle_buffer, self.seed, stream, streams)
         epoch, number, images = (place[k] for k in ("epoch", "number", "images"))
-        skipped = 0
+        skipped: list[str] = []
         for sample, after in order.endless(place):
             if after["epoch"] != epoch:
                 if images == 0:
-                    raise order.empty_epoch(epoch)
+                    raise order.empty_epoch(epoch, skipped)
                 epoch, images = after["epoch"], 0
             try:
                 image = sample.uint8()
             except ValueError as error:
-                skipped += 1
-                if sample.name not in self._reported:
-                    self._reported.add(sample.name)
-                    warn_skipped(str(error))
+                skipped.append(message(error))
                 continue
             draws = torch.rand(4, generator=generator(self.seed, stream, number)).tolist()
             number, images = number + 1, images + 1
             counted = {**after, "number": number, "images": images}
             yield Item(crop(image, self.size, self.config, draws), counted, skipped)
-            skipped = 0
+            skipped = []
 
 
 class HeldOutBatches:
     """Batches for evaluation: the `resize_crop` of every image, once, in the order listed; any number of times.
 
     Process r takes the images r, r + world_size, ... Every process gets the same number of batches, which are read one
-    at a time. An unreadable image is reported on stderr and left out of its batch.
+    at a time. An unreadable image is left out of its batch, which `skipped` is told.
 
     Iterating yields (float32 [batch_size, 3, size, size] in [0, 1], count): the first `count` images are real,
     0 <= count <= batch_size; the rest repeat one of them, or are black if there is none. It raises ValueError if there
@@ -234,14 +240,17 @@ class HeldOutBatches:
         batch_size: images of a batch of this process.
         rank: number of this process.
         world_size: processes.
+        skipped: that of the run.
 
     Raises:
         ValueError, OSError, ImportError: as `TrainingImages`.
     """
 
     def __init__(
-        self, sources: Sequence[str | os.PathLike[str]], size: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+        self, sources: Sequence[str | os.PathLike[str]], size: int, batch_size: int, rank: int = 0, world_size: int = 1,
+        skipped: Skipped | None = None,
+    ) -> None:  # fmt: skip
+        self.skipped = Skipped() if skipped is None else skipped
         self.paths, self.shards = _find(sources, rank)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -249,23 +258,18 @@ class HeldOutBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         entries: Iterable[Path | ShardSample] = self.paths or _samples_in_order(self.shards)
-        return _held_out(entries, self.size, self.batch_size, self.rank, self.world_size)
+        return _held_out(entries, self.size, self.batch_size, self.rank, self.world_size, self.skipped)
 
 
 def _held_out(
-    entries: Iterable[Path | ShardSample], size: int, batch_size: int, rank: int, world_size: int
+    entries: Iterable[Path | ShardSample], size: int, batch_size: int, rank: int, world_size: int, skipped: Skipped
 ) -> Iterator[tuple[Tensor, int]]:
     images: list[Tensor] = []
     seen = 0
     for entry in entries:
         if seen % world_size == rank:
-            try:
-                if isinstance(entry, ShardSample):
-                    images.append(entry.resized(size))
-                else:
-                    images.append(read_resized(entry, size))
-            except (ValueError, OSError) as error:
-                warn_skipped(str(error))
+            with skipped.errors():
+                images.append(entry.resized(size) if isinstance(entry, ShardSample) else read_resized(entry, size))
         seen += 1
         if seen % (world_size * batch_size) == 0:
             yield _padded(images, size, batch_size), len(images)

@@ -22,7 +22,8 @@ from semhitok._messages import message, printable
 from semhitok.data.captions import caption_of
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.data.shards import ShardSample
-from semhitok.data.stream import Batches, Item, generator, share_of, warn_skipped
+from semhitok.data.skipped import Skipped
+from semhitok.data.stream import Batches, Item, generator, share_of
 from semhitok.mllm import prompts
 from semhitok.mllm.config import TASKS, RowsConfig
 from semhitok.mllm.loss import IGNORE
@@ -79,7 +80,7 @@ class MicroRows(NamedTuple):
 class TrainingRows:
     """Endless, deterministic rows of packed samples from sources, mixed by weight.
 
-    Records that cannot be used are reported on stderr and counted in `Batches.skipped`.
+    Records that cannot be used are named and counted by `skipped`.
 
     Args:
         sources: at least one.
@@ -88,6 +89,7 @@ class TrainingRows:
         text_tokenizer: of transformers.
         seed: another seed gives another order.
         rank, world_size: number of this training process, and how many there are.
+        skipped: that of the run.
 
     Attributes:
         description: identifies the data, as JSON.
@@ -106,6 +108,7 @@ class TrainingRows:
         *,
         rank: int = 0,
         world_size: int = 1,
+        skipped: Skipped | None = None,
     ) -> None:
         if not sources:
             raise ValueError("sources: expected at least one, got none")
@@ -114,7 +117,7 @@ class TrainingRows:
         self.vocabulary = model.vocabulary
         self.prefix = 1 + int(model.resolution_id)  # ids before those of an image
         self.pad_id = text_tokenizer.pad_token_id or 0
-        self.reported: set[str] = set()
+        self.skipped = Skipped() if skipped is None else skipped
         self.description = {"sources": [{"task": s.task, "weight": s.weight, **s.description} for s in sources]}
 
     def batches(
@@ -142,11 +145,12 @@ class TrainingRows:
         start = {"streams": batch_size, "processes": self.world_size, "rank": self.rank}
         return Batches(
             partial(_RowStream, self, batch_size, self.rank * share),
-            {**start, "skipped": 0, "rows": [None] * share},
+            {**start, "skipped": [], "rows": [None] * share},
             share,
             lambda rows: [MicroRows.stack(rows[n : n + micro_batch]) for n in range(0, share, micro_batch)],
             workers=workers,
             position=position,
+            skipped=self.skipped,
         )
 
     def samples(self, source: Source, record: Any, drop_caption: bool) -> list[RowSample]:
@@ -262,7 +266,7 @@ class _RowStream:
     def __init__(self, data: TrainingRows, streams: int, first: int, number: int, place: Any) -> None:
         self.data, self.number, self.streams = data, first + number, streams
         self.place = place or {"draw": 0, "sources": [None] * len(data.sources), "taken": []}
-        self.skipped = 0
+        self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[Item]:
         config = self.data.config
@@ -284,7 +288,7 @@ class _RowStream:
             taken = {n for n in taken.union(s.number for s in row) if n >= oldest.first}
             place = {**oldest.before, "taken": sorted(n - oldest.first for n in taken)}
             yield Item(self.data.row(row), place, self.skipped)
-            self.skipped = 0
+            self.skipped = []
 
     def _samples(self) -> Iterator[RowSample]:
         """Samples in the order drawn, without those taken before the place that the stream started from."""
@@ -306,10 +310,8 @@ class _RowStream:
             except WrongCodebook:
                 raise
             except (ValueError, OSError) as error:
-                if str(error) not in data.reported:  # once in a process, not in every epoch
-                    data.reported.add(str(error))
-                    warn_skipped(str(error))
-                self.skipped, bad = self.skipped + 1, bad + 1
+                self.skipped.append(message(error))
+                bad += 1
                 if bad == _BAD_IN_A_ROW:
                     raise ValueError(f"data: {bad} records in a row cannot be used; the last: {error}") from None
                 continue

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from semhitok._messages import warn
+from semhitok._messages import message, warn
 from semhitok.corpus.format import MANIFEST
 from semhitok.corpus.ids_file import load_codes
 from semhitok.corpus.reader import Encoded, EncodedCorpus
@@ -35,7 +35,8 @@ from semhitok.data.captions import FIELDS, caption_of, first_caption, parse_json
 from semhitok.data.kinds import FOLDER, IDS_FILE, JSONL, SHARDS, kind_of
 from semhitok.data.passed_over import PassedOver
 from semhitok.data.shards import ShardSample, expand_shards, read_reporting, shards_in
-from semhitok.data.stream import START, ShuffledShards, epoch_order, warn_skipped
+from semhitok.data.skipped import Skipped
+from semhitok.data.stream import START, ShuffledShards, epoch_order
 from semhitok.mllm import prompts
 from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig
 from semhitok.mllm.packing import Sample
@@ -58,8 +59,8 @@ class Source(Protocol):
     def stream(self, number: int, streams: int, seed: int, place: Any) -> Iterator[tuple[Any, Any]]:
         """(record or the ValueError in its stead, place after it) from a place on, endless; None is the beginning."""
 
-    def texts(self) -> Iterator[str]:
-        """All texts, once, to make a text tokenizer from; what cannot be used is named on stderr, and counted."""
+    def texts(self, skipped: Skipped) -> Iterator[str]:
+        """All texts, once, to make a text tokenizer from; `skipped` is told what cannot be used."""
 
 
 class Records:
@@ -118,8 +119,8 @@ class Records:
             self._orders[seed, epoch] = epoch_order(len(self.records), seed, epoch)
         return self._orders[seed, epoch]
 
-    def texts(self) -> Iterator[str]:
-        return _texts_of(self._record(n) for n in range(len(self.records)))
+    def texts(self, skipped: Skipped) -> Iterator[str]:
+        return _texts_of((self._record(n) for n in range(len(self.records))), skipped)
 
     def _record(self, n: int) -> Any:
         """Record n, or the ValueError that says why it cannot be used."""
@@ -206,9 +207,9 @@ class Shards:
         for sample, after in order.endless(place or START):
             yield _record(sample), after
 
-    def texts(self) -> Iterator[str]:
+    def texts(self, skipped: Skipped) -> Iterator[str]:
         read = partial(read_reporting, self._reported, texts=True)
-        return _texts_of(_record(sample) for url in self.urls for sample in read(url))
+        return _texts_of((_record(sample) for url in self.urls for sample in read(url)), skipped)
 
 
 class Corpus:
@@ -238,10 +239,8 @@ class Corpus:
         codebook_hash = self.corpus.layout.codebook_hash
         return {"caption": row.caption, "codes": [row.ids], "codebook_hash": codebook_hash, "name": row.key}
 
-    def texts(self) -> Iterator[str]:
-        for row in self.corpus.stream(0):
-            if row.caption:
-                yield row.caption
+    def texts(self, skipped: Skipped) -> Iterator[str]:
+        return _texts_of(map(self._record, self.corpus.stream(0)), skipped)
 
 
 def open_source(config: SourceConfig, rows: RowsConfig) -> Source:
@@ -301,17 +300,13 @@ def _record(sample: ShardSample) -> Any:
     return {**record, "images": [sample], "name": sample.name}
 
 
-def _texts_of(records: Iterable[Any]) -> Iterator[str]:
-    """The texts of records; of the ValueErrors among them each is named, and their number at the end."""
-    skipped = 0
+def _texts_of(records: Iterable[Any], skipped: Skipped) -> Iterator[str]:
+    """The texts of records."""
     for record in records:
         if isinstance(record, ValueError):
-            skipped += 1
-            warn_skipped(str(record))
+            skipped(message(record))
         elif isinstance(record, Mapping):
             yield from _texts(record)
-    if skipped:
-        warn_skipped(f"{skipped} records have no texts for the text tokenizer")
 
 
 def _texts(record: Record) -> Iterator[str]:
@@ -321,9 +316,9 @@ def _texts(record: Record) -> Iterator[str]:
         if text:
             yield text
     messages = record.get("messages")
-    for message in messages if isinstance(messages, (list, tuple)) else ():
-        if isinstance(message, Mapping) and isinstance(message.get("content"), str):
-            yield message["content"].replace(prompts.IMAGE, " ")
+    for turn in messages if isinstance(messages, (list, tuple)) else ():
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), str):
+            yield turn["content"].replace(prompts.IMAGE, " ")
 
 
 def _digest(records: Sequence[Record | Sample]) -> str:

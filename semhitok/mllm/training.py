@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoTokenizer
 from semhitok import distributed
 from semhitok._optional import require
 from semhitok.data.batch import seed_everything
+from semhitok.data.skipped import Skipped
 from semhitok.mllm.config import TASKS, MLLMStageConfig, MLLMTrainConfig, RowsConfig, SourceConfig
 from semhitok.mllm.loss import IGNORE
 from semhitok.mllm.model import UnifiedMLLM
@@ -60,6 +61,7 @@ def train(
     text_tokenizer: Any = None,
     device: str | torch.device = "cpu",
     accept_changes: bool = False,
+    skipped: Skipped | None = None,
 ) -> dict[str, float]:
     """Train a unified model, or resume where an earlier call with the same arguments stopped.
 
@@ -72,6 +74,7 @@ def train(
         text_tokenizer: a tokenizer of transformers; replaces `config.text_tokenizer`.
         device: "cpu" or "cuda"; among several processes each takes the GPU of its local rank.
         accept_changes: resume although the configuration or the data have changed.
+        skipped: names and counts the records that are left out because they cannot be used.
 
     Returns:
         Seconds spent in each stage, including those before interruptions.
@@ -84,6 +87,7 @@ def train(
         FloatingPointError: a loss is not finite; the state before that step and its rows are saved.
     """
     folder = Path(out)
+    skipped = Skipped() if skipped is None else skipped
     device = distributed.join(torch.device(device))
     opened: dict[str, list[Source]] = {}
     for name in config.stages:
@@ -92,13 +96,14 @@ def train(
             raise ValueError(f"{name}.sources: expected at least one, got none")
     held_out_sources = _open(config.evaluation.sources, config, held_out)
     images = ImageEncoder(config.tokenizer, image_tokenizer, device)
-    text_tokenizer = _text_tokenizer(config, folder, [*opened.values(), held_out_sources], text_tokenizer)
+    all_sources = [*opened.values(), held_out_sources]
+    text_tokenizer = _text_tokenizer(config, folder, all_sources, text_tokenizer, skipped)
     model: Any = _model(config, images.image_tokenizer)
     model.to(device)
-    places: dict[str, int] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    places: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
 
     def rows(sources: Sequence[Source], settings: RowsConfig) -> TrainingRows:
-        return TrainingRows(sources, settings, model.config, text_tokenizer, config.seed, **places)
+        return TrainingRows(sources, settings, model.config, text_tokenizer, config.seed, **places, skipped=skipped)
 
     number, chosen = workers.choose(config.data.workers, folder, device.type)
     if chosen:  # one that divides the rows of a process, in every stage
@@ -124,8 +129,7 @@ def train(
             model = stage.finish()
         if distributed.rank() == 0:
             _save(folder / "checkpoint", model.eval(), text_tokenizer)
-        if distributed.world_size() > 1:
-            torch.distributed.barrier()
+        skipped.gather()
     return seconds
 
 
@@ -285,7 +289,9 @@ def _open(configs: Sequence[SourceConfig], config: MLLMTrainConfig, given: Seque
     return list(given) if given is not None else [open_source(source, config.data) for source in configs]
 
 
-def _text_tokenizer(config: MLLMTrainConfig, folder: Path, sources: Sequence[Sequence[Source]], given: Any) -> Any:
+def _text_tokenizer(
+    config: MLLMTrainConfig, folder: Path, sources: Sequence[Sequence[Source]], given: Any, skipped: Skipped
+) -> Any:
     if given is not None:
         return given
     name = config.start_from or config.text_tokenizer or config.llm
@@ -294,7 +300,7 @@ def _text_tokenizer(config: MLLMTrainConfig, folder: Path, sources: Sequence[Seq
     saved = folder / "text_tokenizer"
     if distributed.rank() == 0 and not saved.exists():
         size = AutoConfig.for_model(**(config.llm_config or {})).vocab_size
-        texts = (text for stage in sources for source in stage for text in source.texts())
+        texts = (text for stage in sources for source in stage for text in source.texts(skipped))
         _save(saved, word_tokenizer(texts, size))
     if distributed.world_size() > 1:
         torch.distributed.barrier()

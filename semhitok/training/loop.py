@@ -29,6 +29,7 @@ from semhitok import distributed
 from semhitok._files import write_json
 from semhitok.config import EngineConfig
 from semhitok.data.batch import seed_everything
+from semhitok.data.skipped import Skipped
 from semhitok.data.stream import Batches
 from semhitok.evaluation.metrics import METRICS
 from semhitok.training import checkpoint, log
@@ -69,6 +70,8 @@ class StopOnSignal:
 
 class Data(Protocol[Loaded]):
     """What a run trains on."""
+
+    skipped: Skipped
 
     def batches(
         self, batch_size: int, micro_batch: int, step: int, position: Mapping[str, Any] | None
@@ -112,6 +115,9 @@ def run_stage(
         folder.mkdir(parents=True, exist_ok=True)
     start, state = checkpoint.load(folder, stage)
     seconds, best, position = state.get("seconds", 0.0), state.get("best"), state.get("data")
+    for of_process in position or ():
+        if Skipped.is_state(found := of_process.get("skipped")):
+            run.data.skipped.know(found)
     if position is not None:
         position = position[distributed.rank()] if len(position) == distributed.world_size() else position[0]
     if start < steps:
@@ -149,7 +155,7 @@ def run_stage(
                 if done % log.LOG_EVERY == 0 or done == steps:
                     record = _means(figures, stage.device)
                     if logger is not None:
-                        logger.write(done, record, batches.skipped)
+                        logger.write(done, record, len(batches.skipped))
                 last = done == steps or signum != 0
                 due = done % run.evaluate_every == 0 and done > stage.codes_from
                 if evaluate is not None and (due or done == steps):

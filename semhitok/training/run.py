@@ -25,6 +25,7 @@ from semhitok import distributed
 from semhitok._files import read_object, write_json
 from semhitok.config import EngineConfig, TrainConfig, from_dict
 from semhitok.data.batch import seed_everything
+from semhitok.data.skipped import Skipped
 from semhitok.data.training_images import HeldOutBatches, TrainingImages
 from semhitok.tokenizer import SemHiTok
 from semhitok.training import checkpoint, parallel, workers
@@ -50,6 +51,7 @@ def train(
     held_out: Sequence[str | os.PathLike[str]] = (),
     device: str | torch.device = "cpu",
     accept_changes: bool = False,
+    skipped: Skipped | None = None,
 ) -> dict[str, float]:
     """Train a tokenizer on images, or resume where an earlier call with the same arguments stopped.
 
@@ -60,6 +62,7 @@ def train(
         held_out: images or shards to evaluate on while training; none leaves evaluation out.
         device: "cpu" or "cuda"; among several processes each takes the GPU of its local rank.
         accept_changes: resume although the configuration (except for the model) or the images have changed.
+        skipped: names and counts the images that are left out because they cannot be used.
 
     Returns:
         Seconds spent in each stage, {"semantic": s, "pixel": s}, including those before interruptions.
@@ -74,12 +77,13 @@ def train(
     device = distributed.join(torch.device(device))
     images = TrainingImages(
         data, config.model.image_size, config.data, config.seed,
-        rank=distributed.rank(), world_size=distributed.world_size(),
+        rank=distributed.rank(), world_size=distributed.world_size(), skipped=skipped,
     )  # fmt: skip
     batches = None
     if held_out:  # found now: a wrong name must not end a run that has trained a stage
         places = distributed.rank(), distributed.world_size()
-        batches = HeldOutBatches(held_out, config.model.image_size, config.evaluation.batch_size, *places)
+        size, batch_size = config.model.image_size, config.evaluation.batch_size
+        batches = HeldOutBatches(held_out, size, batch_size, *places, images.skipped)
     number, chosen = workers.choose(config.data.workers, folder, device.type)
     if chosen and images.shards:  # no more than there are shards for
         number = min(number, len(images.shards) // distributed.world_size())
@@ -109,8 +113,7 @@ def train(
             model = _unsharded(model, config, device) if config.shard and distributed.world_size() > 1 else model
         if distributed.rank() == 0:
             model.eval().save_pretrained(folder / "checkpoint")
-        if distributed.world_size() > 1:
-            torch.distributed.barrier()
+        images.skipped.gather()
     return seconds
 
 

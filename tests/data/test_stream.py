@@ -18,14 +18,14 @@ class Count:
         place = self.place
         while place != self.end:
             place += 1
-            yield Item((self.number, place - 1), place, 1)
+            yield Item((self.number, place - 1), place, [f"record {place} of {self.number}"])
         raise ValueError("the stream is broken")
 
 
 def batches(streams=4, size=3, workers=0, position=None, end=None):
     return Batches(
         lambda number, place: Count(number, place, end),
-        {"data": "counts", "skipped": 0, "turn": 0, "streams": [0] * streams},
+        {"data": "counts", "skipped": [], "turn": 0, "streams": [0] * streams},
         size,
         list,
         workers=workers,
@@ -38,7 +38,9 @@ def test_streams_take_turns_whoever_reads_them(workers):
     given = batches(workers=workers)
     got = [item for _ in range(6) for item in next(given)]
     assert got == [(n % 4, n // 4) for n in range(18)]
-    assert given.position() == {"data": "counts", "skipped": 18, "turn": 2, "streams": [5, 5, 4, 4]}
+    known = given.skipped.state()
+    assert given.position() == {"data": "counts", "skipped": known, "turn": 2, "streams": [5, 5, 4, 4]}
+    assert len(known) == len(given.skipped) == 18
     given.close()
     assert not list(given)
 

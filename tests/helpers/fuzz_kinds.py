@@ -30,6 +30,7 @@ from semhitok.data import shards
 from semhitok.data.captions import FIELDS
 from semhitok.data.images import decode_image
 from semhitok.data.passed_over import PassedOver
+from semhitok.data.skipped import Skipped
 from semhitok.mllm.config import RowsConfig, SourceConfig
 from semhitok.mllm.sources import open_source
 
@@ -293,7 +294,7 @@ class Tars(Pairs):
             found.add(number)
             self.pair(number, record.get("caption"))
         self.check(found, said)
-        list(source.texts())
+        list(source.texts(Skipped()))
 
 
 class Parquets(Pairs):

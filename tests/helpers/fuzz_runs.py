@@ -35,6 +35,7 @@ from small_tokenizers import adaptive_tokenizer, small_config
 from semhitok.cli import main
 from semhitok.config import PRESETS, TrainConfig, override, train_config
 from semhitok.corpus import EncodedCorpus, EncodingConfig, encode_corpus, load_codes, save_codes, verify
+from semhitok.data.skipped import Skipped
 from semhitok.mllm import prompts
 from semhitok.mllm.config import RowsConfig, SourceConfig, mllm_config
 from semhitok.mllm.rows import TrainingRows
@@ -117,7 +118,7 @@ class Records(Kind):
 
     def _skipped(self) -> Iterator[str]:
         source: Any = open_source(self._source(self.path), RowsConfig())
-        list(source.texts())
+        list(source.texts(Skipped()))
         for record, _ in islice(source.stream(0, 1, 0, None), len(source.records)):
             try:
                 samples = self.rows.samples(source, record, False)
@@ -163,7 +164,7 @@ class Captions(Kind):
     def read(self) -> None:
         config = SourceConfig(str(self.folder / "a.safetensors"), "understanding", captions=str(self.path))
         source: Any = open_source(config, RowsConfig())
-        list(source.texts())
+        list(source.texts(Skipped()))
         for record, _ in islice(source.stream(0, 1, 0, None), len(source.records)):
             if self.paired and not isinstance(record, ValueError):
                 check_pair(int(record["codes"][0][0, 0]), record["caption"])

@@ -19,10 +19,10 @@ from mllm_small import assert_refused, save, small_assistant
 
 from semhitok.cli import eval_mllm
 from semhitok.data.images import read_image, to_uint8
+from semhitok.data.skipped import Skipped
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm import Sampling, benchmarks
 from semhitok.mllm.benchmarks import gqa, mme, pope, seed, textvqa
-from semhitok.mllm.benchmarks.files import Skipped
 from semhitok.mllm.benchmarks.questions import SHORT
 
 
@@ -34,7 +34,7 @@ def assistant():
 def load(benchmark, data, images=None):
     skipped = Skipped()
     questions = benchmark.load(data, images, skipped)
-    assert skipped.count == 0
+    assert len(skipped) == 0
     return questions
 
 
@@ -44,7 +44,7 @@ def assert_left_out(capsys, benchmark, data, images, ids, problems):
     skipped = Skipped()
     assert [q.id for q in benchmark.load(data, images, skipped)] == ids
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == skipped.count == len(problems)
+    assert len(lines) == len(skipped) == len(problems)
     assert all(line.startswith("semhitok: skipped: ") and p in line for line, p in zip(lines, problems, strict=True))
 
 
@@ -163,10 +163,10 @@ def test_seed(tmp_path, capsys):
     content["questions"] = [*rows, None, {"question": "What?"}]
     (tmp_path / "SEED-Bench.json").write_text(json.dumps(content))
     problems = [
-        "question 0: answer: expected one of A, B, C, D, got 'E'",
-        "question 1: choice_c: expected str or int or float, got None",
-        "SEED-Bench.json: expected an object with 'question_id', got NoneType",
-        "SEED-Bench.json: expected an object with 'question_id', got ['question']",
+        "questions, number 1: answer: expected one of A, B, C, D, got 'E'",
+        "questions, number 2: choice_c: expected str or int or float, got None",
+        "SEED-Bench.json: questions, number 5: expected an object with 'question_id', got NoneType",
+        "SEED-Bench.json: questions, number 6: expected an object with 'question_id', got ['question']",
     ]
     assert_left_out(capsys, seed, tmp_path, None, ["2"], problems)
     choices = questions[0].gold[1] | {"D": "Dog"}
@@ -200,7 +200,7 @@ def test_textvqa(tmp_path, capsys):
     assert scores == {"accuracy": pytest.approx(50 * (1 + 0.6))}
     rows = [row | {"answers": ["a"]}, row | {"answers": [1] * 10}, row]
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
-    problems = [f"question 34602: answers: expected ten texts, got {got}" for got in ("['a']", "[1, 1")]
+    problems = [f"{n}: answers: expected ten texts, got {got}" for n, got in enumerate(("['a']", "[1, 1"), start=1)]
     assert_left_out(capsys, textvqa, tmp_path, None, ["34602"], problems)
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": {}}))
     with pytest.raises(ValueError, match=r"val\.json: data: expected list, got \{\}"):
@@ -285,7 +285,7 @@ def test_questions_about_unreadable_images_are_left_out(assistant, tmp_path, cap
     twice = benchmarks.Questions(lambda *arguments: 2 * gqa.load(*arguments), gqa.score)
     run = benchmarks.Run("gqa", data, assistant, tmp_path / "twice")
     assert twice.run(run)["skipped"] == 4 + 7
-    assert "question 0: expected every question once, got it again" in capsys.readouterr().err
+    assert "question 0: expected once, got it again as number 8" in capsys.readouterr().err
     for path in (data / "images").iterdir():
         path.write_text("hello")
     with pytest.raises(ValueError, match="none of 7 questions has one that can be read"):

@@ -334,6 +334,13 @@ def test_the_command_trains_the_stages_it_is_told(world, tmp_path, run):
     assert code == 0, err
     assert "stage joint" in out and f"{tmp_path}/checkpoint" in out
     assert UnifiedMLLM.from_pretrained(tmp_path / "checkpoint").config.num_codes == 5
+    (tmp_path / "texts.jsonl").write_text('{"text": "a dog"}\n{broken\n')
+    more = ["--set", f"joint.sources=[{{path: {tmp_path}/texts.jsonl, task: text}}]", "--set", "data.workers=0"]
+    code, out, err = run(
+        "train-mllm", "mllm-tiny", "joint", "--out", tmp_path / "bad", "--device", "cpu", *flags, *more
+    )
+    assert code == 3 and "1 record, named above" in out
+    assert sum("record 2: not JSON" in line for line in err) == 1  # the text tokenizer is made of them, too
     code, out, _ = run("train-mllm", "mllm-tiny", "instruct", "--print-config", *flags)
     printed = tmp_path / "printed.yaml"
     printed.write_text(out)

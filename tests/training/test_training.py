@@ -15,6 +15,7 @@ import pytest
 import torch
 from training_processes import CRITIC, SETTINGS, checkpoint_bytes, losses, small_config, write_pictures
 
+from semhitok.cli import main
 from semhitok.config import OptimizerConfig
 from semhitok.data.images import save_png
 from semhitok.tokenizer import SemHiTok
@@ -391,6 +392,27 @@ def test_later_stages_need_earlier_ones(pictures, finished, tmp_path):
         train(config, [pictures], tmp_path / "b")
     with pytest.raises(ValueError, match=r"pixel\.continuous_steps: expected less than pixel\.steps 5, got 12"):
         train(small_config("pixel.steps=5"), [pictures], tmp_path / "c")
+
+
+def test_the_command_names_a_bad_image_once_and_ends_with_3(pictures, tmp_path, monkeypatch, capfd):
+    held_out, out = tmp_path / "held_out", tmp_path / "out"
+    shutil.copytree(pictures, held_out)
+    (held_out / "no.png").write_text("words")
+    (tmp_path / "bad.png").write_text("words")
+    settings = [*SETTINGS, "data.workers=2", "evaluation.every=20", "semantic.steps=20", "pixel.steps=40"]
+    command = ["train", "semhitok-tiny", str(pictures), str(tmp_path / "bad.png"), "--held-out", str(held_out)]
+    command += ["--out", str(out), "--device", "cpu", *(part for setting in settings for part in ("--set", setting))]
+    assert main(command) == 3
+    printed, err = capfd.readouterr()
+    assert "skipped         2 images, named above" in printed
+    assert [err.count(name) for name in ("bad.png", "no.png")] == [1, 1] and err.count("skipped: ") == 2
+    # A run that is finished knows it from its states.
+    assert main(command) == 3
+    printed, err = capfd.readouterr()
+    assert "2 images, named above" in printed and "bad.png" not in err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(command) == 0
+    assert "this is 0 in place of 3, as inputs were skipped" in capfd.readouterr().err
 
 
 def test_evaluation_keeps_the_best_and_the_log_and_pictures_reach_tensorboard(pictures, tmp_path, capsys):

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from semhitok._files import parse_json
-from semhitok._messages import message, warn
+from semhitok.data.skipped import Skipped
 
 NAMED = 3  # missing files that a message lists
-
-
-class Skipped:
-    """Counts the questions and images that are left out, each named on stderr."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, problem: str) -> None:
-        self.count += 1
-        warn(f"skipped: {problem}")
-
-    @contextlib.contextmanager
-    def errors(self, what: str = "") -> Iterator[None]:
-        """Skip the body's remainder after a ValueError or OSError, which names `what` is left out."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self(f"{what}: {message(error)}" if what else message(error))
 
 
 def data_files(data: Path, *patterns: str) -> list[Path]:

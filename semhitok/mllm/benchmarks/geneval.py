@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from semhitok._files import write_atomic
+from semhitok.data.skipped import Skipped
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import Skipped, data_files, field, read_lines
+from semhitok.mllm.benchmarks.files import data_files, field, read_lines
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
@@ -31,4 +32,4 @@ def draw(run: Run) -> Scores:
     for folder, row in rows:
         write_atomic(folder / "metadata.jsonl", (json.dumps(row) + "\n").encode())
     scores: Scores = {"prompts": float(len(rows)), "pictures": float(len(jobs))}
-    return scores | ({SKIPPED: float(skipped.count)} if skipped.count else {})
+    return scores | ({SKIPPED: float(len(skipped))} if skipped else {})

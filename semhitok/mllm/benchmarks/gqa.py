@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
+from semhitok.data.skipped import Skipped
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 

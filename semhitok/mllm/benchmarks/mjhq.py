@@ -11,10 +11,11 @@ from torch import Tensor
 from semhitok._files import read_object
 from semhitok._messages import progress
 from semhitok.data.images import read_resized, to_uint8
+from semhitok.data.skipped import Skipped
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import Skipped, check_any_exists, data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import check_any_exists, data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
@@ -47,8 +48,8 @@ def draw(run: Run) -> Scores:
         "fid" if label == "rfid" else label: frechet_distance(reference, ours),
         "pictures": float(len(jobs)),
     }
-    if skipped.count:
-        scores[SKIPPED] = float(skipped.count)
+    if skipped:
+        scores[SKIPPED] = float(len(skipped))
     run.write_scores(scores)
     return scores
 

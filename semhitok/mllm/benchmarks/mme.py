@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_text
-from semhitok.mllm.benchmarks.files import Skipped
+from semhitok.data.skipped import Skipped
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 PERCEPTION = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder, read_lines
+from semhitok.data.skipped import Skipped
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_lines
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
 

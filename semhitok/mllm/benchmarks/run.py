@@ -17,8 +17,9 @@ from torch import Tensor
 from semhitok._files import parse_json, read_object, write_json
 from semhitok._messages import progress
 from semhitok.data.images import read_resized
+from semhitok.data.skipped import Skipped
 from semhitok.mllm.assistant import DRAWING, Assistant, Job, draw_files
-from semhitok.mllm.benchmarks.files import Skipped, check_any_exists, field
+from semhitok.mllm.benchmarks.files import check_any_exists, field
 from semhitok.mllm.benchmarks.questions import Question, Scores
 from semhitok.mllm.generate import Sampling
 
@@ -151,7 +152,7 @@ class Questions(NamedTuple):
     def run(self, run: Run) -> Scores:
         skipped = Skipped()
         questions = _each_once(self.load(run.data, run.images, skipped), skipped)
-        total = len(questions) + skipped.count
+        total = len(questions) + len(skipped)
         check_any_exists(q.image for q in questions)
         run.identify({"questions": _sha256([(q.id, q.image.name, q.text, q.gold) for q in questions])})
         answers = run.ask(questions, skipped)
@@ -159,8 +160,8 @@ class Questions(NamedTuple):
         if not answered:
             raise ValueError(f"images: none of {len(questions)} questions has one that can be read")
         scores = self.score(answered, [answers[q.id] for q in answered])
-        if skipped.count:
-            scores = {**scores, SKIPPED: float(skipped.count)}
+        if skipped:
+            scores = {**scores, SKIPPED: float(len(skipped))}
         run.write_scores({"questions": total, **scores})
         return scores
 
@@ -197,9 +198,9 @@ def _each_once(questions: Sequence[Question], skipped: Skipped) -> list[Question
         ValueError: there are none.
     """
     found: dict[str, Question] = {}
-    for question in questions:
+    for number, question in enumerate(questions, start=1):
         if question.id in found:
-            skipped(f"question {question.id}: expected every question once, got it again")
+            skipped(f"question {question.id}: expected once, got it again as number {number}")
         else:
             found[question.id] = question
     if not found:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
+from semhitok.data.skipped import Skipped
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies
 
 CHOICES = ("a", "b", "c", "d")
@@ -21,10 +22,10 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
     questions = []
-    for row in field(content, "questions", str(path), list):
+    for number, row in enumerate(field(content, "questions", str(path), list), start=1):
+        where = f"{path}: questions, number {number}"
         with skipped.errors():
-            id_ = str(field(row, "question_id", str(path), (int, str)))
-            where = f"{path}: question {id_}"
+            id_ = str(field(row, "question_id", where, (int, str)))
             if row.get("data_type", "image") != "image":
                 continue
             choices = {c.upper(): str(field(row, f"choice_{c}", where, (str, int, float))) for c in CHOICES}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_object
-from semhitok.mllm.benchmarks.files import Skipped, data_files, field, image_folder
+from semhitok.data.skipped import Skipped
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
@@ -16,10 +17,10 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     folder = image_folder(data, images, "train_images", "images")
     (path,) = data_files(data, "TextVQA_0.5.1_val.json")
     questions = []
-    for row in field(read_object(path), "data", str(path), list):
+    for number, row in enumerate(field(read_object(path), "data", str(path), list), start=1):
+        where = f"{path}: data, number {number}"
         with skipped.errors():
-            id_ = str(field(row, "question_id", str(path), (int, str)))
-            where = f"{path}: question {id_}"
+            id_ = str(field(row, "question_id", where, (int, str)))
             gold = field(row, "answers", where, list)
             if len(gold) != 10 or not all(isinstance(answer, str) for answer in gold):
                 raise ValueError(f"{where}: answers: expected ten texts, got {gold!r:.80}")
