@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("for a corpus", argument_default=argparse.SUPPRESS).add_argument
     default, positive = EncodingConfig(), arguments.positive
     processes = "encoding processes, each of one thread on a CPU (default: 1)"
+    workers = "decoding processes for each (default: none on a CPU and with ray, else a share of the cores)"
     in_shard = f"image files in an output shard (default: {default.images_per_shard})"
     options = [
         add("--crop", choices=CROPS, help=f"ten: corners, centre and their mirror images (default: {default.crop})"),
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--precision", choices=PRECISIONS, help=f"of the networks (default: {default.precision})"),
         add("--engine", choices=ENGINES, help="who runs the processes (default: local)"),
         add("--processes", type=positive, metavar="N", help=processes),
-        add("--workers", type=positive, metavar="N", help="decoding processes for each (default: none)"),
+        add("--workers", type=arguments.natural, metavar="N", help=workers),
     ]
     parser.set_defaults(corpus_flags={option.dest: option.option_strings[0] for option in options})
 

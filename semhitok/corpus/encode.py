@@ -23,6 +23,7 @@ import torch
 from semhitok._files import open_atomic, read_object, write_atomic, write_json
 from semhitok._messages import printable
 from semhitok._optional import require
+from semhitok._settings import Workers
 from semhitok.corpus import engines
 from semhitok.corpus.config import EncodingConfig
 from semhitok.corpus.encoder import EncodingJob, UnitEncoder, UnitResult, encoder_hash
@@ -43,6 +44,7 @@ from semhitok.corpus.tables import check_columns
 from semhitok.corpus.units import Unit, source_state
 from semhitok.data.kinds import PARQUET
 from semhitok.data.passed_over import PassedOver
+from semhitok.data.workers import of_machine
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -104,7 +106,7 @@ def encode_corpus(
     *,
     engine: str = "local",
     processes: int = 1,
-    workers: int = 0,
+    workers: Workers = "auto",
     device: str | torch.device = "cpu",
     progress: Callable[[Iterable[UnitResult], int], Iterable[UnitResult]] | None = None,
 ) -> Summary:
@@ -118,7 +120,8 @@ def encode_corpus(
         engine: "local": `processes` on this machine; "torchrun": this process, one of those that torchrun started,
             takes every WORLD_SIZE-th unit, on the GPU of its LOCAL_RANK; "ray": `processes` actors of a Ray cluster.
         processes: encoding processes of "local" and "ray".
-        workers: processes that decode images, for each encoding process; 0 decodes in the encoding process.
+        workers: processes that decode images, for each encoding process; 0 decodes in the encoding process. "auto" is
+            0 with "ray" and on a CPU, and otherwise what `semhitok.data.workers` says.
         device: "cpu" or a GPU.
         progress: wraps the iterable of the units' results; its second argument is their number.
 
@@ -132,6 +135,9 @@ def encode_corpus(
     for module, extra in (("pyarrow.parquet", "corpus"), ("PIL.Image", "models"), ("numpy", "models")):
         require(module, extra)
     rank, world_size, device = engines.place(engine, processes, str(device))
+    if workers == "auto":
+        kind = torch.device(device).type
+        workers = 0 if engine == "ray" else of_machine(kind, processes if engine == "local" else None)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()

@@ -1,29 +1,16 @@
 """How many processes read the data of a training process, where the configuration says "auto".
 
-A GPU that waits for pictures to be decoded is idle, so there it is up to `MOST` processes, as the cores allow. On a CPU
-it is none: training uses the cores itself. A run keeps the number with which it began, wherever it resumes.
+The machine decides, see `semhitok.data.workers`. A run keeps the number with which it began, wherever it resumes.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from semhitok import distributed
 from semhitok._files import read_object
 from semhitok._settings import Workers
-
-MOST = 8
-
-
-def of_machine(device: str) -> int:
-    """The number for a training process on a device of this type: a share of the cores, less one for itself."""
-    if device == "cpu":
-        return 0
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that this process may use
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
-    return max(1, min(MOST, cores // processes - 1))
+from semhitok.data.workers import of_machine
 
 
 def of_run(folder: Path) -> int | None:

@@ -225,6 +225,8 @@ def machine(monkeypatch, cores, processes=1):
 def test_the_machine_decides_how_many_processes_read(monkeypatch, device, cores, processes, expected):
     machine(monkeypatch, cores, processes)
     assert workers.of_machine(device) == expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert workers.of_machine(device, processes) == expected  # as `semhitok encode` starts them
 
 
 def test_full_size_presets_leave_it_to_the_machine():
