@@ -7,7 +7,6 @@ image -> pixel encoder ------------- z_pix --+-> hierarchical quantizer -> ids -
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,8 @@ from semhitok.grouping import check_offsets
 from semhitok.models.pixel import PixelDecoder, PixelEncoder
 from semhitok.models.semantic import SemanticDecoder, SemanticHead
 from semhitok.models.teacher import Teacher
+from semhitok.processor import ROUNDING as ROUNDING
+from semhitok.processor import ImageProcessor, check_range
 from semhitok.quantizer import HierarchicalQuantizer
 from semhitok.vocabulary import Vocabulary, codebook_hash
 
@@ -31,7 +32,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).with_name("pretrained")  # checkpoints that come with this package, by name
-ROUNDING = 1 / 510  # by which values of images may leave [0, 1]
 TEACHERS = ("teacher.", "more_teachers.")  # the weights of teachers in a state dict begin so
 
 
@@ -68,6 +68,7 @@ class SemHiTok(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.processor = ImageProcessor(config.image_size)
         grid, tokens = config.grid_size, config.grid_size**2
         loads = [load_teacher] * len(config.teachers) if isinstance(load_teacher, bool) else load_teacher
         # Even without the teachers, their widths are needed: they shape the semantic branch.
@@ -83,6 +84,16 @@ class SemHiTok(nn.Module):
             config.num_codes, config.num_sub_codes, config.sem_dim, config.pix_dim, adaptive=config.adaptive
         )
         self.decoder = PixelDecoder(config.decoder, config.patch_size, grid, config.sem_dim + config.pix_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codebooks are."""
+        return self.quantizer.semantic.codebook.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks, and of the images that `decode` returns."""
+        return next(self.decoder.parameters()).dtype
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -106,12 +117,20 @@ class SemHiTok(nn.Module):
         return torch.cat([features, *more], dim=-1) if more else features
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], of any float dtype -> ids [B, h, w].
+    def encode(self, images: Any) -> Tensor:
+        """Images -> ids [B, h, w].
+
+        Args:
+            images: a batch [B, 3, H, W] in [0, 1] of the tokenizer's size, of any float dtype, on its device; or what
+                `processor` takes, which resizes and crops it: a path, a Pillow image, an array, a tensor [3, H, W] or
+                of uint8, or a list of these.
 
         Raises:
-            ValueError: what `check_images` raises, or no teacher.
+            ValueError: what `check_images` or `processor` raises, or no teacher.
+            OSError: a file cannot be read.
         """
+        if not (isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()):
+            images = self.processor(images).to(self.device)
         self.check_images(images)
         if images.shape[0] == 0:  # of which not every teacher knows the shape
             return images.new_zeros(0, self.config.grid_size, self.config.grid_size, dtype=torch.int64)
@@ -119,22 +138,36 @@ class SemHiTok(nn.Module):
         return self.quantizer(z_sem, self.encoder(images)).codes
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, *, semantic_only: bool = False) -> Tensor:
+    def decode(self, codes: Tensor, *, semantic_only: bool = False, output: str = "tensor") -> Any:
         """Ids [B, h, w] -> images [B, 3, H, W] in [0, 1], in the dtype of the networks.
 
-        With `semantic_only` the mean of a sub-codebook replaces each of its sub-codes. Errors are those of `features`.
+        Args:
+            codes: int64 ids.
+            semantic_only: the mean of a sub-codebook replaces each of its sub-codes.
+            output: "tensor", or "pil" for a list of Pillow images.
+
+        Raises:
+            ValueError: what `features` raises, or another output.
         """
+        if output not in ("tensor", "pil"):
+            raise ValueError(f"output: expected tensor or pil, got {output!r}")
         q = self.features(codes)
         q_pix = self.quantizer.group_means(codes) if semantic_only else q.pixel
-        return self.decode_features(q.semantic, q_pix).clamp(0, 1)
+        images = self.decode_features(q.semantic, q_pix).clamp(0, 1)
+        return images if output == "tensor" else self.processor.to_pil(images)
 
     def decode_features(self, q_sem: Tensor, q_pix: Tensor) -> Tensor:
         """Quantised vectors [B, h, w, Ds], [B, h, w, Dp] -> images [B, 3, H, W], differentiable, not clamped."""
         return self.decoder(torch.cat([q_sem, q_pix], dim=-1))
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """`decode(encode(images))`: [B, 3, H, W] -> [B, 3, H, W]."""
-        return self.decode(self.encode(images))
+    def reconstruct(self, images: Any) -> Tensor:
+        """`decode(encode(images))`: [B, 3, H, W], or what `encode` takes besides, -> [B, 3, H, W]."""
+        found: Tensor = self.decode(self.encode(images))
+        return found
+
+    def forward(self, images: Any) -> Tensor:
+        """`reconstruct(images)`. Training works on the parts, as nothing passes a gradient here."""
+        return self.reconstruct(images)
 
     @torch.no_grad()
     def features(self, codes: Tensor) -> Features:
@@ -163,14 +196,12 @@ class SemHiTok(nn.Module):
         """
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images: expected shape [B, 3, {size}, {size}], got {list(images.shape)}")
+            problem = f"expected shape [B, 3, {size}, {size}], got {list(images.shape)}"
+            raise ValueError(f"images: {problem}; `processor` resizes images, or lists of images, of other sizes")
         if not images.is_floating_point():
             raise ValueError(f"images: expected floating point in [0, 1] (8-bit values / 255), got {images.dtype}")
         if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
-            low, high = (float(bound) for bound in torch.aminmax(images))  # both NaN if any value is
-            if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-                got = "NaN" if math.isnan(low) else f"values from {low:g} to {high:g}"
-                raise ValueError(f"images: expected values in [0, 1], got {got}")
+            check_range(images)
 
     def stored_state(self) -> dict[str, Tensor]:
         """The state dict, without the weights of teachers that come from elsewhere."""
@@ -198,12 +229,14 @@ class SemHiTok(nn.Module):
         # The weights go first: a folder with config.json is a complete checkpoint. Readers of safetensors expect "pt".
         write_atomic(folder / WEIGHTS_FILE, safetensors.save(state, metadata={"format": "pt"}))
         description = {"format": "semhitok", "version": FORMAT_VERSION, "codebook_sha256": self.codebook_hash}
+        description["processor"] = self.processor.to_dict()
         write_json(folder / CONFIG_FILE, description | {"model": self.config.to_dict()})
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, teacher: bool = True, revision: str | None = None
-    ) -> SemHiTok:
+        cls, source: str | os.PathLike[str], *, teacher: bool = True, revision: str | None = None,
+        device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    ) -> SemHiTok:  # fmt: skip
         """Load a checkpoint folder, a repository of the Hugging Face Hub, or a packaged tokenizer, in eval mode.
 
         Args:
@@ -211,6 +244,7 @@ class SemHiTok(nn.Module):
                 with this package: "semhitok-toy".
             teacher: False loads a tokenizer that can decode, but not encode.
             revision: of the Hub repository.
+            device, dtype: as in `to`; fp32 on the CPU without them.
 
         Raises:
             OSError: a file is missing or cannot be fetched.
@@ -234,6 +268,10 @@ class SemHiTok(nn.Module):
             if description.get("version") != FORMAT_VERSION:
                 raise ValueError(f"expected version {FORMAT_VERSION}, got {description.get('version')!r}")
             config = SemHiTokConfig.from_dict(description.get("model", {}))
+            # Checkpoints from before there was a processor were made with this one.
+            processor = ImageProcessor.from_dict(description.get("processor", {"size": config.image_size}))
+            if processor.size != config.image_size:
+                raise ValueError(f"processor.size: expected {config.image_size}, got {processor.size}")
         except ValueError as error:
             raise ValueError(f"{config_path}: not a SemHiTok config: {error}") from error
         try:
@@ -272,7 +310,7 @@ class SemHiTok(nn.Module):
         model.load_state_dict(state, strict=False)
         if description.get("codebook_sha256") != model.codebook_hash:
             raise ValueError(f"{weights_path}: codebooks do not match codebook_sha256 of config.json")
-        return model.eval()
+        return model.eval().to(device=device, dtype=dtype)
 
 
 def _check_sizes(config: SemHiTokConfig, state: dict[str, Tensor]) -> None:
@@ -301,8 +339,11 @@ def _fetch(name: str, revision: str | None) -> Path:
     """The folder of a checkpoint from the Hub, which is downloaded if it is not in the cache."""
     hub = require("huggingface_hub", "models")
     try:
+        if not isinstance(hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision), str):
+            # A wrong name, or no network, is said at once; a download would try again for half a minute.
+            hub.HfApi().model_info(name, revision=revision, timeout=10)
         hub.hf_hub_download(name, WEIGHTS_FILE, revision=revision)
         return Path(hub.hf_hub_download(name, CONFIG_FILE, revision=revision)).parent
     except Exception as error:  # the client's errors share no base class
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(f"{name}: neither a checkpoint folder nor available from the Hub: {reason}") from error
