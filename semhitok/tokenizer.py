@@ -270,8 +270,6 @@ class SemHiTok(nn.Module):
             config = SemHiTokConfig.from_dict(description.get("model", {}))
             # Checkpoints from before there was a processor were made with this one.
             processor = ImageProcessor.from_dict(description.get("processor", {"size": config.image_size}))
-            if processor.size != config.image_size:
-                raise ValueError(f"processor.size: expected {config.image_size}, got {processor.size}")
         except ValueError as error:
             raise ValueError(f"{config_path}: not a SemHiTok config: {error}") from error
         try:
@@ -294,6 +292,9 @@ class SemHiTok(nn.Module):
             if expected.get(key) != found.get(key):
                 shapes = f"expected {_shape(expected.get(key))}, got {_shape(found.get(key))}"
                 raise ValueError(f"{weights_path}: {key}: {shapes}")
+        if processor.size != config.image_size:
+            problem = f"processor.size: expected {config.image_size}, got {processor.size}"
+            raise ValueError(f"{config_path}: not a SemHiTok config: {problem}")
         try:
             model = cls(config, teacher=teacher, load_teacher=[t.pretrained for t in config.teachers])
         except (ValueError, OSError) as error:

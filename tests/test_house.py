@@ -20,8 +20,8 @@ FLOORS = [
     "__init__ _C _buffers _files _messages _optional _settings "
     "clustering config distributed grouping ops quantizer reference usage vocabulary",
     "models",
-    "tokenizer",
     "data",
+    "processor tokenizer",
     "corpus",
     "evaluation",
     "training",

@@ -88,8 +88,9 @@ def test_semantic_only_decoding_ignores_the_sub_codes(tokenizer):
     ("bad", "message"),
     [
         (torch.rand(1, 3, 32, 31), r"images: expected shape \[B, 3, 32, 32\], got \[1, 3, 32, 31\]"),
-        (torch.rand(3, 32, 32), r"images: expected shape"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"images: expected floating point .*uint8"),
+        (torch.rand(1, 4, 32, 32), r"images: expected shape \[B, 3, 32, 32\], got \[1, 4, 32, 32\]"),
+        (torch.rand(4, 32, 32), r"images: expected shape \[3, H, W\], got \[4, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), r"images\[0\]: expected uint8, or floating point .*int64"),
     ],
 )
 def test_bad_images(tokenizer, bad, message):
