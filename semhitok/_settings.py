@@ -1,14 +1,17 @@
-"""Dataclasses as settings: filled strictly from nested dicts, and changed by name=value."""
+"""Dataclasses as settings: filled strictly from nested dicts, changed by name=value, and every number in its range."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import reprlib
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from semhitok._optional import require
 
@@ -44,9 +47,84 @@ def read_yaml(path: Path) -> Any:
     return data
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number may be: from `low` to `high`, with the ends that have a square bracket."""
+
+    low: float
+    high: float
+    ends: str = "[]"
+
+    def problem(self, value: float) -> str:
+        """What is wrong with a number, or empty."""
+        if math.isnan(value):
+            return f"expected a number from {self.low:g} to {self.high:g}, got {value}"
+        if value < self.low or (self.ends[0] == "(" and value == self.low):
+            return f"expected {'at least' if self.ends[0] == '[' else 'more than'} {self.low:g}, got {value}"
+        if value > self.high or (self.ends[1] == ")" and value == self.high):
+            return f"expected {'at most' if self.ends[1] == ']' else 'less than'} {self.high:g}, got {value}"
+        return ""
+
+
+Count = Annotated[int, Range(1, 10**9)]
+Natural = Annotated[int, Range(0, 10**9)]
+Size = Annotated[int, Range(1, 2**16)]  # of a layer, or in pixels
+Index = Annotated[int, Range(-1000, 1000)]
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, "[)")]
+Weight = Annotated[float, Range(0, 10**6)]
+Positive = Annotated[float, Range(0, 10**6, "(]")]
 # Processes that read data for each training process. "auto" lets the machine decide when a run begins, see
 # `semhitok.training.workers`, and the run keeps the number.
-Workers = int | Literal["auto"]
+Workers = Annotated[int, Range(0, 1024)] | Literal["auto"]
+
+
+class Settings:
+    """A dataclass whose numbers have ranges: the fields are annotated with one of the types above, or a `Range`.
+
+    Raises:
+        ValueError: a number is out of its range or of another type; the message names the field.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _ranged(cast(Any, type(self))).items():
+            _check(hint, getattr(self, name), name)
+
+
+@functools.cache
+def _ranged(cls: type) -> dict[str, Any]:
+    """The fields of a class that hold numbers."""
+    return {name: hint for name, hint in typing.get_type_hints(cls, include_extras=True).items() if ranges_of(hint)}
+
+
+def ranges_of(hint: Any) -> list[Range]:
+    """The ranges in an annotation, in order."""
+    if typing.get_origin(hint) is Annotated:
+        return [part for part in hint.__metadata__ if isinstance(part, Range)]
+    return [found for part in typing.get_args(hint) for found in ranges_of(part)]
+
+
+def _check(hint: Any, value: Any, name: str) -> None:
+    """ValueError if a number in a field, or in the tuple or list that it holds, is out of range."""
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin is Annotated:
+        kind, number = arguments[0], type(value) in (int, float)
+        if not number or (kind is int and type(value) is not int):
+            expected = "an integer" if kind is int else "a number"
+            raise ValueError(f"{name}: expected {expected}, got {_shown.repr(value)}")
+        for range_ in ranges_of(hint):
+            if problem := range_.problem(value):
+                raise ValueError(f"{name}: {problem}")
+    elif origin in (typing.Union, types.UnionType):  # with None, or with a word
+        words = [word for part in arguments[1:] for word in typing.get_args(part)]
+        if not (value is None and type(None) in arguments) and value not in words:
+            _check(arguments[0], value, name)
+    elif origin is list:
+        for n, item in enumerate(value):
+            _check(arguments[0], item, f"{name}[{n}]")
+    elif origin is tuple:
+        for n, (part, item) in enumerate(zip(arguments, value, strict=True)):
+            _check(part, item, f"{name}[{n}]")
 
 
 def override(config: Any, assignment: str) -> None:
@@ -67,7 +145,8 @@ def override(config: Any, assignment: str) -> None:
         raise ValueError(f"override: no such setting {path.strip()!r}")
     setattr(target, name, _convert(hints[name], require("yaml").safe_load(text), path.strip()))
     if hasattr(target, "__post_init__"):
-        target.__post_init__()
+        with _inside(".".join(parents)):
+            target.__post_init__()
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default: T | None = None) -> T:
@@ -98,7 +177,17 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
             value = field_.default_factory()
         if name in data:
             values[name] = _convert(hints[name], data[name], f"{where}.{name}", value)
-    return cls(**values)
+    with _inside(where):
+        return cls(**values)
+
+
+@contextlib.contextmanager
+def _inside(where: str) -> Iterator[None]:
+    """Errors that name a setting get the path of what it is in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}" if where else str(error)) from None
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
@@ -128,9 +217,3 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {expected.__name__}, got {_shown.repr(value)}")
     return value
-
-
-def check_workers(workers: Workers) -> None:
-    """Raise ValueError unless `workers` is "auto" or a number of at least 0."""
-    if workers != "auto" and (isinstance(workers, str) or workers < 0):
-        raise ValueError(f"data.workers: expected auto or at least 0, got {workers!r}")

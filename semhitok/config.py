@@ -13,27 +13,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from semhitok._settings import Workers, check_workers, read_yaml
+from semhitok._settings import (
+    Count,
+    Decay,
+    Index,
+    Natural,
+    Positive,
+    Range,
+    Settings,
+    Share,
+    Size,
+    Weight,
+    Workers,
+    read_yaml,
+)
 from semhitok._settings import from_dict as from_dict
 from semhitok._settings import override as override
 
 T = TypeVar("T")
 
 PRECISIONS = ("fp32", "bf16")  # of networks; bf16 is autocast
+Scale = Annotated[float, Range(0, 1, "(]")]
 PRESETS = Path(__file__).parent / "presets"
 
 
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
 @dataclass
-class TeacherConfig:
+class TeacherConfig(Settings):
     """The frozen vision encoder whose features the semantic codes learn.
 
     name: a timm model name, `hf-hub:owner/name` or `local-dir:folder`; any network with `forward_intermediates`: Vision
@@ -47,38 +54,29 @@ class TeacherConfig:
     options: further keyword arguments of `timm.create_model`; for transformers only `revision`.
     share: weight of this teacher among several; their sum does not matter.
 
-    Raises: ValueError: a share or image_size that is not positive.
+    Raises: ValueError: a number out of its range.
     """
 
     name: str = "vit_large_patch16_siglip_256.webli"
     pretrained: bool = True
     checkpoint: str | None = None
-    image_size: int = 256
-    block: int = -2
+    image_size: Size = 256
+    block: Index = -2
     options: dict[str, Any] = field(default_factory=dict)
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"teacher.image_size: expected a positive integer, got {self.image_size}")
-        if not 0 < self.share < math.inf:
-            raise ValueError(f"teacher.share: expected a positive number, got {self.share}")
+    share: Positive = 1.0
 
 
 @dataclass
-class ViTConfig:
+class ViTConfig(Settings):
     """A stack of transformer blocks: `width` channels, `depth` blocks (or 0), `heads` attention heads."""
 
-    width: int
-    depth: int
-    heads: int
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "width", "heads", *["depth"] * (self.depth != 0))
+    width: Size
+    depth: Annotated[int, Range(0, 1000)]
+    heads: Size
 
 
 @dataclass
-class SemHiTokConfig:
+class SemHiTokConfig(Settings):
     """An image tokenizer: K = num_codes semantic codes, each owning m = num_sub_codes pixel sub-codes.
 
     image_size, patch_size: pixels; the ids of an image form a square grid of image_size / patch_size on a side.
@@ -90,15 +88,15 @@ class SemHiTokConfig:
     more_teachers: teachers besides the first. Their features are joined, each with its share; semantic codes learn all.
 
     Raises:
-        ValueError: a size that is not a positive integer, or image_size not a multiple of patch_size.
+        ValueError: a size out of its range, or image_size not a multiple of patch_size.
     """
 
-    image_size: int = 256
-    patch_size: int = 16
-    num_codes: int = 16384
-    num_sub_codes: int = 12
-    sem_dim: int = 32
-    pix_dim: int = 32
+    image_size: Size = 256
+    patch_size: Size = 16
+    num_codes: Count = 16384
+    num_sub_codes: Count = 12
+    sem_dim: Size = 32
+    pix_dim: Size = 32
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     semantic_decoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 3, 12))
     encoder: ViTConfig = field(default_factory=lambda: ViTConfig(768, 12, 12))
@@ -107,7 +105,7 @@ class SemHiTokConfig:
     more_teachers: list[TeacherConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "image_size", "patch_size", "num_codes", "num_sub_codes", "sem_dim", "pix_dim")
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size {self.patch_size}, got {self.image_size}")
 
@@ -142,7 +140,7 @@ class SemHiTokConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Images for training: files and folders, or webdataset shards.
 
     crop_scale: range of the side of a random square crop, as a share of the image's shorter side, before it is resized;
@@ -155,33 +153,35 @@ class DataConfig:
     shuffle_buffer: samples of a shard stream that are shuffled together; image files are all shuffled together.
     """
 
-    crop_scale: tuple[float, float] | None = (0.6, 1.0)
+    crop_scale: tuple[Scale, Scale] | None = (0.6, 1.0)
     flip: bool = True
     fixed: bool = False
     workers: Workers = "auto"
-    shuffle_buffer: int = 1000
+    shuffle_buffer: Annotated[int, Range(1, 10**7)] = 1000
 
     def __post_init__(self) -> None:
-        check_workers(self.workers)
+        super().__post_init__()
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale: expected the smaller value first, got {list(self.crop_scale)}")
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW with linear warm-up and cosine decay; there is no weight decay on vectors and positions."""
 
-    lr: float = 2e-4
-    min_lr: float = 1e-5
-    warmup_share: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-4
-    grad_clip: float = 1.0
+    lr: Annotated[float, Range(0, 1000, "(]")] = 2e-4
+    min_lr: Annotated[float, Range(0, 1000)] = 1e-5
+    warmup_share: Share = 0.1
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: Weight = 1e-4
+    grad_clip: Positive = 1.0
 
 
 _pixel_optimizer = functools.partial(OptimizerConfig, lr=1e-4, betas=(0.9, 0.95))
 
 
 @dataclass
-class StageConfig:
+class StageConfig(Settings):
     """What all stages have.
 
     steps: updates of the weights.
@@ -191,15 +191,11 @@ class StageConfig:
     checkpoint_every: steps between two saved states.
     """
 
-    steps: int = 100_000
-    batch_size: int = 512
-    micro_batch: int | None = None
+    steps: Count = 100_000
+    batch_size: Count = 512
+    micro_batch: Count | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint_every: int = 1000
-
-    def __post_init__(self) -> None:
-        optional = ["micro_batch"] * (self.micro_batch is not None)
-        _check_positive(self, "steps", "batch_size", "checkpoint_every", *optional)
+    checkpoint_every: Count = 1000
 
 
 @dataclass
@@ -213,23 +209,19 @@ class SemanticStageConfig(StageConfig):
     collapse_usage: warn when the share of codes used in a window of tokens falls below this.
     """
 
-    continuous_steps: int = 1000
-    init_tokens_per_code: int = 64
-    kmeans_iterations: int = 10
-    decay: float = 0.99
-    restart_window: int = 100
-    cosine_weight: float = 1.0
-    l1_weight: float = 1.0
-    commitment_weight: float = 1.0
-    collapse_usage: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, "init_tokens_per_code")
+    continuous_steps: Natural = 1000
+    init_tokens_per_code: Count = 64
+    kmeans_iterations: Count = 10
+    decay: Decay = 0.99
+    restart_window: Count = 100
+    cosine_weight: Weight = 1.0
+    l1_weight: Weight = 1.0
+    commitment_weight: Weight = 1.0
+    collapse_usage: Share = 0.25
 
 
 @dataclass
-class CriticConfig:
+class CriticConfig(Settings):
     """The critic (discriminator) of the reconstruction loss; `weight` 0 leaves it out.
 
     kind: "patch", a PatchGAN trained from scratch; "dino", trainable heads on a frozen timm backbone.
@@ -250,31 +242,34 @@ class CriticConfig:
 
     kind: str = "patch"
     loss: str = "hinge"
-    weight: float = 0.5
+    weight: Weight = 0.5
     adaptive: bool = False
-    adaptive_range: tuple[float, float] = (0.015, 1e4)
-    train_from: int = 16_000
-    start: int = 20_000
-    ramp: int = 4_000
-    lecam: float = 0.0
+    adaptive_range: tuple[Weight, Weight] = (0.015, 1e4)
+    train_from: Natural = 16_000
+    start: Natural = 20_000
+    ramp: Natural = 4_000
+    lecam: Weight = 0.0
     augment: bool = False
-    shift: int | None = None
-    width: int = 64
-    layers: int = 3
+    shift: Natural | None = None
+    width: Size = 64
+    layers: Annotated[int, Range(1, 16)] = 3
     backbone: str = "vit_small_patch14_dinov2.lvd142m"
     checkpoint: str | None = None
-    image_size: int = 224
-    blocks: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
+    image_size: Size = 224
+    blocks: list[Index] = field(default_factory=lambda: [2, 5, 8, 11])
     optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("kind", ("patch", "dino")), ("loss", ("hinge", "non_saturating"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"critic.{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+        if self.adaptive_range[0] > self.adaptive_range[1]:
+            raise ValueError(f"adaptive_range: expected the smaller value first, got {list(self.adaptive_range)}")
 
 
 @dataclass
-class ReconstructionConfig:
+class ReconstructionConfig(Settings):
     """Weights of the terms of the reconstruction loss; a term of weight 0 is left out.
 
     l1, l2: mean absolute and mean squared error of pixels in [0, 1].
@@ -282,10 +277,10 @@ class ReconstructionConfig:
     squeezenet: `SqueezeNetDistance`, another perceptual distance, whose weights are installed with the extra `demo`.
     """
 
-    l1: float = 1.0
-    l2: float = 1.0
-    lpips: float = 1.0
-    squeezenet: float = 0.0
+    l1: Weight = 1.0
+    l2: Weight = 1.0
+    lpips: Weight = 1.0
+    squeezenet: Weight = 0.0
     critic: CriticConfig = field(default_factory=CriticConfig)
 
 
@@ -304,23 +299,18 @@ class PixelStageConfig(StageConfig):
     ema_decay: of the moving average of the weights, which is evaluated and published; 0 publishes the weights.
     """
 
-    steps: int = 200_000
-    batch_size: int = 256
+    steps: Count = 200_000
+    batch_size: Count = 256
     optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
-    continuous_steps: int = 2000
-    init_tokens_per_code: float = 16
-    kmeans_iterations: int = 10
-    decay: float = 0.99
-    restart_window: int = 100
-    drop: float = 0.1
-    commitment_weight: float = 0.25
+    continuous_steps: Natural = 2000
+    init_tokens_per_code: Weight = 16
+    kmeans_iterations: Count = 10
+    decay: Decay = 0.99
+    restart_window: Count = 100
+    drop: Share = 0.1
+    commitment_weight: Weight = 0.25
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    ema_decay: float = 0.999
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.init_tokens_per_code >= 0:
-            raise ValueError(f"init_tokens_per_code: expected 0 or more, got {self.init_tokens_per_code}")
+    ema_decay: Decay = 0.999
 
 
 @dataclass
@@ -330,15 +320,15 @@ class DecoderStageConfig(StageConfig):
     ema_decay: as in the pixel stage.
     """
 
-    steps: int = 50_000
-    batch_size: int = 256
+    steps: Count = 50_000
+    batch_size: Count = 256
     optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Evaluation on held-out images while training.
 
     every: steps between two evaluations; there is also one at the end of every stage.
@@ -347,14 +337,14 @@ class EvaluationConfig:
     best: metric by which the best checkpoint is kept, one of those that the evaluation prints.
     """
 
-    every: int = 5000
-    batch_size: int = 16
-    pictures: int = 8
+    every: Count = 5000
+    batch_size: Count = 16
+    pictures: Annotated[int, Range(0, 1000)] = 8
     best: str = "psnr"
 
 
 @dataclass
-class EngineConfig(ABC):
+class EngineConfig(Settings, ABC):
     """What the training loop reads from the configuration of a run.
 
     stages: the stages that run, in order.
@@ -369,11 +359,12 @@ class EngineConfig(ABC):
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     shard: bool = False
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     tracker: str = "tensorboard"
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("precision", PRECISIONS), ("tracker", ("tensorboard", "wandb", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

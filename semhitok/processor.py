@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from semhitok._optional import require
-from semhitok.config import from_dict
+from semhitok._settings import Settings, Size, from_dict
 from semhitok.data.images import decode_resized, read_resized, resize_crop, to_uint8
 
 ROUNDING = 1 / 510  # by which values of images may leave [0, 1]: half a step of 8 bits, by resizing
@@ -23,7 +23,7 @@ _TIFF = ("CMYK", "LAB", "F", "I", "I;16B")
 
 
 @dataclass(frozen=True)
-class ImageProcessor:
+class ImageProcessor(Settings):
     """Makes a batch of what is to be encoded: upright, on white, resized and cropped, values in [0, 1].
 
     A tokenizer has one, `SemHiTok.processor`, whose settings are in config.json of its checkpoint.
@@ -37,13 +37,12 @@ class ImageProcessor:
         ValueError: a value is not one of these.
     """
 
-    size: int
+    size: Size
     resample: str = "bicubic"
     crop: str = "centre"
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"size: expected a positive integer, got {self.size!r}")
+        super().__post_init__()
         for name, known in (("resample", _RESAMPLE), ("crop", _CROP)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from semhitok._settings import Count, Range, Settings
 from semhitok.config import PRECISIONS
 
 CROPS = ("centre", "ten")
@@ -11,7 +13,7 @@ ENGINES = ("local", "torchrun", "ray")
 
 
 @dataclass(frozen=True)
-class EncodingConfig:
+class EncodingConfig(Settings):
     """What the bytes of a corpus depend on besides the tokenizer, the sources and the kind of device.
 
     Attributes:
@@ -31,14 +33,12 @@ class EncodingConfig:
     crop: str = "centre"
     packed: bool = False
     caption: str | None = None
-    batch_size: int = 16
-    images_per_shard: int = 4096
+    batch_size: Annotated[int, Range(1, 10**6)] = 16
+    images_per_shard: Count = 4096
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("crop", CROPS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "images_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from semhitok._settings import Workers, check_workers
+from semhitok._settings import Count, Decay, Positive, Range, Settings, Share, Size, Workers
 from semhitok.config import EngineConfig, OptimizerConfig, StageConfig, read_config
 
 TASKS = ("understanding", "generation", "text")
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(Settings):
     """Samples of one kind.
 
     path: a .jsonl file, webdataset shards (a pattern of .tar), or what `semhitok encode` wrote: an ids file
@@ -27,21 +27,20 @@ class SourceConfig:
 
     path: str = ""
     task: str = ""
-    weight: float = 1.0
+    weight: Positive = 1.0
     question: str = ""
     captions: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        if not self.weight > 0:
-            raise ValueError(f"weight: expected more than 0, got {self.weight}")
         if not self.path:
             raise ValueError("path: expected one, got none")
 
 
 @dataclass
-class RowsConfig:
+class RowsConfig(Settings):
     """How samples become rows.
 
     length: ids in a row. Longer texts are cut into several samples; longer samples with images are skipped.
@@ -51,19 +50,11 @@ class RowsConfig:
     workers: processes that read and decode, for each training process; see `semhitok.config.DataConfig`.
     """
 
-    length: int = 2048
-    caption_drop: float = 0.1
-    look_ahead: int = 32
-    shuffle_buffer: int = 64
+    length: Annotated[int, Range(2, 2**24)] = 2048
+    caption_drop: Share = 0.1
+    look_ahead: Annotated[int, Range(1, 10**6)] = 32
+    shuffle_buffer: Annotated[int, Range(1, 10**7)] = 64
     workers: Workers = "auto"
-
-    def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("look_ahead", 1), ("shuffle_buffer", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
-        check_workers(self.workers)
-        if not 0 <= self.caption_drop <= 1:
-            raise ValueError(f"data.caption_drop: expected a share, 0 to 1, got {self.caption_drop}")
 
 
 def _optimizer(lr: float) -> OptimizerConfig:
@@ -77,29 +68,29 @@ class MLLMStageConfig(StageConfig):
     sources: what the stage learns from.
     """
 
-    steps: int = 5000
-    batch_size: int = 64
+    steps: Count = 5000
+    batch_size: Count = 64
     optimizer: OptimizerConfig = field(default_factory=lambda: _optimizer(2e-5))
     sources: list[SourceConfig] = field(default_factory=list)
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Settings):
     """Low-rank updates of the LLM in "joint" and "instruct" (PEFT) in place of its weights; new parts learn fully.
 
     r, alpha, dropout, targets: `lora_r`, `lora_alpha`, `lora_dropout`, `target_modules` of PEFT.
     """
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: Size = 16
+    alpha: Size = 32
+    dropout: Decay = 0.0
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
 
 @dataclass
-class HeldOutConfig:
+class HeldOutConfig(Settings):
     """Losses on samples that are not trained on.
 
     sources: where the samples are; an empty list leaves the evaluation out.
@@ -108,8 +99,8 @@ class HeldOutConfig:
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
-    every: int = 500
-    batches: int = 8
+    every: Count = 500
+    batches: Count = 8
 
 
 @dataclass
