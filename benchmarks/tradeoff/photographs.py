@@ -47,7 +47,7 @@ from semhitok.config import TeacherConfig
 from semhitok.data.images import list_images, read_image, resize_crop, to_uint8
 from semhitok.data.kinds import FOLDER, SHARDS, kind_of
 from semhitok.data.shards import expand_shards, read_shard
-from semhitok.evaluation.probes import read_labels
+from semhitok.evaluation.probes import check_labels, read_labels
 from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.models.teacher import Teacher
 
@@ -119,6 +119,7 @@ def read_photographs(source: str, count: int) -> tuple[Tensor, list[str]]:
     chosen = torch.randperm(len(found), generator=Generator().manual_seed(0))[:count].sort().values.tolist()
     try:
         labels = read_labels("folders", [found[n][0] for n in chosen])
+        check_labels(labels)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     images = torch.empty(len(chosen), 3, SIZE, SIZE, dtype=torch.uint8)

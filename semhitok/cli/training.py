@@ -49,7 +49,7 @@ def run_training(
             raise ValueError("--out: expected, got none")
         seconds = train(arguments.find_device(args.device), skipped)
         rows = [(f"stage {name}", f"{spent:.1f} s") for name, spent in seconds.items()]
-        left_out = [("skipped", f"{text.count(len(skipped), unit)}, named above")] if skipped else []
+        left_out = [("skipped", f"{text.count(len(skipped), unit)}, named on stderr")] if skipped else []
         return text.table([*rows, *left_out, ("checkpoint", f"{args.out}/checkpoint")])
 
     return run_resumable(args.command, work) or text.exit_code_of_process(args.command, len(skipped))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from semhitok._optional import require
-from semhitok.corpus.items import Item
-from semhitok.data.captions import NotText, caption_of, clean, escaped, first_caption
+from semhitok.corpus.items import Item, Note
+from semhitok.data.captions import NotText, caption_of, clean, escaped, first_caption, left_out
 from semhitok.data.kinds import expand_braces
 
 _KEYS = ("__key__", "key", "id")  # columns that are keys
@@ -51,8 +51,8 @@ def first_key(path: str) -> str | None:
     return None
 
 
-def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[Item]:
-    """The rows of a file, in order; a row group that cannot be read is an item with a problem.
+def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[Item | Note]:
+    """The rows of a file, in order; a row group whose images cannot be read is an item with a problem.
 
     A row's key is in the column `__key__`, `key` or `id`, or else it is the image's path, or else the row's number.
 
@@ -67,22 +67,54 @@ def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[I
             names = file.schema_arrow.names
             _check(path, file.schema_arrow)
             keys, texts = ([name for name in wanted if name in names] for wanted in (_KEYS, fields))
-            columns = list(dict.fromkeys(["image", *keys, *texts]))
             for group in range(file.num_row_groups):
-                end = count + file.metadata.row_group(group).num_rows
-                try:
-                    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
-                        for n in range(batch.num_rows):
-                            row = {name: _value(column[n]) for name, column in zip(columns, batch.columns, strict=True)}
-                            yield _row(path, count, row, keys, texts, source)
-                            count += 1
-                except Exception as error:  # pyarrow's errors are of many kinds
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    yield Item("", path, problem=f"{path}: cannot read rows {count} to {end - 1}: {reason}")
-                    count = end
+                first, end = count, count + file.metadata.row_group(group).num_rows
+                broken: dict[str, str] = {}
+                while count < end:
+                    columns = [c for c in dict.fromkeys(["image", *keys, *texts]) if c not in broken]
+                    try:
+                        for number, cells in enumerate(_cells(file, group, columns), start=first):
+                            if number == count:  # others were given before a column turned out to be broken
+                                row = dict(zip(columns, map(_value, cells), strict=True))
+                                yield _row(path, number, row, keys, texts, source, broken)
+                                count += 1
+                        break
+                    except Exception as error:  # pyarrow's errors are of many kinds
+                        found = _broken(file, group, columns[1:])
+                        broken |= found
+                        if not found:
+                            problem = f"{path}: cannot read rows {count} to {end - 1}: {_reason(error)}"
+                            yield Item("", path, problem=problem)
+                        for column in found.keys() & set(keys):
+                            yield Note(f"{path}: rows {count} to {end - 1} have no key: {found[column]}")
+                        count = count if found else end
+                count = end
     except Exception as error:
         reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
         yield Item("", path, problem=f"{path}: cannot read the file after {count} rows: {reason}")
+
+
+def _cells(file: Any, group: int, columns: Sequence[str]) -> Iterator[list[Any]]:
+    """The cells of each row of a row group."""
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+        for n in range(batch.num_rows):
+            yield [column[n] for column in batch.columns]
+
+
+def _broken(file: Any, group: int, columns: Sequence[str]) -> dict[str, str]:
+    """The columns of a row group that cannot be read, with the reason: text that is stored once for many rows, say."""
+    found = {}
+    for column in columns:
+        try:
+            for _ in _cells(file, group, [column]):
+                pass
+        except Exception as error:  # as in `read_table`
+            found[column] = f"cannot read column {column}: {_reason(error)}"
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check(path: str, schema: Any) -> None:
@@ -116,10 +148,18 @@ def _value(scalar: Any) -> Any:
         return _value(scalar.value) if inner is None else [_value(item) for item in inner]
 
 
-def _row(path: str, number: int, row: dict[str, Any], keys: Sequence[str], texts: Sequence[str], source: str) -> Item:
+def _row(
+    path: str,
+    number: int,
+    row: dict[str, Any],
+    keys: Sequence[str],
+    texts: Sequence[str],
+    source: str,
+    broken: Mapping[str, str],
+) -> Item:
     image = row["image"]
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-    found = [_key(row[column]) for column in keys]
+    found = [_key(row[column]) for column in keys if column not in broken]
     if not keys:  # the path is a key only where no column is
         found = [_key(name)]
     key = next((text for text in found if text), "")
@@ -130,7 +170,7 @@ def _row(path: str, number: int, row: dict[str, Any], keys: Sequence[str], texts
     problem = "" if isinstance(data, bytes) and data else f"{path}: row {number}: no image in it"
     if problem and name:
         problem += f", only the name {_key(name)}"
-    caption = first_caption(caption_of(row[text]) for text in texts)
+    caption = first_caption(left_out(broken[x]) if x in broken else caption_of(row[x]) for x in texts)
     return Item(key, f"{path}: row {number}", data or b"", caption=caption, problem=problem)
 
 

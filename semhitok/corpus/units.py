@@ -93,10 +93,13 @@ def _samples(unit: Unit, fields: Sequence[str], passed_over: PassedOver) -> Iter
         yield Item(key, sample.name, sample.data, "", caption, sample.problem, sample.transient)
 
 
-def _unique(items: Iterable[Item], prefix: str) -> Iterator[Item]:
+def _unique(items: Iterable[Item | Note], prefix: str) -> Iterator[Item | Note]:
     """Items whose keys have the prefix, and #2, #3, ... where a key comes again."""
     seen: dict[int, int] = {}  # how often a key came, by its hash: a shard may have a million keys
     for item in items:
+        if isinstance(item, Note):
+            yield item
+            continue
         key = unique = f"{prefix}/{item.key}" if prefix and item.key else item.key
         number = seen.get(_hash(key), 0)
         while key and _hash(unique) in seen:

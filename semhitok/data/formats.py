@@ -91,7 +91,7 @@ def _what_else(head: bytes) -> str:
 def is_image_name(name: str) -> bool | None:
     """Whether a file's name is that of an image; None if the name does not tell, as it has no suffix or a number."""
     stem, dot, suffix = name.rpartition(".")
-    if not (stem and dot) or suffix.isdecimal():
+    if not (stem and dot and suffix) or suffix.isdecimal():
         return None
     return name.lower().endswith(SUFFIXES)
 

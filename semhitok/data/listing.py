@@ -130,7 +130,9 @@ def _entries(folder: str | os.PathLike[str]) -> list[tuple[os.DirEntry[str], boo
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     stems = {image_stem(entry.name) for entry in entries if is_image_name(entry.name) is not False}
-    return [(entry, entry.name.endswith(CAPTIONS) and entry.name[:-4] in stems) for entry in entries]
+    texts = {entry.name for entry in entries if entry.name.endswith(CAPTIONS)}
+    captions = {next(filter(texts.__contains__, (stem + suffix for suffix in CAPTIONS)), "") for stem in stems}
+    return [(entry, entry.name in captions) for entry in entries]
 
 
 def caption_file(path: str) -> str:

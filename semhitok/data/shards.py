@@ -329,8 +329,11 @@ def _member(tar: tarfile.TarFile, header: tarfile.TarInfo, texts: bool, passed_o
         file = tar.extractfile(header) if header.isreg() else None
         head = file.read(HEAD) if file else b""
         bare = is_image_content(head)
+        if not header.isreg():
+            passed_over(name, NOT_A_FILE)
+            return None
         if not bare and "." not in base:
-            passed_over(name, NOT_AN_IMAGE if header.isreg() else NOT_A_FILE)
+            passed_over(name, NOT_AN_IMAGE)
             return None
     image = bare or is_image(name)
     if not image and not is_text(name):

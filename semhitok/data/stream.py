@@ -45,6 +45,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 # Where a stream of `ShuffledShards` stands: in `epoch`, inside the block of shuffled items number `block`, after
 # `inside` of its items. The block begins in shard `shard` of the stream's order, after `offset` items of that shard.
 # `number` and `images` count the images used, in all and in this epoch, where the user of the stream counts them.
+EMPTY_EPOCHS = 10  # in a row; other epochs give a stream other shards
 START: dict[str, int] = {"epoch": 0, "shard": 0, "offset": 0, "block": 0, "inside": 0, "number": 0, "images": 0}
 
 
@@ -95,29 +96,38 @@ class ShuffledShards(Generic[T]):
         Raises:
             ValueError: an epoch without items.
         """
+        empty = 0
         while True:
             found = place["block"] > 0 or place["inside"] > 0
             for item, after in self.epoch(place):
                 found = True
                 yield item, after
-            if not found:
+            empty = 0 if found else empty + 1
+            if empty == EMPTY_EPOCHS:
                 raise self.empty_epoch(place["epoch"])
             place = {**place, "epoch": place["epoch"] + 1, "shard": 0, "offset": 0, "block": 0, "inside": 0}
 
     def empty_epoch(self, epoch: int, skipped: Sequence[str] = ()) -> ValueError:
-        """The error of an epoch in which nothing can be used."""
+        """The error of epochs in which nothing can be used."""
         shards = ", ".join(map(str, self.order(epoch)[:3]))
         first = f"; the first: {skipped[0]}" if skipped else ""
-        problem = f"expected an image that can be used, got none in an epoch of shards {shards}, ...{first}"
+        problem = (
+            f"expected a sample that can be used, got none in {EMPTY_EPOCHS} epochs of shards {shards}, ...{first}"
+        )
         return ValueError(f"data: {problem}")
 
     def _in_order(self, epoch: int, shard: int, offset: int) -> Iterator[tuple[T, int, int]]:
         """(item, its shard's number, items of that shard up to it) to the end of the epoch."""
+        begins, mine, last = shard == offset == 0, False, None
         for number, found in islice(enumerate(self.order(epoch)), shard, None):
             for count, item in enumerate(self.read(found, offset), offset + 1):
+                last = item, number, count
                 if not self.share_items or (count + number) % self.streams == self.stream:
-                    yield item, number, count
+                    mine = True
+                    yield last
             offset = 0
+        if begins and not mine and last is not None:  # fewer items than streams: those without one share the last
+            yield last
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from semhitok.data.listing import list_images, walk_images
 from semhitok.data.passed_over import PassedOver
 from semhitok.data.shards import ShardSample, expand_shards, read_reporting, read_shard, shards_in
 from semhitok.data.skipped import Skipped
-from semhitok.data.stream import START, Batches, Item, ShuffledShards, check_shards, generator, share_of
+from semhitok.data.stream import EMPTY_EPOCHS, START, Batches, Item, ShuffledShards, check_shards, generator, share_of
 
 
 class TrainingImages:
@@ -207,9 +207,11 @@ class TrainingImages:
         order = ShuffledShards(self.shards, read, self.config.shuffle_buffer, self.seed, stream, streams)
         epoch, number, images = (place[k] for k in ("epoch", "number", "images"))
         skipped: list[str] = []
+        empty = 0
         for sample, after in order.endless(place):
             if after["epoch"] != epoch:
-                if images == 0:
+                empty = empty + 1 if images == 0 else 0
+                if empty == EMPTY_EPOCHS:
                     raise order.empty_epoch(epoch, skipped)
                 epoch, images = after["epoch"], 0
             try:
@@ -232,7 +234,7 @@ class HeldOutBatches:
 
     Iterating yields (float32 [batch_size, 3, size, size] in [0, 1], count): the first `count` images are real,
     0 <= count <= batch_size; the rest repeat one of them, or are black if there is none. It raises ValueError if there
-    are no images, or if a shard is damaged or cannot be reached: every process would have to leave out the same.
+    are no images, or if a shard cannot be reached now: every process would have to leave out the same.
 
     Args:
         sources: as in `TrainingImages`.
@@ -257,7 +259,7 @@ class HeldOutBatches:
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        entries: Iterable[Path | ShardSample] = self.paths or _samples_in_order(self.shards)
+        entries: Iterable[Path | ShardSample] = self.paths or _samples_in_order(self.shards, self.skipped)
         return _held_out(entries, self.size, self.batch_size, self.rank, self.world_size, self.skipped)
 
 
@@ -285,12 +287,15 @@ def _padded(images: list[Tensor], size: int, batch_size: int) -> Tensor:
     return torch.stack(images + [padding] * (batch_size - len(images)))
 
 
-def _samples_in_order(shards: Sequence[str]) -> Iterator[ShardSample]:
+def _samples_in_order(shards: Sequence[str], skipped: Skipped) -> Iterator[ShardSample]:
     for url in shards:
         for sample in read_shard(url):
-            if sample.ends_shard:
+            if sample.transient:
                 raise ValueError(sample.problem)
-            yield sample
+            if sample.ends_shard:
+                skipped(sample.problem)
+            else:
+                yield sample
 
 
 def _find(sources: Sequence[str | os.PathLike[str]], rank: int) -> tuple[list[Path], list[str]]:

@@ -28,8 +28,7 @@ def read_labels(source: str | os.PathLike[str], names: Iterable[str]) -> list[st
         names: of the images, as `named_images` gives them.
 
     Raises:
-        ValueError: no valid file of labels, an image without a label or with two, or labels that `check_labels`
-            refuses.
+        ValueError: no valid file of labels, or an image without a label or with two.
         OSError: the file cannot be read.
     """
     names = list(names)
@@ -50,15 +49,19 @@ def read_labels(source: str | os.PathLike[str], names: Iterable[str]) -> list[st
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"labels: expected one for every image, {len(missing)} have none, such as {missing[0]}")
-    labels = [found[name] for name in names]
-    check_labels(labels)
-    return labels
+    return [found[name] for name in names]
+
+
+def probed(labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The numbers of the images whose label another one has, too; and the labels of one image, left out of probes."""
+    counts = Counter(labels)
+    return [n for n, label in enumerate(labels) if counts[label] > 1], [x for x, count in counts.items() if count == 1]
 
 
 def check_labels(labels: Sequence[str]) -> None:
     """Raise ValueError unless there are at least 2 labels, each of at least 2 images."""
     counts = Counter(labels)
-    label, fewest = min(counts.items(), key=lambda item: item[1])
+    label, fewest = min(counts.items(), key=lambda item: item[1], default=("", 0))
     if len(counts) < 2 or fewest < 2:
         found = f"{len(counts)}, of {label!r} {fewest}"
         raise ValueError(f"labels: expected at least 2, each of at least 2 images, got {found}")

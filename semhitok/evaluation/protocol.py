@@ -32,7 +32,7 @@ from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import SMALLEST, sliced_wasserstein
 from semhitok.evaluation.named_images import check_same_names, named_images
 from semhitok.evaluation.page import html
-from semhitok.evaluation.probes import check_labels, folds_of, probe, probe_ids, read_labels
+from semhitok.evaluation.probes import check_labels, folds_of, probe, probe_ids, probed, read_labels
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
 
@@ -142,7 +142,8 @@ class _Evaluation:
         if len(images) < 2:
             raise ValueError(f"images: expected at least 2, got {len(images)}")
         self.device, self.passed_over = device, passed_over
-        label_of = dict(zip(images, read_labels(labels, images), strict=True)) if labels is not None else {}
+        label_of = {} if labels is None else dict(zip(images, read_labels(labels, images), strict=True))
+        _check_probed(list(label_of.values()))
         self.folder = EvaluationFolder(out)
         self.metrics = PairMetrics(features, device)
         self.protocol, self.skipped = self.folder.store_references(
@@ -150,6 +151,7 @@ class _Evaluation:
         )
         self.names = [name for name in images if name not in self.skipped]
         self.labels = [label_of[name] for name in self.names] if label_of else None
+        self.probed, self.left_out = probed(self.labels or [])
 
     def run(
         self, subject: dict[str, Any], compute: Callable[[list[str]], dict[str, Tensor]], usage: CodeUsage | None = None
@@ -166,7 +168,8 @@ class _Evaluation:
             figures = measured.figures | {"sliced_wasserstein": self._sliced_wasserstein()}
             for name, rows in measured.pooled.items():
                 assert self.labels is not None
-                found = (probe if rows.is_floating_point() else probe_ids)(rows, self.labels)
+                labels = [self.labels[n] for n in self.probed]
+                found = (probe if rows.is_floating_point() else probe_ids)(rows[self.probed], labels)
                 figures |= {f"{kind}[{name}]": share for kind, share in found.items()}
             if "bits_per_pixel" in subject:
                 figures["bits_per_pixel"] = subject["bits_per_pixel"]
@@ -174,6 +177,7 @@ class _Evaluation:
             images = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
             messages = [self.passed_over.summary()] if self.passed_over.counts else []
             messages += [f"skipped: {reason}" for reason in self.skipped.values()]
+            messages += [f"labels: {label!r} has one image and is left out of the probes" for label in self.left_out]
             messages += [str(w.message) for w in caught if w.category is UserWarning]
             report = {
                 "subject": subject, "figures": figures, "absent": self.metrics.absent, "warnings": messages,
@@ -206,11 +210,20 @@ def _protocol(count: int, size: int, labels: Sequence[str]) -> dict[str, Any]:
         "sliced_wasserstein_images": min(count, _SLICED),
     }
     if labels:
-        check_labels(labels)
+        labels = _check_probed(labels)
         counts = Counter(labels)
         split = f"stratified {folds_of(labels)}-fold, shuffled by seed 0"
         protocol["probes"] = {"split": split, "classes": len(counts), "largest_class": max(counts.values()) / count}
     return protocol
+
+
+def _check_probed(labels: Sequence[str]) -> list[str]:
+    """The labels that are probed; ValueError if there are some, but too few of these."""
+    chosen, _ = probed(labels)
+    found = [labels[n] for n in chosen]
+    if labels:
+        check_labels(found)
+    return found
 
 
 def _versions(device: torch.device) -> dict[str, str]:

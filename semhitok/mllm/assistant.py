@@ -121,9 +121,19 @@ class Assistant:
         """
         if len(questions) != len(images):
             raise ValueError(f"images: expected {len(questions)}, one for each question, got {len(images)}")
-        pairs = zip(images, questions, strict=True)
-        rows = [prompts.understanding(self.text_tokenizer, self.model.vocabulary, *pair) for pair in pairs]
+        rows = [self.question_ids(*pair) for pair in zip(questions, images, strict=True)]
         return self._write(rows, max_new_tokens, sampling, seed)
+
+    def question_ids(self, question: str, image: Tensor) -> list[int]:
+        """The prompt for a question about an image; ValueError if it leaves no room for an answer."""
+        ids = prompts.understanding(self.text_tokenizer, self.model.vocabulary, image, question)
+        self._check_room(len(ids))
+        return ids
+
+    def _check_room(self, length: int) -> None:
+        positions = self.model.config.positions
+        if positions is not None and length >= positions:
+            raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {length}")
 
     def reply(
         self,
@@ -201,9 +211,8 @@ class Assistant:
         if not rows:
             return []
         positions, longest = self.model.config.positions, max(map(len, rows))
+        self._check_room(longest)
         if positions is not None:
-            if longest >= positions:
-                raise ValueError(f"prompt: expected fewer than {positions} ids, the model's positions, got {longest}")
             limit = min(limit, positions - longest)
         answers = generate(
             self.model, rows, max_new_tokens=limit, sampling=sampling, images=False, eos_id=self.end,

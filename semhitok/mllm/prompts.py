@@ -135,7 +135,10 @@ class _Writer:
     def render(self, messages: Sequence[Message], ask: bool) -> str:
         template = self.text_tokenizer.chat_template or PLAIN
         options = {"tokenize": False, "add_generation_prompt": ask, "chat_template": template}
-        return self.text_tokenizer.apply_chat_template(list(messages), **options)
+        try:
+            return self.text_tokenizer.apply_chat_template(list(messages), **options)
+        except require("jinja2", "mllm").TemplateError as error:  # such as two questions without an answer between
+            raise ValueError(f"chat_template: {error}") from None
 
     def write(self, text: str, learnt: bool, *, first_only: bool = False, markers: bool = True) -> None:
         """Add `text`. `first_only`: only its first id is learnt. `markers`: `<image>` stands for an image."""

@@ -31,7 +31,7 @@ from semhitok.mllm.model import UnifiedMLLMConfig
 from semhitok.mllm.packing import Packed, Sample, join, pack
 from semhitok.mllm.sources import Record, Source
 
-_BAD_IN_A_ROW = 1000  # records that cannot be used, after which training gives up
+BAD_IN_A_ROW = 100_000  # records that cannot be used, after which training gives up
 
 
 class WrongCodebook(ValueError):
@@ -312,7 +312,7 @@ class _RowStream:
             except (ValueError, OSError) as error:
                 self.skipped.append(message(error))
                 bad += 1
-                if bad == _BAD_IN_A_ROW:
+                if bad == BAD_IN_A_ROW:
                     raise ValueError(f"data: {bad} records in a row cannot be used; the last: {error}") from None
                 continue
             bad, first = 0, number

@@ -106,8 +106,8 @@ class Records:
             index = int(self._order(seed, epoch)[position])
             record = self._record(index)
             if isinstance(record, Mapping):
-                known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash, "folder": self.folder}
-                record = {**known, **record}
+                known = {"name": f"record {index + 1}", "codebook_hash": self.codebook_hash}
+                record = {**known, **record, "folder": self.folder}  # a record does not say where its images are
             elif not isinstance(record, (Sample, ValueError)):
                 record = ValueError(f"record {index + 1}: expected an object, got {type(record).__name__}")
             yield record, drawn

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from semhitok._files import parse_json
+from semhitok.data.captions import clean, decode_text
 from semhitok.data.skipped import Skipped
 
 NAMED = 3  # missing files that a message lists
@@ -36,8 +39,8 @@ def image_folder(data: Path, given: Path | None, *names: str) -> Path:
     raise FileNotFoundError(f"{base}: expected the images in {names[0]} there, or --images, found none")
 
 
-def read_lines(path: Path, skipped: Skipped) -> Iterator[tuple[Any, str]]:
-    """The JSON value in each line of a file, and the name of the line in messages. Other lines are skipped."""
+def read_lines(path: Path, skipped: Skipped) -> Iterator[tuple[int, Any, str]]:
+    """The number of each line of a file, from 1, its JSON value, and its name in messages. Other lines are skipped."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
             where = f"{path}: line {number}"
@@ -46,24 +49,64 @@ def read_lines(path: Path, skipped: Skipped) -> Iterator[tuple[Any, str]]:
             except ValueError as error:
                 skipped(f"{where}: expected JSON, got {error}")
                 continue
-            yield row, where
+            yield number, row, where
 
 
-def field(row: Any, key: str, where: str, kinds: type | tuple[type, ...] = str) -> Any:
-    """row[key], a value of these types; `where` names the row in the ValueError if there is none."""
+def read_items(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """The items of the JSON object in a file; of a key that comes again the first counts, and the others are skipped.
+
+    Raises:
+        ValueError: there is no object.
+    """
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal pairs
+        pairs = found  # at the end, those of the outermost object
+        return dict(found)
+
+    _object(path, keep)
+    seen: set[str] = set()
+    for key, value in pairs:
+        if key in seen:
+            skipped(f"{path}: {key}: expected once, got it again")
+        else:
+            seen.add(key)
+            yield key, value
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, with U+FFFD for bytes that are not UTF-8; ValueError if there is none."""
+    return _object(path, dict)
+
+
+def _object(path: Path, make: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        content = json.loads(decode_text(path.read_bytes()), object_pairs_hook=make)
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON, got values nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def field(row: Any, key: str, kinds: type | tuple[type, ...] = str) -> Any:
+    """row[key], clean text or another of these types; ValueError if there is none."""
     if not isinstance(row, dict) or key not in row:
         got = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: expected an object with {key!r}, got {got!s:.80}")
+        raise ValueError(f"expected an object with {key!r}, got {got!s:.80}")
     value = row[key]
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ValueError(f"{where}: {key}: expected {expected}, got {value!r:.80}")
-    return value
+        raise ValueError(f"{key}: expected {expected}, got {value!r:.80}")
+    return clean(value)
 
 
 def check_any_exists(paths: Iterable[Path]) -> None:
     """Raise FileNotFoundError if every file is missing; single ones are skipped where they are read."""
     names = list(dict.fromkeys(paths))
-    if names and not any(path.is_file() for path in names):
+    if names and not any(map(os.path.isfile, names)):
         more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise FileNotFoundError(f"images: all missing: {', '.join(map(str, names[:NAMED]))}{more}")

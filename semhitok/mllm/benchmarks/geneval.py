@@ -22,9 +22,11 @@ def draw(run: Run) -> Scores:
     """
     path, *_ = data_files(run.data, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
     jobs, rows, skipped = [], [], Skipped()
-    for n, (row, where) in enumerate(read_lines(path, skipped)):
-        with skipped.errors():
-            caption, folder = field(row, "prompt", where), run.out / "images" / f"{n:05}"
+    for number, row, where in read_lines(path, skipped):
+        with skipped.errors(where):
+            n, caption = number - 1, field(row, "prompt")
+            run.assistant.caption_ids(caption)
+            folder = run.out / "images" / f"{n:05}"
             for k in range(SAMPLES):
                 jobs.append(Job(folder / "samples" / f"{k:05}.png", caption, run.seed + SAMPLES * n + k))
             rows.append((folder, row))

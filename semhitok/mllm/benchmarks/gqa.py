@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok._files import read_object
 from semhitok.data.skipped import Skipped
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_items
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
@@ -16,14 +15,14 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     folder = image_folder(data, images, "images")
     (path,) = data_files(data, "testdev_balanced_questions.json")
     questions = []
-    for id_, row in read_object(path).items():
+    for id_, row in read_items(path, skipped):
         where = f"{path}: {id_}"
-        with skipped.errors():
-            image = folder / f"{field(row, 'imageId', where)}.jpg"
+        with skipped.errors(where):
+            image = folder / f"{field(row, 'imageId')}.jpg"
             types = row.get("types")
             category = types.get("structural", "") if isinstance(types, dict) else ""
-            gold = field(row, "answer", where)
-            questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, str(category)))
+            gold = field(row, "answer")
+            questions.append(Question(id_, image, field(row, "question") + SHORT, gold, str(category)))
     return questions
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from semhitok._files import read_object
 from semhitok._messages import progress
 from semhitok.data.images import read_resized, to_uint8
 from semhitok.data.skipped import Skipped
 from semhitok.evaluation.fixed_batches import exact, rows_in_order
 from semhitok.evaluation.frechet import FeatureStatistics, feature_network, frechet_distance
 from semhitok.mllm.assistant import Job
-from semhitok.mllm.benchmarks.files import check_any_exists, data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import check_any_exists, data_files, field, image_folder, read_items
 from semhitok.mllm.benchmarks.questions import Scores
 from semhitok.mllm.benchmarks.run import SKIPPED, Run
 
@@ -29,12 +28,13 @@ def draw(run: Run) -> Scores:
     folder = image_folder(run.data, run.images, "mjhq30k_imgs")
     path, *_ = data_files(run.data, "meta_data.json")
     jobs, references, skipped = [], [], Skipped()
-    for n, (id_, row) in enumerate(read_object(path).items()):
-        with skipped.errors():
-            category, caption = (field(row, key, f"{path}: {id_}") for key in ("category", "prompt"))
+    for n, (id_, row) in enumerate(read_items(path, skipped)):
+        with skipped.errors(f"{path}: {id_:.80}"):
+            category, caption = (field(row, key) for key in ("category", "prompt"))
             for key, value in (("id", id_), ("category", category)):
-                if not re.fullmatch(r"[\w\- ]+", value):
-                    raise ValueError(f"{path}: {key}: expected letters and digits, got {value!r:.80}")
+                if not re.fullmatch(r"[\w\- ]{1,60}", value):
+                    raise ValueError(f"{key}: expected at most 60 letters and digits, got {value!r:.80}")
+            run.assistant.caption_ids(caption)
             jobs.append(Job(run.out / "images" / category / f"{id_}.png", caption, run.seed + n))
             references.append(folder / category / f"{id_}.jpg")
     check_any_exists(references)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from semhitok._files import read_text
+from semhitok._messages import warn
+from semhitok.data.formats import is_image_name
 from semhitok.data.skipped import Skipped
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, by_category, percentage
 
@@ -14,6 +16,7 @@ PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SUBTASKS = (*PERCEPTION, *COGNITION)
 
 
 def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
@@ -24,14 +27,19 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     if images is not None:
         raise ValueError(f"--images: expected none, as they lie beside the questions, got {images}")
     questions = []
-    for subtask in (*PERCEPTION, *COGNITION):
+    for folder in sorted(path for path in data.iterdir() if path.is_dir() and path.name not in SUBTASKS):
+        warn(f"{folder}: passed over, as it is no subtask")
+    for subtask in SUBTASKS:
         folder = data / subtask
         if not folder.is_dir():
             continue
         inner = (folder / "questions_answers_YN").is_dir()
         texts, pictures = (folder / "questions_answers_YN", folder / "images") if inner else (folder, folder)
-        files = {path.stem: path for path in sorted(pictures.iterdir()) if path.suffix in (".jpg", ".png", ".jpeg")}
-        for path in sorted(texts.glob("*.txt")):
+        files: dict[str, Path] = {}
+        for path in sorted(pictures.iterdir()) if pictures.is_dir() else []:
+            if is_image_name(path.name) and files.setdefault(path.stem, path) != path:
+                skipped(f"{path}: expected one image of a name, used is {files[path.stem].name}")
+        for path in sorted(path for path in texts.iterdir() if path.suffix.lower() == ".txt"):
             with skipped.errors():
                 image = files.get(path.stem, pictures / f"{path.stem}.jpg")
                 for n, (text, gold) in enumerate(_two_questions(path)):
@@ -43,7 +51,7 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
 
 def _two_questions(path: Path) -> list[tuple[str, str]]:
     """The questions in a file, and yes or no for each. Accuracy+ needs both, so an error costs both."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in read_text(path).removeprefix("\ufeff").splitlines() if line.strip()]
     if len(lines) != 2:
         raise ValueError(f"{path}: expected two questions, got {len(lines)}")
     found = []

@@ -16,14 +16,14 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     questions = []
     for path in data_files(data, "coco_pope_*.json", "coco/coco_pope_*.json"):
         category = path.stem.removeprefix("coco_pope_")
-        for row, where in read_lines(path, skipped):
-            with skipped.errors():
-                label = field(row, "label", where)
+        for _, row, where in read_lines(path, skipped):
+            with skipped.errors(where):
+                label = field(row, "label")
                 if label not in ("yes", "no"):
-                    raise ValueError(f"{where}: label: expected yes or no, got {label!r}")
-                id_ = f"{category}/{field(row, 'question_id', where, (int, str))}"
-                image = folder / field(row, "image", where)
-                questions.append(Question(id_, image, field(row, "text", where) + SHORT, label, category))
+                    raise ValueError(f"label: expected yes or no, got {label!r}")
+                id_ = f"{category}/{field(row, 'question_id', (int, str))}"
+                image = folder / field(row, "image")
+                questions.append(Question(id_, image, field(row, "text") + SHORT, label, category))
     return questions
 
 

@@ -90,7 +90,7 @@ class Run:
             for number, line in enumerate(content[:end].splitlines(), start=1):
                 try:
                     row = parse_json(line)
-                    id_, answer = field(row, "id", ""), field(row, "answer", "")
+                    id_, answer = field(row, "id"), field(row, "answer")
                 except ValueError:
                     raise ValueError(f"{path}: line {number}: expected an answer, got {line!r:.80}") from None
                 if id_ not in known or id_ in answers:
@@ -111,14 +111,21 @@ class Run:
         return answers
 
     def _read(self, questions: Sequence[Question], skipped: Skipped) -> tuple[list[Question], list[Tensor]]:
-        """The questions whose images can be read, and those."""
-        asked: list[Question] = []
+        """The questions that can be asked about images that can be read, and those."""
+        found: list[Question] = []
         pixels: list[Tensor] = []
         for question in questions:
             with skipped.errors(f"question {question.id}"):
                 pixels.append(read_resized(question.image, self.assistant.image_size))
+                found.append(question)
+        asked: list[Question] = []
+        images: list[Tensor] = []
+        for question, image in zip(found, self.assistant.encode(torch.stack(pixels)) if pixels else [], strict=True):
+            with skipped.errors(f"question {question.id}"):
+                self.assistant.question_ids(question.text, image)
                 asked.append(question)
-        return asked, self.assistant.encode(torch.stack(pixels)) if pixels else []
+                images.append(image)
+        return asked, images
 
     def draw(self, jobs: Sequence[Job]) -> None:
         """Draw the pictures whose files do not exist yet.
@@ -158,7 +165,7 @@ class Questions(NamedTuple):
         answers = run.ask(questions, skipped)
         answered = [question for question in questions if question.id in answers]
         if not answered:
-            raise ValueError(f"images: none of {len(questions)} questions has one that can be read")
+            raise ValueError(f"none of {len(questions)} questions could be asked about an image that can be read")
         scores = self.score(answered, [answers[q.id] for q in answered])
         if skipped:
             scores = {**scores, SKIPPED: float(len(skipped))}

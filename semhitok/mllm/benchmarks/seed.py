@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semhitok._files import read_object
 from semhitok.data.skipped import Skipped
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_content
 from semhitok.mllm.benchmarks.questions import LETTER, Question, Scores, accuracies
 
 CHOICES = ("a", "b", "c", "d")
@@ -18,24 +17,27 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     """Image questions of {"questions": [{"question_id", "question", "choice_a", ..., "answer", "data_id", ...}]}."""
     folder = image_folder(data, images, "SEED-Bench-image", "images")
     (path,) = data_files(data, "SEED-Bench.json")
-    content = read_object(path)
+    content = read_content(path)
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
     questions = []
-    for number, row in enumerate(field(content, "questions", str(path), list), start=1):
+    for number, row in enumerate(field(content, "questions", list), start=1):
         where = f"{path}: questions, number {number}"
-        with skipped.errors():
-            id_ = str(field(row, "question_id", where, (int, str)))
-            if row.get("data_type", "image") != "image":
+        with skipped.errors(where):
+            id_ = str(field(row, "question_id", (int, str)))
+            kind = row.get("data_type") or "image"
+            if kind == "video":
                 continue
-            choices = {c.upper(): str(field(row, f"choice_{c}", where, (str, int, float))) for c in CHOICES}
-            gold = field(row, "answer", where)
+            if kind != "image":
+                raise ValueError(f"data_type: expected image or video, got {kind!r:.80}")
+            choices = {c.upper(): str(field(row, f"choice_{c}", (str, int, float))) for c in CHOICES}
+            gold = field(row, "answer")
             if gold not in choices:
-                raise ValueError(f"{where}: answer: expected one of {', '.join(choices)}, got {gold!r}")
-            text = "\n".join([field(row, "question", where), *(f"{letter}. {c}" for letter, c in choices.items())])
-            kind = str(row.get("question_type_id"))
-            image = folder / str(field(row, "data_id", where, (int, str)))
-            questions.append(Question(id_, image, text + LETTER, (gold, choices), names.get(kind, kind)))
+                raise ValueError(f"answer: expected one of {', '.join(choices)}, got {gold!r}")
+            text = "\n".join([field(row, "question"), *(f"{letter}. {c}" for letter, c in choices.items())])
+            category = str(row.get("question_type_id"))
+            image = folder / str(field(row, "data_id", (int, str)))
+            questions.append(Question(id_, image, text + LETTER, (gold, choices), names.get(category, category)))
     return questions
 
 

@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from semhitok._files import read_object
 from semhitok.data.skipped import Skipped
-from semhitok.mllm.benchmarks.files import data_files, field, image_folder
+from semhitok.mllm.benchmarks.files import data_files, field, image_folder, read_content
 from semhitok.mllm.benchmarks.questions import SHORT, Question, Scores, accuracies
 
 
@@ -17,15 +16,15 @@ def load(data: Path, images: Path | None, skipped: Skipped) -> list[Question]:
     folder = image_folder(data, images, "train_images", "images")
     (path,) = data_files(data, "TextVQA_0.5.1_val.json")
     questions = []
-    for number, row in enumerate(field(read_object(path), "data", str(path), list), start=1):
+    for number, row in enumerate(field(read_content(path), "data", list), start=1):
         where = f"{path}: data, number {number}"
-        with skipped.errors():
-            id_ = str(field(row, "question_id", where, (int, str)))
-            gold = field(row, "answers", where, list)
+        with skipped.errors(where):
+            id_ = str(field(row, "question_id", (int, str)))
+            gold = field(row, "answers", list)
             if len(gold) != 10 or not all(isinstance(answer, str) for answer in gold):
-                raise ValueError(f"{where}: answers: expected ten texts, got {gold!r:.80}")
-            image = folder / f"{field(row, 'image_id', where)}.jpg"
-            questions.append(Question(id_, image, field(row, "question", where) + SHORT, gold, ""))
+                raise ValueError(f"answers: expected ten texts, got {gold!r:.80}")
+            image = folder / f"{field(row, 'image_id')}.jpg"
+            questions.append(Question(id_, image, field(row, "question") + SHORT, gold, ""))
     return questions
 
 
