@@ -213,7 +213,11 @@ def _protocol(count: int, size: int, labels: Sequence[str]) -> dict[str, Any]:
         labels = _check_probed(labels)
         counts = Counter(labels)
         split = f"stratified {folds_of(labels)}-fold, shuffled by seed 0"
-        protocol["probes"] = {"split": split, "classes": len(counts), "largest_class": max(counts.values()) / count}
+        protocol["probes"] = {
+            "split": split,
+            "classes": len(counts),
+            "largest_class": max(counts.values()) / len(labels),
+        }
     return protocol
 
 

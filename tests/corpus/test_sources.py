@@ -118,6 +118,25 @@ def test_captions_of_columns(run):
         encode("lists.parquet", out="none", config=EncodingConfig(caption="title"))
 
 
+@pytest.mark.parametrize("column", ["caption", "id"])
+def test_a_bad_byte_in_a_dictionary_costs_a_column_and_no_image(column):
+    """A dictionary holds the text of many rows: it is checked as a whole, before any row is read."""
+    offsets = pa.array(["a", "cafe", "b"]).buffers()[1]
+    words = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"acaf\xe9b")])
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0, 2]), words)
+    table = pa.table({"image": [image(n) for n in range(5)], column: texts})
+    pq.write_table(table, "bad.parquet", row_group_size=5)
+    summary, found = encode("bad.parquet")
+    assert (summary.images, summary.skipped) == (5, 0)
+    notes = lines("notes.jsonl")
+    if column == "caption":
+        assert found == [(str(n), None) for n in range(5)] and summary.captions_left_out == 5
+        assert len(notes) == 5 and all("cannot read column caption" in json.dumps(note) for note in notes)
+    else:
+        assert [key for key, _ in found] == [f"bad.parquet/{n}" for n in range(5)]
+        assert len(notes) == 1 and "rows 0 to 4 have no key: cannot read column id" in json.dumps(notes[0])
+
+
 def test_captions_of_shards(run):
     half = b'{"caption": "nice \\ud83d", "title": "t"}'
     write_tar("a.tar", ("0.png", image()), ("0.json", half), ("1.png", image(1)), ("1.json", b"{"), ("2.txt", b"x"))

@@ -179,19 +179,20 @@ def test_images_without_a_suffix_are_known_by_their_content(tmp_path):
         ("photo", heads["jpeg"]), ("photo.txt", b"of photo"), ("README", b"about"), ("empty", b""),
         ("scan.000", heads["png"]), ("scan.001", heads["png"] + bytes(9000)), ("scan.001.txt", b"of 1"),
         ("array.000", b"\x93NUMPY"), ("x.jpg", b"x"), ("x", heads["png"]), (".hidden", heads["png"]),
-        special("link", tarfile.SYMTYPE, "photo"),
+        special("link", tarfile.SYMTYPE, "photo"), special("scan.002", tarfile.LNKTYPE, "scan.000"),
+        special("scan.003", tarfile.FIFOTYPE), ("scan.", heads["png"]),
     )  # fmt: skip
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     found = list(shards.read_shard(str(path), texts=True, passed_over=passed))
     assert [(sample.key, len(sample.data), dict(sample.texts)) for sample in found] == [
         ("photo", 3, {"txt": b"of photo"}), ("scan.000", 8, {}), ("scan.001", 9008, {"txt": b"of 1"}),
-        ("array", 0, {}), ("x", 1, {}), ("x", 0, {}),
+        ("array", 0, {}), ("x", 1, {}), ("x", 0, {}), ("scan.", 8, {}),
     ]  # fmt: skip
     assert [sample.problem.partition(": ")[2] for sample in found if sample.problem] == [
         "array: no image among 000", "x: x: another image of the sample; x.jpg is used",
     ]  # fmt: skip
-    assert passed.counts == {"of no image format": 2, "hidden or the system's": 1, "not a file": 1}
+    assert passed.counts == {"of no image format": 2, "hidden or the system's": 1, "not a file": 3}
     assert shards.first_key(str(path)) == "photo"
     path.write_bytes(tar_of(("README", b"about"), (".x.png", b""), ("scan.000", heads["png"])))
     assert shards.first_key(str(path)) == "scan.000"

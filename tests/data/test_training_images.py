@@ -549,7 +549,7 @@ def test_an_epoch_without_images_is_an_error(tmp_path, workers):
     paths = [write_tar(tmp_path / "a.tar", [("a.txt", b"")]), write_tar(tmp_path / "b.tar", [])]
     batches = TrainingImages(paths, 8, DataConfig(workers=workers), 0).batches(2, 1)
     with pytest.raises(
-        ValueError, match=r"^data: expected an image that can be used, got none in an epoch of shards .*\.tar"
+        ValueError, match=r"^data: expected a sample that can be used, got none in 10 epochs of shards .*: no image"
     ):
         next(batches)
 
@@ -560,8 +560,23 @@ def test_an_epoch_without_images_after_a_good_one_is_an_error(tmp_path):
     batches = TrainingImages([path], 8, DataConfig(), 0).batches(2, 2)
     next(batches)
     write_tar(path, [("a.txt", b"")])
-    with pytest.raises(ValueError, match="got none in an epoch of shards"):
+    with pytest.raises(ValueError, match=r"got none in 10 epochs of shards .*; the first: .*a: no image among txt"):
         next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reader_whose_shards_are_all_bad_gets_others_in_the_next_epoch(tmp_path, workers, capfd):
+    """Which shards a reader has changes from epoch to epoch: two bad ones of three do not end the run."""
+    pytest.importorskip("webdataset")
+    good = write_tar(tmp_path / "good.tar", grey_members(0, 3))
+    bad = [tmp_path / f"{n}.tar" for n in range(3)]
+    for path in bad:
+        path.write_bytes(b"no archive" * 100)
+    data = TrainingImages([good, *bad], 8, DataConfig(**{**vars(WHOLE), "workers": workers}), 0)
+    batches = data.batches(2, 1)
+    assert {grey for _ in range(12) for micro in next(batches) for grey in greys(micro.images)} == {0, 1, 2}
+    batches.close()
+    assert len(data.skipped) == capfd.readouterr().err.count("cannot read the shard after 0 samples") == 3
 
 
 def test_what_shards_cannot_do_is_said_before_training(shards, pictures, tmp_path):
@@ -708,14 +723,14 @@ def test_held_out_padding_and_unreadable_images(pictures, tmp_path, capsys):
     assert capsys.readouterr().err.count("bad.png") == 1
 
 
-def test_held_out_images_are_read_lazily_and_shards_must_be_whole(pictures, tmp_path):
+def test_held_out_images_are_read_lazily_and_a_damaged_shard_up_to_the_damage(pictures, tmp_path, capfd):
     pytest.importorskip("webdataset")
     path = write_tar(tmp_path / "a.tar", grey_members(0, 6))
     damage_header(path)
     batches = iter(HeldOutBatches([path], 8, 2))
     assert greys(next(batches)[0]) == [0, 1]
-    with pytest.raises(ValueError, match=r"a\.tar: cannot read the shard after 3 samples"):
-        list(batches)
+    assert [(greys(images)[0], count) for images, count in batches] == [(2, 1)]
+    assert capfd.readouterr().err.count("a.tar: cannot read the shard after 3 samples") == 1
     with pytest.raises(ValueError, match="no images found"):
         list(HeldOutBatches([write_tar(tmp_path / "empty.tar", [])], 8, 2))
     with pytest.raises(FileNotFoundError):

@@ -33,7 +33,7 @@ from semhitok.evaluation.held_out import evaluate_held_out
 from semhitok.evaluation.measure import PairMetrics, measure, tokenizer_rows
 from semhitok.evaluation.metrics import METRICS, Metric, psnr, quick_functions
 from semhitok.evaluation.named_images import named_images
-from semhitok.evaluation.probes import probe, probe_ids, read_labels
+from semhitok.evaluation.probes import check_labels, probe, probe_ids, probed, read_labels
 from semhitok.models.squeezenet import SqueezeNetDistance
 from semhitok.tokenizer import SemHiTok
 from semhitok.usage import CodeUsage
@@ -460,6 +460,19 @@ def test_unreadable_images_are_left_out_by_name(run, checkpoint, evaluated, phot
     assert code == 3 and report_of(tmp_path / "again")["protocol"]["images"] == COUNT
 
 
+def test_a_label_of_one_image_is_left_out_of_the_probes(run, checkpoint, photos, tmp_path):
+    for name in ("a/0", "a/1", "b/0", "b/1", "b/2", "c/0"):
+        path = tmp_path / "few" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "a" / f"no {name[-1]}.png", path)
+    (tmp_path / "few" / "c" / "bad.png").write_text("words")
+    code, _, err = run("eval", checkpoint, tmp_path / "few", "--out", tmp_path / "out", "--labels", "folders")
+    assert code == 3 and any("labels: 'c' has one image and is left out of the probes" in line for line in err)
+    report = report_of(tmp_path / "out")
+    assert len(report["images"]) == 6 and report["protocol"]["probes"]["classes"] == 2
+    assert report["protocol"]["probes"]["largest_class"] == 3 / 5
+
+
 def test_labels_from_files(tmp_path):
     names = ["a/x.y", "b"]
     (tmp_path / "l.csv").write_text('a/x.y.png,cat\n"b",dog\nother.png,cat\nb,dog\n')
@@ -468,9 +481,11 @@ def test_labels_from_files(tmp_path):
     (tmp_path / "many.csv").write_text("".join(f"{name}.png,{name[0]}\n" for name in many))
     assert read_labels(tmp_path / "many.csv", many) == ["a", "a", "b", "b"]
     assert read_labels("folders", ["x/1", "y/z/2", "y/3", "x/4"]) == ["x", "y", "y", "x"]
-    for source in ("l.csv", "l.json"):
+    assert [read_labels(tmp_path / source, names) for source in ("l.csv", "l.json")] == [["cat", "dog"], ["1", "2"]]
+    assert probed(["a", "b", "a", "c", "c"]) == ([0, 2, 3, 4], ["b"])
+    for too_few in ([], ["a"], ["a", "b"], ["a", "a", "b"]):
         with pytest.raises(ValueError, match="at least 2, each of at least 2 images"):
-            read_labels(tmp_path / source, names)
+            check_labels([too_few[n] for n in probed(too_few)[0]])
     for text, error in (
         ("a0,a\na1,a\nb0,b\n", "1 have none, such as b1"),
         ("a0,a\na0,b\n", "one label for a0, got a and b"),

@@ -106,6 +106,12 @@ def test_gqa(tmp_path, capsys):
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
     problems = ["json: 205: question: expected str, got None", "json: 206: expected an object with 'imageId', got str"]
     assert_left_out(capsys, gqa, tmp_path, None, ["201", "202", "203", "204"], problems)
+    # JSON's own way would be that the last of equal keys counts; and a byte that is not UTF-8 is one of a question
+    row = b'{"imageId": "n1", "question": "caf\xe9?", "answer": "\\ud800"}'
+    (tmp_path / "testdev_balanced_questions.json").write_bytes(b'{"1": %b, "2": %b, "1": {}}' % (row, row))
+    assert_left_out(capsys, gqa, tmp_path, None, ["1", "2"], ["questions.json: 1: expected once, got it again"])
+    first, _ = gqa.load(tmp_path, None, Skipped())
+    assert first.text == f"caf\ufffd?{SHORT}" and first.gold == "\ufffd"
 
 
 def test_mme(tmp_path, capsys):
@@ -136,6 +142,18 @@ def test_mme(tmp_path, capsys):
     assert_left_out(capsys, mme, tmp_path, None, ids, [problem])
     (tmp_path / "existence" / "a.txt").write_bytes(b"Is it?\tYes\n\xff\tNo\n")
     assert_left_out(capsys, mme, tmp_path, None, ids, ["a.txt: expected UTF-8 text, got other bytes"])
+    (tmp_path / "existence" / "a.txt").rename(tmp_path / "existence" / "a.TXT")
+    (tmp_path / "existence" / "a.TXT").write_text("\ufeffIs it?\tYes\nIs it not?\tNo\n")
+    picture(tmp_path / "existence" / "a.bmp")
+    (tmp_path / "Existence").mkdir()
+    (tmp_path / "landmark" / "images").rename(tmp_path / "landmark" / "pictures")
+    capsys.readouterr()
+    skipped = Skipped()
+    questions = mme.load(tmp_path, None, skipped)
+    assert questions[0].text == "Is it?" + SHORT and questions[0].image.name == "a.bmp" and len(questions) == 12
+    err = capsys.readouterr().err
+    assert "Existence: passed over, as it is no subtask" in err and len(skipped) == 1
+    assert "a.jpg: expected one image of a name, used is a.bmp" in err
     with pytest.raises(ValueError, match="expected folders of subtasks"):
         load(mme, tmp_path / "existence")
 
@@ -203,7 +221,7 @@ def test_textvqa(tmp_path, capsys):
     problems = [f"{n}: answers: expected ten texts, got {got}" for n, got in enumerate(("['a']", "[1, 1"), start=1)]
     assert_left_out(capsys, textvqa, tmp_path, None, ["34602"], problems)
     (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": {}}))
-    with pytest.raises(ValueError, match=r"val\.json: data: expected list, got \{\}"):
+    with pytest.raises(ValueError, match=r"data: expected list, got \{\}"):
         load(textvqa, tmp_path)
 
 
@@ -288,8 +306,29 @@ def test_questions_about_unreadable_images_are_left_out(assistant, tmp_path, cap
     assert "question 0: expected once, got it again as number 8" in capsys.readouterr().err
     for path in (data / "images").iterdir():
         path.write_text("hello")
-    with pytest.raises(ValueError, match="none of 7 questions has one that can be read"):
+    with pytest.raises(ValueError, match="none of 7 questions could be asked about an image that can be read"):
         benchmarks.evaluate("gqa", data, assistant, tmp_path / "none")
+
+
+def test_questions_that_cannot_be_asked_are_left_out(assistant, tmp_path, capsys):
+    write_pope(tmp_path)
+    (path,) = tmp_path.glob("*random.json")
+    first = json.loads(path.read_text().splitlines()[0])
+    texts = ["is it ? " * 200, "<image> is it ?", "\ud800 is it ?", "is it ?"]
+    rows = [first | {"question_id": n, "text": text} for n, text in enumerate(texts)]
+    rows += [first | {"question_id": 4, "image": "x" * 300 + ".jpg"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = benchmarks.evaluate("pope", path, assistant, tmp_path / "out", images=tmp_path / "val2014", batch_size=4)
+    assert scores["skipped"] == 3
+    assert [row["id"] for row in rows_of(tmp_path / "out" / "answers.jsonl")] == ["random/2", "random/3"]
+    err = capsys.readouterr().err
+    for problem in ("0: prompt: expected fewer than", "1: images: expected 2, one for each", "4: "):
+        assert f"question random/{problem}" in err
+    prompts = [{"prompt": text} for text in texts]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    scores = benchmarks.evaluate("geneval", tmp_path, assistant, tmp_path / "drawn")
+    assert scores == {"prompts": 2, "pictures": 8, "skipped": 2}
+    assert sorted(path.name for path in (tmp_path / "drawn" / "images").iterdir()) == ["00002", "00003"]
 
 
 def test_a_stopped_run_goes_on(assistant, tmp_path, monkeypatch):
@@ -487,7 +526,8 @@ def test_mjhq_is_the_distance_of_what_was_drawn(assistant, tmp_path, run, capsys
     scores = benchmarks.evaluate("mjhq", tmp_path, assistant, tmp_path / "other", features=features)
     assert (scores["pictures"], scores["skipped"]) == (3, 3)
     err = capsys.readouterr().err
-    assert "id: expected letters and digits, got '../x'" in err and "gh4: prompt: expected str, got None" in err
+    assert "../x: id: expected at most 60 letters and digits, got '../x'" in err
+    assert "gh4: prompt: expected str, got None" in err
     shutil.rmtree(tmp_path / "mjhq30k_imgs" / "people")
     (tmp_path / "mjhq30k_imgs" / "animals" / "ab1.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="images: all missing"):

@@ -1,5 +1,6 @@
 """Rows of packed samples: what is in them, how often, in which order, and the same after any stop."""
 
+import copy
 import itertools
 import json
 import tarfile
@@ -15,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from mllm_small import write_pictures  # noqa: E402
 
 from semhitok.corpus.ids_file import save_codes  # noqa: E402
+from semhitok.data.images import save_png  # noqa: E402
 from semhitok.data.skipped import Skipped  # noqa: E402
 from semhitok.mllm import UnifiedMLLMConfig, join, prompts  # noqa: E402
 from semhitok.mllm.config import TASKS, RowsConfig, SourceConfig  # noqa: E402
@@ -288,7 +290,7 @@ def test_ids_of_another_codebook_are_refused(tmp_path):
             take(rows_of(open_source(config, RowsConfig())), 1)
 
 
-def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
+def test_bad_records_are_named_and_passed_over(tmp_path, capfd, monkeypatch):
     good = [{**r, "codes": [r["codes"][0].tolist()], "codebook_hash": HASH} for r in captioned()]
     bad = [
         {"caption": "a", "images": ["missing.png"]},
@@ -322,8 +324,49 @@ def test_bad_records_are_named_and_passed_over(tmp_path, capfd):
     ):  # fmt: skip
         assert words in err
     hopeless = write_jsonl(tmp_path / "bad.jsonl", bad)
+    monkeypatch.setattr("semhitok.mllm.rows.BAD_IN_A_ROW", 1000)
     with pytest.raises(ValueError, match="1000 records in a row cannot be used; the last: "):
         take(rows_of(open_source(SourceConfig(str(hopeless), "generation"), RowsConfig())), 1)
+
+
+def test_a_record_does_not_say_where_its_images_are(tmp_path):
+    for folder in ("", "sub"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        save_png(torch.full((3, 8, 8), 1.0 if folder else 0.0), tmp_path / folder / "0.png")
+    for other in ("sub", str(tmp_path / "sub"), None, 7):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"caption": "a", "images": ["0.png"], "folder": other}])
+        source = open_source(SourceConfig(str(path), "generation"), RowsConfig())
+        (micro,) = take(rows_of(source), 1, 1, 1)[0]
+        assert len(micro.images) and micro.images.max() == 0
+
+
+def test_a_template_that_refuses_a_conversation_costs_that_record_alone(capfd):
+    words = copy.deepcopy(WORDS)
+    words.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a question') }}{% endif %}"
+    words.chat_template += prompts.PLAIN
+    answer = {"role": "assistant", "content": "a dog"}
+    good = {"messages": [{"role": "user", "content": "what is it ?"}, answer]}
+    bad = {"messages": [{"role": "system", "content": "a"}, *good["messages"]]}
+    data = rows_of(Records([bad, good], "text"))
+    data.text_tokenizer = words
+    take(data, 6, 1, 1)
+    assert "record 1: chat_template: begin with a question" in capfd.readouterr().err and len(data.skipped) == 1
+
+
+def test_more_rows_than_samples_in_shards(tmp_path):
+    write_pictures(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for n in range(3):
+            for suffix, content in (("png", (tmp_path / f"{n}.png").read_bytes()), ("txt", b"a dog")):
+                info = tarfile.TarInfo(f"{n}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+    source = open_source(SourceConfig(f"{tmp_path}/a.tar", "generation"), RowsConfig())
+    data = rows_of(source, length=12)
+    whole, _ = take(data, 4, 8, 8)
+    assert all(len(micro.images) == 8 for micro in whole)
+    first, place = take(data, 2, 8, 8)
+    same([*first, *take(data, 2, 8, 8, place)[0]], whole)
 
 
 def test_bad_records_do_not_end_the_making_of_a_text_tokenizer(tmp_path, capfd):
