@@ -244,7 +244,8 @@ class SemHiTok(nn.Module):
                 with this package: "semhitok-toy".
             teacher: False loads a tokenizer that can decode, but not encode.
             revision: of the Hub repository.
-            device, dtype: as in `to`; fp32 on the CPU without them.
+            device: where the tokenizer goes; None is the CPU.
+            dtype: of the networks; None is fp32.
 
         Raises:
             OSError: a file is missing or cannot be fetched.
