@@ -129,7 +129,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_settings_are_checked():
     assert ImageProcessor.from_dict(ImageProcessor(24).to_dict()) == ImageProcessor(24)
     for settings, problem in (
-        ({"size": 0}, "size: expected a positive integer, got 0"),
+        ({"size": 0}, "config.size: expected at least 1, got 0"),
         ({"size": True}, "size: "),
         ({"size": 8, "resample": "nearest"}, "resample: expected one of bicubic, got 'nearest'"),
         ({"size": 8, "crop": "random"}, "crop: expected one of centre, got 'random'"),
@@ -177,7 +177,7 @@ def test_the_settings_travel_with_the_checkpoint(tmp_path):
     loaded = SemHiTok.from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
     assert loaded.dtype == torch.float64 and loaded.quantizer.semantic.codebook.dtype == torch.float32
     config.write_text(text.replace('"crop": "centre"', '"crop": "five"'))
-    with pytest.raises(ValueError, match=r"config\.json: not a SemHiTok config: crop: expected one of centre"):
+    with pytest.raises(ValueError, match=r"config\.json: not a SemHiTok config: config.crop: expected one of centre"):
         SemHiTok.from_pretrained(tmp_path)
     config.write_text(text.replace('"processor": {\n    "size": 32', '"processor": {\n    "size": 31'))
     with pytest.raises(ValueError, match=r"processor\.size: expected 32, got 31"):

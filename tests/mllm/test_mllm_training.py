@@ -339,7 +339,7 @@ def test_the_command_trains_the_stages_it_is_told(world, tmp_path, run):
     code, out, err = run(
         "train-mllm", "mllm-tiny", "joint", "--out", tmp_path / "bad", "--device", "cpu", *flags, *more
     )
-    assert code == 3 and "1 record, named above" in out
+    assert code == 3 and "1 record, named on stderr" in out
     assert sum("record 2: not JSON" in line for line in err) == 1  # the text tokenizer is made of them, too
     code, out, _ = run("train-mllm", "mllm-tiny", "instruct", "--print-config", *flags)
     printed = tmp_path / "printed.yaml"

@@ -411,14 +411,14 @@ def test_lecam_joins_the_critics_loss_after_its_first_step():
 def test_losses_stay_fp32_under_autocast(kind, dino, monkeypatch):
     if kind == "dino":
         monkeypatch.setattr("semhitok.training.reconstruction.build_critic", lambda config: dino)
-    loss = small_loss({"augment": True, "lecam": 0.1, "train_from": -1})
+    loss = small_loss({"augment": True, "lecam": 0.1, "train_from": 0})
     predicted, images = pictures(seed=1).bfloat16().requires_grad_(), pictures()
     expected = loss(predicted, images, Fixed(), 0, never)[0]
     with torch.autocast("cpu", torch.bfloat16):
         value, _ = loss(predicted, images, Fixed(), 0, never)
         inputs = loss.critic_inputs(predicted, images, Fixed())
         logits = loss.critic(inputs)
-        critic_value, _, _ = loss.critic_objective(logits, 0)
+        critic_value, _, _ = loss.critic_objective(logits, 1)
     assert {t.dtype for t in (value, inputs, logits, critic_value)} == {torch.float32}
     assert torch.equal(value, expected)
     value.backward()

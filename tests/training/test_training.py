@@ -337,9 +337,10 @@ def test_loading_a_state_runs_no_code_from_it(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_and_the_batch_and_goes_on_with_other_settings(pictures, tmp_path):
-    hot = ["semantic.optimizer.lr=1e30", "semantic.optimizer.grad_clip=1e30"]
+    hot = small_config()
+    hot.semantic.optimizer.lr = hot.semantic.optimizer.grad_clip = 1e30  # refused in files, being out of range
     with pytest.raises(FloatingPointError, match=r"semantic: not finite at step \d+: loss .* --accept-changes"):
-        train(small_config(*hot), [pictures], tmp_path)
+        train(hot, [pictures], tmp_path)
     (culprit,) = (tmp_path / "semantic").glob("not-finite-step-*-process-0.pt")
     batch = torch.load(culprit, weights_only=True)
     assert batch["images"].shape == (4, 3, 32, 32)
@@ -404,12 +405,12 @@ def test_the_command_names_a_bad_image_once_and_ends_with_3(pictures, tmp_path, 
     command += ["--out", str(out), "--device", "cpu", *(part for setting in settings for part in ("--set", setting))]
     assert main(command) == 3
     printed, err = capfd.readouterr()
-    assert "skipped         2 images, named above" in printed
+    assert "skipped         2 images, named on stderr" in printed
     assert [err.count(name) for name in ("bad.png", "no.png")] == [1, 1] and err.count("skipped: ") == 2
     # A run that is finished knows it from its states.
     assert main(command) == 3
     printed, err = capfd.readouterr()
-    assert "2 images, named above" in printed and "bad.png" not in err
+    assert "2 images, named on stderr" in printed and "bad.png" not in err
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main(command) == 0
     assert "this is 0 in place of 3, as inputs were skipped" in capfd.readouterr().err
@@ -452,7 +453,9 @@ def test_a_best_metric_that_is_not_there_is_named(pictures, tmp_path):
 
 
 def test_a_collapsing_codebook_raises_the_alarm(pictures, tmp_path, capsys):
-    train(small_config("semantic.collapse_usage=1.1", "stages=[semantic]"), [pictures], tmp_path)
+    config = small_config("stages=[semantic]")
+    config.semantic.collapse_usage = 1.1  # more than there is
+    train(config, [pictures], tmp_path)
     assert "warning: the semantic codebook is collapsing: after step" in capsys.readouterr().err
 
 
