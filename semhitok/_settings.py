@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import reprlib
 import types
 import typing
@@ -57,12 +56,13 @@ class Range:
 
     def problem(self, value: float) -> str:
         """What is wrong with a number, or empty."""
-        if math.isnan(value):
-            return f"expected a number from {self.low:g} to {self.high:g}, got {value}"
+        got = _shown.repr(value)  # an integer may have any number of digits
+        if value != value:
+            return f"expected a number from {self.low:g} to {self.high:g}, got {got}"
         if value < self.low or (self.ends[0] == "(" and value == self.low):
-            return f"expected {'at least' if self.ends[0] == '[' else 'more than'} {self.low:g}, got {value}"
+            return f"expected {'at least' if self.ends[0] == '[' else 'more than'} {self.low:g}, got {got}"
         if value > self.high or (self.ends[1] == ")" and value == self.high):
-            return f"expected {'at most' if self.ends[1] == ']' else 'less than'} {self.high:g}, got {value}"
+            return f"expected {'at most' if self.ends[1] == ']' else 'less than'} {self.high:g}, got {got}"
         return ""
 
 
@@ -177,6 +177,8 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "config", default
             value = field_.default_factory()
         if name in data:
             values[name] = _convert(hints[name], data[name], f"{where}.{name}", value)
+        elif default is None and value is None and field_.default is dataclasses.MISSING:
+            raise ValueError(f"{where}: expected {name}, got none")
     with _inside(where):
         return cls(**values)
 

@@ -131,6 +131,7 @@ def test_settings_are_checked():
     for settings, problem in (
         ({"size": 0}, "config.size: expected at least 1, got 0"),
         ({"size": True}, "size: "),
+        ({}, "config: expected size, got none"),
         ({"size": 8, "resample": "nearest"}, "resample: expected one of bicubic, got 'nearest'"),
         ({"size": 8, "crop": "random"}, "crop: expected one of centre, got 'random'"),
         ({"size": 8, "mean": 0.5}, "mean"),

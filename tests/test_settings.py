@@ -96,6 +96,7 @@ def test_the_ends_of_a_range():
     assert [neither.problem(x) == "" for x in (0, 0.5, 1)] == [False, True, False]
     assert neither.problem(0) == "expected more than 0, got 0" and neither.problem(1) == "expected less than 1, got 1"
     assert both.problem(-1) == "expected at least 0, got -1" and both.problem(2) == "expected at most 1, got 2"
+    assert len(both.problem(10**400)) < 200  # beyond any floating-point number
     assert both.problem(math.nan) == "expected a number from 0 to 1, got nan"
 
 

@@ -72,6 +72,7 @@ def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[I
                 broken: dict[str, str] = {}
                 while count < end:
                     columns = [c for c in dict.fromkeys(["image", *keys, *texts]) if c not in broken]
+                    problem = ""
                     try:
                         for number, cells in enumerate(_cells(file, group, columns), start=first):
                             if number == count:  # others were given before a column turned out to be broken
@@ -80,14 +81,14 @@ def read_table(path: str, fields: Sequence[str], source: str = "") -> Iterator[I
                                 count += 1
                         break
                     except Exception as error:  # pyarrow's errors are of many kinds
-                        found = _broken(file, group, columns[1:])
-                        broken |= found
-                        if not found:
-                            problem = f"{path}: cannot read rows {count} to {end - 1}: {_reason(error)}"
-                            yield Item("", path, problem=problem)
-                        for column in found.keys() & set(keys):
-                            yield Note(f"{path}: rows {count} to {end - 1} have no key: {found[column]}")
-                        count = count if found else end
+                        problem = f"{path}: cannot read rows {count} to {end - 1}: {_reason(error)}"
+                    found = _broken(file, group, columns)  # here, where the error holds no memory any more
+                    broken |= found
+                    for column in found.keys() & set(keys):
+                        yield Note(f"{path}: rows {count} to {end - 1} have no key: {found[column]}")
+                    if not found:
+                        yield Item("", path, problem=problem)
+                        count = end
                 count = end
     except Exception as error:
         reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
@@ -102,14 +103,19 @@ def _cells(file: Any, group: int, columns: Sequence[str]) -> Iterator[list[Any]]
 
 
 def _broken(file: Any, group: int, columns: Sequence[str]) -> dict[str, str]:
-    """The columns of a row group that cannot be read, with the reason: text that is stored once for many rows, say."""
-    found = {}
+    """The columns of a row group that cannot be read, with the reason: text that is stored once for many rows, say.
+
+    Empty if the first column, that of the images, is one: the others do not matter then, and reading them takes memory.
+    """
+    found: dict[str, str] = {}
     for column in columns:
         try:
             for _ in _cells(file, group, [column]):
                 pass
         except Exception as error:  # as in `read_table`
             found[column] = f"cannot read column {column}: {_reason(error)}"
+        if found and column == columns[0]:
+            return {}
     return found
 
 
