@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, after `--help` (code 0) or bad usage (code 2).
     """
+    if "torch" not in sys.modules:
+        # Threads that spin while they wait slow each other down several times where other programs use the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         code = args.run(args)

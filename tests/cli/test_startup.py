@@ -32,6 +32,16 @@ def python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[
     return done
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_command_do_not_spin_while_they_wait(given, policy, monkeypatch):
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")  # the library says what it was told when it was loaded
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in python("-m", "semhitok", "info").stderr
+
+
 def imported(*arguments: object) -> set[str]:
     """The top-level packages that `python ARGUMENTS` imports."""
     report = python("-X", "importtime", *arguments).stderr
