@@ -32,7 +32,8 @@ class Log:
         self.start, self.begun = start, time.perf_counter()
         self.clock, self.waited, self.units = self.begun, 0.0, 0
 
-    def write(self, step: int, record: dict[str, float], skipped: int) -> None:
+    def write(self, step: int, record: dict[str, float], skipped: int, lr: dict[str, float]) -> None:
+        """Log a step. lr: the learning rate of each part, which the configuration decides: for the tracker alone."""
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         now = time.perf_counter()
         elapsed = max(now - self.clock, 1e-9)
@@ -41,7 +42,8 @@ class Log:
         speed = {f"{self.unit}_per_second": rate, "data_wait": waited, f"{self.skipped}_skipped": float(skipped)}
         self.clock, self.waited, self.units = now, 0.0, 0
         if self.tracker is not None:
-            self.tracker.log({**record, **speed}, step=step)
+            rates = {f"lr_{name}": value for name, value in lr.items()}
+            self.tracker.log({**record, **speed, **rates}, step=step)
         text = f"loss {record['loss']:.4f}, {rate:.1f} {self.unit}/s, {waited:.0%} of the time waiting for data"
         text += f", {skipped} {self.skipped} skipped" if skipped else ""
         self.bar.set_postfix_str(text, refresh=False)

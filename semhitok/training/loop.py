@@ -155,7 +155,7 @@ def run_stage(
                 if done % log.LOG_EVERY == 0 or done == steps:
                     record = _means(figures, stage.device)
                     if logger is not None:
-                        logger.write(done, record, len(batches.skipped))
+                        logger.write(done, record, len(batches.skipped), {part.name: part.lr for part in stage.parts})
                 last = done == steps or signum != 0
                 due = done % run.evaluate_every == 0 and done > stage.codes_from
                 if evaluate is not None and (due or done == steps):

@@ -76,6 +76,11 @@ class Part:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         return {**means, "gradient_norm": distributed.whole_tensor(norm)}, outputs
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def step(self, step: int, steps: int) -> None:
         """The optimiser's step number `step` of a stage of `steps`; nothing before `first_step`."""
         if step < self.first_step:

@@ -439,6 +439,10 @@ def test_evaluation_keeps_the_best_and_the_log_and_pictures_reach_tensorboard(pi
     events.Reload()
     assert {"loss", "gradient_norm", "flat_usage", "dead_sub_codes", "images_per_second", "data_wait",
             "held_out_psnr"} <= set(events.Tags()["scalars"])  # fmt: skip
+    rates = {event.step: event.value for event in events.Scalars("lr_network")}
+    optimizer = config.pixel.optimizer
+    expected = {step: parts.learning_rate(step - 1, config.pixel.steps, optimizer) for step in range(10, 61, 10)}
+    assert rates == pytest.approx(expected, rel=1e-6) and max(rates.values()) > 2 * min(rates.values())
     assert events.Tags()["images"]
     assert "of the time waiting for data" in capsys.readouterr().err
 
