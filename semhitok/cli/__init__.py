@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        _check_names(args)
         code = args.run(args)
         sys.stdout.flush()  # here, where a full disk or a closed pipe is an error like any other
         return code
@@ -91,6 +92,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser.parse_args(argv)
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """ValueError if a file or folder has an empty name, which would be the current folder: an unset shell variable."""
+    for name, flag in (
+        ("out", "--out"),
+        ("held_out", "--held-out"),
+        ("sources", "SOURCE"),
+        ("checkpoint", "CHECKPOINT"),
+    ):
+        given = getattr(args, name, None)
+        if "" in (given if isinstance(given, list) else [given]):
+            raise ValueError(f"{flag}: expected a name, got an empty one")
 
 
 def _complain(command: str, problem: str, code: int) -> int:

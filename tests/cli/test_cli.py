@@ -449,6 +449,23 @@ def test_a_link_to_itself_is_skipped(run, checkpoint, photos, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["good.png"]
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (["encode", "semhitok-toy", "photos", "--out", ""], "--out"),
+        (["encode", "semhitok-toy", "photos", "", "--out", "out"], "SOURCE"),
+        (["reconstruct", "", "photos", "--out", "out"], "CHECKPOINT"),
+        (["train", "semhitok-tiny", "photos", "--out", ""], "--out"),
+        (["train", "semhitok-tiny", "photos", "--out", "out", "--held-out", ""], "--held-out"),
+        (["eval", "semhitok-toy", "photos", "--out", ""], "--out"),
+    ],
+)
+def test_empty_names_are_refused(run, tmp_path, monkeypatch, command, flag):
+    monkeypatch.chdir(tmp_path)
+    assert run(*command) == (2, "", [f"semhitok {command[0]}: error: {flag}: expected a name, got an empty one"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_with_dots(run, checkpoint, photos, tmp_path):
     """Images whose names share what stands before the first dot, or have a number in place of a suffix."""
     folder, out = tmp_path / "folder", tmp_path / "out"
