@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,18 +19,28 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError for whatever is none, also where it is nested too deep."""
+Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+
+
+def parse_json(text: str | bytes, pairs: Pairs | None = None) -> Any:
+    """The value of a JSON text; ValueError for whatever is none, also where it is nested too deep.
+
+    pairs: makes each object from its keys and values; None keeps the last of equal keys.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("values nested too deep") from None
 
 
-def read_object(path: Path) -> Any:
-    """The JSON object in a file; ValueError if there is none."""
+def read_object(path: Path, decode: Callable[[bytes], str | bytes] = bytes, pairs: Pairs | None = None) -> Any:
+    """The JSON object in a file; ValueError if there is none.
+
+    decode: what makes text of the file's bytes, if it need not be UTF-8.
+    pairs: see `parse_json`.
+    """
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(decode(path.read_bytes()), pairs)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(content, dict):

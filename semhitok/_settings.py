@@ -72,8 +72,8 @@ Size = Annotated[int, Range(1, 2**16)]  # of a layer, or in pixels
 Index = Annotated[int, Range(-1000, 1000)]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, "[)")]
-Weight = Annotated[float, Range(0, 10**6)]
-Positive = Annotated[float, Range(0, 10**6, "(]")]
+Weight = Annotated[float, Range(0, 10**12)]
+Positive = Annotated[float, Range(0, 10**12, "(]")]
 # Processes that read data for each training process. "auto" lets the machine decide when a run begins, see
 # `semhitok.training.workers`, and the run keeps the number.
 Workers = Annotated[int, Range(0, 1024)] | Literal["auto"]

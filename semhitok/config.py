@@ -211,7 +211,7 @@ class SemanticStageConfig(StageConfig):
 
     continuous_steps: Natural = 1000
     init_tokens_per_code: Count = 64
-    kmeans_iterations: Count = 10
+    kmeans_iterations: Natural = 10
     decay: Decay = 0.99
     restart_window: Count = 100
     cosine_weight: Weight = 1.0
@@ -304,7 +304,7 @@ class PixelStageConfig(StageConfig):
     optimizer: OptimizerConfig = field(default_factory=_pixel_optimizer)
     continuous_steps: Natural = 2000
     init_tokens_per_code: Weight = 16
-    kmeans_iterations: Count = 10
+    kmeans_iterations: Natural = 10
     decay: Decay = 0.99
     restart_window: Count = 100
     drop: Share = 0.1

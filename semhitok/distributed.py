@@ -22,8 +22,8 @@ def join(device: torch.device) -> torch.device:
 
 
 def launched() -> bool:
-    """Whether a launcher such as torchrun started this process."""
-    return "WORLD_SIZE" in os.environ
+    """Whether torchrun, or accelerate launch by it, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def world_size() -> int:

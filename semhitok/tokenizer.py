@@ -310,6 +310,7 @@ class SemHiTok(nn.Module):
             except ValueError as error:
                 raise ValueError(f"{weights_path}: quantizer.{error}") from None
         model.load_state_dict(state, strict=False)
+        model.processor = processor
         if description.get("codebook_sha256") != model.codebook_hash:
             raise ValueError(f"{weights_path}: codebooks do not match codebook_sha256 of config.json")
         return model.eval().to(device=device, dtype=dtype)

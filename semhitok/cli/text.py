@@ -23,7 +23,7 @@ def exit_code(skipped: int) -> int:
 
 
 def exit_code_of_process(command: str, skipped: int) -> int:
-    """`exit_code`; but 0, and the first process says so, under a launcher: any other code is a crash to torchrun."""
+    """`exit_code`, or 0 in a process of torchrun, which takes any other for a crash; the first process says so."""
     from semhitok import distributed
 
     code = exit_code(skipped)

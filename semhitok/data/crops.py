@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     """A crop [3, size, size], float32 in [0, 1].
 
     number: that of a fixed crop, otherwise meaningless.
-    skipped: why the images whose place its image takes cannot be read.
+    skipped: why images cannot be read that were tried for the first time, and whose place its image takes.
     """
 
     crop: Tensor
@@ -61,7 +61,7 @@ class RandomCrops:
         self.config = config
         self.seed = seed
         self.fixed_count = (2 if config.flip else 1) * len(self.paths) if config.fixed else 0
-        self.unreadable: dict[int, str] = {}  # why, by the index of the image
+        self.unreadable: set[int] = set()
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
         self._order: tuple[int, list[int]] = (-1, [])
@@ -91,25 +91,25 @@ class RandomCrops:
 
     def _load(self, index: int) -> tuple[Tensor, int, tuple[str, ...]]:
         """The image at `index`, or the next readable one, as uint8 [3, H, W]; its index; why others cannot be read."""
-        skipped: list[str] = []
+        skipped: list[str] = []  # a process says it once: a folder may have thousands in a row
         for place in range(index, index + len(self.paths)):
             candidate = place % len(self.paths)
             if candidate in self._cache:
                 return self._cache[candidate], candidate, tuple(skipped)
             if candidate in self.unreadable:
-                skipped.append(self.unreadable[candidate])
                 continue
             try:
                 image = read_uint8(self.paths[candidate])
             except (ValueError, OSError) as error:
-                self.unreadable[candidate] = message(error)
+                self.unreadable.add(candidate)
                 skipped.append(message(error))
                 continue
             if self._cached_bytes + image.numel() <= _CACHE_BYTES:
                 self._cache[candidate] = image
                 self._cached_bytes += image.numel()
             return image, candidate, tuple(skipped)
-        raise ValueError(f"none of the {len(self.paths)} images can be read; the first: {skipped[0]}")
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"none of the {len(self.paths)} images can be read{first}")
 
 
 def crop(image: Tensor, size: int, config: DataConfig, draws: Sequence[float]) -> Tensor:

@@ -32,7 +32,7 @@ class Skipped:
 
     @contextlib.contextmanager
     def errors(self, what: str = "") -> Iterator[None]:
-        """The body's ValueError or OSError says what is left out; or, with `what`, why that is."""
+        """Count a ValueError or OSError of the body. what: is left out, if the message alone does not say it."""
         try:
             yield
         except (ValueError, OSError) as error:

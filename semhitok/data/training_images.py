@@ -206,24 +206,24 @@ class TrainingImages:
         read = partial(read_reporting, self._reported)
         order = ShuffledShards(self.shards, read, self.config.shuffle_buffer, self.seed, stream, streams)
         epoch, number, images = (place[k] for k in ("epoch", "number", "images"))
-        skipped: list[str] = []
+        skipped: dict[str, None] = {}  # each problem once, also in epochs without a good sample
         empty = 0
         for sample, after in order.endless(place):
             if after["epoch"] != epoch:
                 empty = empty + 1 if images == 0 else 0
                 if empty == EMPTY_EPOCHS:
-                    raise order.empty_epoch(epoch, skipped)
+                    raise order.empty_epoch(epoch, list(skipped))
                 epoch, images = after["epoch"], 0
             try:
                 image = sample.uint8()
             except ValueError as error:
-                skipped.append(message(error))
+                skipped[message(error)] = None
                 continue
             draws = torch.rand(4, generator=generator(self.seed, stream, number)).tolist()
             number, images = number + 1, images + 1
             counted = {**after, "number": number, "images": images}
-            yield Item(crop(image, self.size, self.config, draws), counted, skipped)
-            skipped = []
+            yield Item(crop(image, self.size, self.config, draws), counted, list(skipped))
+            skipped.clear()
 
 
 class HeldOutBatches:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from semhitok._files import parse_json
+from semhitok._files import parse_json, read_object
 from semhitok.data.captions import clean, decode_text
 from semhitok.data.skipped import Skipped
 
@@ -65,7 +64,7 @@ def read_items(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
         pairs = found  # at the end, those of the outermost object
         return dict(found)
 
-    _object(path, keep)
+    read_object(path, decode_text, keep)
     seen: set[str] = set()
     for key, value in pairs:
         if key in seen:
@@ -77,18 +76,7 @@ def read_items(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
 
 def read_content(path: Path) -> dict[str, Any]:
     """The JSON object in a file, with U+FFFD for bytes that are not UTF-8; ValueError if there is none."""
-    return _object(path, dict)
-
-
-def _object(path: Path, make: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        content = json.loads(decode_text(path.read_bytes()), object_pairs_hook=make)
-    except RecursionError:
-        raise ValueError(f"{path}: expected JSON, got values nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content: dict[str, Any] = read_object(path, decode_text)
     return content
 
 
